@@ -1,0 +1,426 @@
+"""What one can ask of a Dynamo graph: values, where a node comes from, memory, modes, and a networkx view. Read-only.
+
+Shapes and dtypes are those of `node.meta["example_value"]`, a fake tensor whose sizes may be symbolic. Nothing here
+specialises a symbolic size: comparisons answer "provably equal" and never install a guard.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def value(node: Any) -> torch.Tensor | None:
+    """The fake tensor that stands for a node's value; None for anything that is no tensor."""
+    found = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether `node` is a graph node whose value is a tensor."""
+    return value(node) is not None
+
+
+def shape(node: Any) -> tuple[Any, ...]:
+    """Sizes of a tensor node (ints or SymInts); () for anything else."""
+    found = value(node)
+    return () if found is None else tuple(found.shape)
+
+
+def rank(node: Any) -> int:
+    """Number of dimensions of a tensor node, 0 for anything else."""
+    found = value(node)
+    return 0 if found is None else found.dim()
+
+
+def dtype(node: Any) -> torch.dtype | None:
+    """dtype of a tensor node, None for anything else."""
+    found = value(node)
+    return None if found is None else found.dtype
+
+
+def is_float(node: Any) -> bool:
+    """Whether `node` is a floating-point tensor."""
+    found = value(node)
+    return found is not None and found.is_floating_point()
+
+
+def needs_grad(node: Any) -> bool:
+    """Whether autograd would compute a gradient for `node` (unknown values count as yes)."""
+    if not isinstance(node, fx.Node):
+        return False
+    found = value(node)
+    return found is None or found.requires_grad
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are provably equal, without a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(statically_known_true(a == b))
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are provably equal, without a guard."""
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def is_one_element(node: Any) -> bool:
+    """Whether a tensor node provably holds exactly one element."""
+    found = value(node)
+    return found is not None and all(isinstance(s, int) and s == 1 for s in found.shape)
+
+
+def number(item: Any) -> float | int | None:
+    """A Python number, also where the graph carries it as an input that may change (a symbolic float with a value).
+
+    A symbolic float becomes a number by a guard, as it does in torch wherever an operator takes a plain float; it can
+    change between calls only by assigning to an attribute of the model. Sizes are not specialised: None.
+    """
+    if isinstance(item, fx.Node):
+        item = item.meta.get("example_value")
+    if isinstance(item, torch.SymFloat) and item.node.hint is not None:
+        try:
+            return float(item)
+        except GuardOnDataDependentSymNode:  # computed from data, not an input
+            return None
+    return item if isinstance(item, (int, float)) and not isinstance(item, bool) else None
+
+
+def is_parameter(node: Any) -> bool:
+    """Whether `node` is a Parameter of the model: an input or attribute of the graph, or of a body it calls."""
+    return (
+        isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr") and isinstance(value(node), nn.Parameter)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a node comes from
+# ---------------------------------------------------------------------------------------------------------------------
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_INDEX = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")
+
+
+def where(node: fx.Node) -> str:
+    """ "file:line" of the model's code that made the node; "" if it is not recorded."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return "{}:{}".format(*frames[-1]) if frames else ""
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the innermost module that made the node, relative to the compiled one; "" outside of modules."""
+    stack = node.meta.get("nn_module_stack") or {}
+    last = next(reversed(stack.values()), None)
+    return _clean_path(str(last[0])) if last else ""
+
+
+@lru_cache(maxsize=4096)
+def _clean_path(raw: str) -> str:
+    # L['self'].encoder.layer[0].attention or L['self']._modules['encoder']... -> encoder.layer.0.attention
+    path = _INDEX.sub(r".\1", re.sub(r"^L\[['\"]\w+['\"]\]", "", raw))
+    parts = [p for p in path.split(".") if p and p not in ("_modules", "_orig_mod")]
+    return ".".join(parts)
+
+
+def common_path(nodes: Iterable[fx.Node]) -> str:
+    """Dotted path of the innermost module that made all of `nodes`."""
+    paths = [p.split(".") for p in map(module_path, nodes) if p]
+    common = []
+    for parts in zip(*paths, strict=False):
+        if any(p != parts[0] for p in parts):
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def describe(node: Any) -> str:
+    """A short human name of what a node does: `softmax`, `.view`, `input x`."""
+    if not isinstance(node, fx.Node):
+        return repr(node)
+    if node.op == "placeholder":
+        return f"input {node.name}"
+    if node.op == "call_method":
+        return f".{node.target}"
+    if node.op == "call_function":
+        return str(getattr(node.target, "__name__", node.target)).split(".")[0].strip("_")
+    return node.op
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Arguments:
+    """Arguments of a call by name, however they were passed. Reading a missing one gives its default.
+
+    Example:
+        >>> p, training = Arguments(node, "input", ("p", 0.5), ("training", True)).take("p", "training")
+    """
+
+    def __init__(self, node: fx.Node, *signature: str | tuple[str, Any]):
+        self.values: dict[str, Any] = {}
+        names = []
+        for item in signature:
+            name, default = (item, None) if isinstance(item, str) else item
+            names.append(name)
+            self.values[name] = default
+        self.valid = len(node.args) <= len(names) and set(node.kwargs) <= set(names)
+        self.values.update(zip(names, node.args, strict=False))
+        self.values.update({k: v for k, v in node.kwargs.items() if k in self.values})
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def take(self, *names: str) -> tuple[Any, ...]:
+        """The named arguments as a tuple."""
+        return tuple(self.values[n] for n in names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory: views, aliases, mutation
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Python's in-place operators; each writes to its first argument where that is a tensor.
+INPLACE_OPERATORS: dict[Callable, Callable] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ipow: operator.pow,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+}
+
+
+def storage(node: Any) -> int | None:
+    """Identity of the memory behind a tensor node: equal for views of one tensor. None where it cannot be told."""
+    found = value(node)
+    if found is None:
+        return None
+    try:
+        return found.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and other tensors without one storage
+        return None
+
+
+def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The tensor nodes that a call writes to; () for a pure call."""
+    if node.op not in ("call_function", "call_method"):
+        return ()
+    first = node.args[0] if node.args else None
+    out = node.kwargs.get("out")
+    written: list[Any] = [out] if isinstance(out, fx.Node) else list(out) if isinstance(out, (tuple, list)) else []
+    name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema
+        if schema.is_mutable:
+            for i, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written.append(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
+    elif node.op == "call_function" and (node.target in INPLACE_OPERATORS or node.target is operator.setitem):
+        written.append(first)
+    elif name.endswith("_") and not name.endswith("__"):
+        written.append(first)
+    elif isinstance(node.target, torch._ops.HigherOrderOperator) and "triton" in name:
+        written.extend(node.all_input_nodes)
+    elif inplace_flag(node):
+        written.append(first)
+    elif name == "batch_norm":
+        written.extend(a for a in (*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")))
+    flat: list[fx.Node] = []
+    for item in written:
+        flat.extend(i for i in (item if isinstance(item, (list, tuple)) else [item]) if is_tensor(i))
+    return tuple(flat)
+
+
+def inplace_flag(node: fx.Node) -> bool:
+    """Whether a functional is called with `inplace=True`, by keyword or position (F.relu, F.dropout ...)."""
+    if node.kwargs.get("inplace") is True:
+        return True
+    if node.op != "call_function" or not any(a is True for a in node.args):
+        return False
+    position = _inplace_position(node.target)
+    return position is not None and position < len(node.args) and node.args[position] is True
+
+
+@lru_cache(maxsize=1024)
+def _inplace_position(target: Any) -> int | None:
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # builtins have no signature, and no such argument
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The analysis of one graph
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Analysis:
+    """Facts about one graph that take a pass over it; each is computed when first asked for. The graph must not change.
+
+    Attributes:
+        order: position of every node.
+        regions: mode each node runs in (grad mode, autocast, functorch level), as comparable values.
+        from_parameters: nodes that depend on parameters (and constants) only, parameters included.
+        writes: (position, storage) of every in-place write, in graph order.
+    """
+
+    def __init__(self, module: fx.GraphModule):
+        self.module = module
+        self.nodes = list(module.graph.nodes)
+
+    @cached_property
+    def order(self) -> dict[fx.Node, int]:
+        return {n: i for i, n in enumerate(self.nodes)}
+
+    @cached_property
+    def regions(self) -> dict[fx.Node, tuple]:
+        return dict(_regions(self.nodes))
+
+    @cached_property
+    def from_parameters(self) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        constant: set[fx.Node] = set()
+        for node in self.nodes:
+            if is_parameter(node):
+                found.add(node)
+            elif node.op in ("call_function", "call_method"):
+                inputs = node.all_input_nodes
+                if inputs and all(i in found or i in constant for i in inputs):
+                    (found if any(i in found for i in inputs) else constant).add(node)
+        return found
+
+    @cached_property
+    def writes(self) -> list[tuple[int, int | None]]:
+        return [(i, storage(a)) for i, n in enumerate(self.nodes) for a in mutated_arguments(n)]
+
+    def written_between(self, nodes: Iterable[fx.Node], start: int, stop: int) -> fx.Node | None:
+        """The first of `nodes` whose memory is written at a position in (start, stop)."""
+        touched = {s for i, s in self.writes if start < i < stop}
+        if not touched:
+            return None
+        return next((n for n in nodes if storage(n) in touched or (None in touched and is_tensor(n))), None)
+
+
+def _regions(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, tuple]]:
+    """Each node with the mode it runs in. The mode around the graph is torch's at the time of the call."""
+    grad: Any = torch.is_grad_enabled()
+    autocast: dict[str, Any] = {}
+    entered: dict[fx.Node, tuple[str, Any]] = {}
+    others: tuple = ()
+
+    def ambient(device: str) -> Any:
+        try:
+            on = torch.is_autocast_enabled(device)
+        except RuntimeError:  # a device without autocast
+            return None
+        return torch.get_autocast_dtype(device) if on else None
+
+    for node in nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name == "_set_grad_enabled":
+            grad = node.args[0]
+        elif name == "_enter_autocast":
+            device, kind, enabled = (*node.args, None, None, None)[:3]
+            entered[node] = (str(device), autocast.get(str(device), ambient(str(device))))
+            autocast[str(device)] = (kind or torch.get_autocast_dtype(str(device))) if enabled else None
+        elif name == "_exit_autocast" and node.args and node.args[0] in entered:
+            device, before = entered[node.args[0]]  # type: ignore[index]
+            autocast[device] = before
+        elif name in (
+            "_enter_inference_mode",
+            "_vmap_increment_nesting",
+            "_jvp_increment_nesting",
+            "_grad_increment_nesting",
+        ):
+            others = (*others, node)
+        elif name in (
+            "_exit_inference_mode",
+            "_vmap_decrement_nesting",
+            "_jvp_decrement_nesting",
+            "_grad_decrement_nesting",
+        ):
+            others = others[:-1]
+        changed = tuple(sorted((d, str(k)) for d, k in autocast.items() if k != ambient(d)))
+        yield node, (grad, changed, others)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# networkx view
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def view(module: fx.GraphModule) -> nx.MultiDiGraph:
+    """The graph as networkx sees it: a node per fx node (attributes op, target, shape), an edge per use.
+
+    Edge attribute `position` says which argument it is: an int, a keyword, or a path such as (0, 1) into nested lists.
+    """
+    result = nx.MultiDiGraph()
+    for node in module.graph.nodes:
+        result.add_node(node, op=node.op, target=describe(node), shape=shape(node), path=module_path(node))
+        for position, source in _uses((*node.args,), ()):
+            result.add_edge(source, node, position=position[0] if len(position) == 1 else position)
+        for keyword, argument in node.kwargs.items():
+            for position, source in _uses([argument], ()):
+                result.add_edge(source, node, position=keyword if len(position) == 1 else (keyword, *position[1:]))
+    return result
+
+
+def _uses(arguments: Any, prefix: tuple) -> Iterator[tuple[tuple, fx.Node]]:
+    for i, item in enumerate(arguments):
+        if isinstance(item, fx.Node):
+            yield (*prefix, i), item
+        elif isinstance(item, (tuple, list)):
+            yield from _uses(item, (*prefix, i))
+        elif isinstance(item, dict):
+            yield from _uses(item.values(), (*prefix, i))
+        elif isinstance(item, slice):
+            yield from _uses((item.start, item.stop, item.step), (*prefix, i))
+
+
+def is_convex(graph: nx.MultiDiGraph, nodes: Iterable[fx.Node]) -> bool:
+    """Whether no path between two of `nodes` leaves them: only then can one call take their place."""
+    inside = set(nodes)
+    leaving = {s for n in inside for s in graph.successors(n)} - inside
+    seen, stack = set(leaving), list(leaving)
+    while stack:
+        for successor in graph.successors(stack.pop()):
+            if successor in inside:
+                return False
+            if successor not in seen:
+                seen.add(successor)
+                stack.append(successor)
+    return True
+
+
+def to_dot(graph: nx.MultiDiGraph, highlight: Iterable[Iterable[fx.Node]] = ()) -> str:
+    """Graphviz source of a view, one colour per group of highlighted nodes."""
+    palette = ("lightblue", "palegreen", "khaki", "lightpink", "plum", "lightsalmon")
+    colour = {n: palette[i % len(palette)] for i, group in enumerate(highlight) for n in group}
+    lines = ["digraph {", "  node [shape=box, style=filled, fillcolor=white];"]
+    for node, data in graph.nodes(data=True):
+        label = f"{node.name}\\n{data['target']} {tuple(map(str, data['shape']))}".replace('"', "'")
+        lines.append(f'  "{node.name}" [label="{label}", fillcolor="{colour.get(node, "white")}"];')
+    for source, target, data in graph.edges(data=True):
+        lines.append(f'  "{source.name}" -> "{target.name}" [label="{data["position"]}"];')
+    return "\n".join([*lines, "}"])

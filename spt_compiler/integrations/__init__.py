@@ -1,0 +1,1 @@
+"""Bridges to training libraries. Each is imported by name and imports its library only then."""

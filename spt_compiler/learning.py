@@ -1,0 +1,194 @@
+"""How a site learns: initialisation and updates of codebooks and routers from sampled activations, on the host.
+
+Graphs only sample rows into `SiteState.tensors["sample"]`; everything here runs between steps (`calibrate.maintain`), works
+in place on fixed storage, and is a deterministic function of the state, the weights and the option `seed`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import expression, pq, routing
+from .state import SiteState
+
+# Learning is dense at first and rare later: at steps 1, 2, 4, 8, 16 and then every 32 (KERNELS.md section 2.3: 20 to 50).
+PERIOD = 32
+MIN_ROWS = 16  # fewer sampled rows than this say nothing worth a decision
+CODEBOOK_DECAY = 0.9
+MEAN_DECAY = 0.9
+UPDATE_RIDGE = 3.0  # later fits trust what was learned before ten times more than the first one trusts zero
+COMPENSATION_DECAY = 0.5
+
+
+def is_due(steps: int) -> bool:
+    """Whether learning happens after this many backward passes."""
+    return steps > 0 and (steps % PERIOD == 0 or (steps < PERIOD and steps & (steps - 1) == 0))
+
+
+def learn(state: SiteState, weights: Any, *, density: float, seed: int) -> bool:
+    """Initialises or updates the site from the rows sampled since; returns whether anything was learned.
+
+    Args:
+        weights: for an FFN a mapping {w_in, b_in, w_out, act, act_in} of real tensors; unused for attention.
+        density: the site's configured density. seed: option `seed`.
+    Rows with NaN or infinity are left out and counted in the counter `skipped_rows`.
+    """
+    rows = _finite_rows(state)
+    if rows.shape[-2] < MIN_ROWS:
+        return False
+    seed = site_seed(state, seed)
+    if state.kind == "attention":
+        _learn_codebook(state, rows, seed)
+    else:
+        _learn_router(state, rows, weights, density, seed)
+    state.set_counter("initialised", 1)
+    state.set_counter("updates", state.counter("updates") + 1)
+    state.tensors["cursor"].zero_()
+    return True
+
+
+def site_seed(state: SiteState, seed: int) -> int:
+    """A seed from the site's shape and the option; never from torch's generators."""
+    number = seed + 1
+    for part in state.spec.key:
+        number = (number * 1_000_003 + (part if isinstance(part, int) else sum(map(ord, str(part))))) % (2**31 - 1)
+    return number
+
+
+def _finite_rows(state: SiteState) -> Tensor:
+    sample = state.tensors["sample"]
+    filled = min(int(state.tensors["cursor"]), sample.shape[-2])
+    rows = sample[..., :filled, :]
+    # A row counts only if it is finite for every head and for query and key alike: they are sampled together.
+    keep = rows.isfinite().flatten(0, -3).all(0).all(-1) if rows.dim() > 2 else rows.isfinite().all(-1)
+    dropped = filled - int(keep.sum())
+    if dropped:
+        state.set_counter("skipped_rows", state.counter("skipped_rows") + dropped)
+        rows = rows[..., keep, :]
+    return rows
+
+
+def _learn_codebook(state: SiteState, rows: Tensor, seed: int) -> None:
+    queries, keys = rows[0], rows[1]  # [Hkv, S, D] each
+    codebook = state.tensors["codebook"]
+    _, n_subspaces, n_codewords, _ = codebook.shape
+    moment = pq.query_moment(queries, n_subspaces)
+    mean = keys.mean(1)
+    if not state.initialised:
+        fitted = pq.fit(keys - mean[:, None], n_subspaces, n_codewords, query_moment=moment, seed=seed)
+        state.assign(codebook=fitted, key_mean=mean, query_moment=moment.to(state.tensors["query_moment"].device))
+        return
+    mean = state.tensors["key_mean"].lerp(mean, 1 - MEAN_DECAY)
+    moment = state.tensors["query_moment"].to(moment.device).lerp(moment, 1 - MEAN_DECAY)
+    updated = pq.ema_update(
+        codebook.detach(),
+        None,
+        keys - mean[:, None],
+        query_moment=moment,
+        decay=CODEBOOK_DECAY,
+        seed=seed + state.counter("updates"),
+    )
+    state.assign(codebook=updated, key_mean=mean, query_moment=moment)
+
+
+def hidden(weights: Any, x: Tensor) -> Tensor:
+    """Hidden units of an FFN for rows x [S, E]: [S, F], in fp32."""
+    pairs = zip(weights["w_in"], weights["b_in"], strict=True)
+    pre = [torch.nn.functional.linear(x, w.float(), None if b is None else b.float()) for w, b in pairs]
+    names: dict[str, Any] = {f"x{i}": p for i, p in enumerate(pre)}
+    names.update({f"a{i}": a.float() for i, a in enumerate(weights["act_in"])})
+    return expression.evaluate(expression.parse(weights["act"]), names)
+
+
+def blocks_kept(density: float, n_blocks: int) -> int:
+    """R, the number of blocks a token keeps (CONTRACTS.md, "Selection and density")."""
+    return min(n_blocks, max(1, math.floor(density * n_blocks + 0.5)))
+
+
+def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, seed: int) -> None:
+    t = state.tensors
+    n_blocks = t["router_weight"].shape[0]
+    n_keep = blocks_kept(density, n_blocks)
+    router = state.settings.ffn.router if state.settings is not None else "learned"  # type: ignore[attr-defined]
+    h, w_out = hidden(weights, x), weights["w_out"].float()
+    first = not state.initialised
+    if first:
+        permutation = routing.cluster((h.abs() * w_out.norm(dim=0)).T, n_blocks, seed, n_keep=n_keep)
+        state.assign(permutation=permutation.to(t["permutation"].device))
+    permutation = t["permutation"]
+    target = routing.block_norms(h, w_out, permutation, n_blocks)
+    if router == "static":
+        weight, bias = routing.static_router(target, x.shape[1])
+        state.assign(router_weight=weight, router_bias=bias)
+    elif router == "random":
+        if first:
+            weight, bias = routing.random_router(n_blocks, x.shape[1], seed)
+            state.assign(router_weight=weight, router_bias=bias)
+    elif first:
+        weight, bias = routing.fit_router(x, target)
+        state.assign(router_weight=weight, router_bias=bias)
+    elif not state.parameters_taken:
+        weight, bias = routing.fit_router(
+            x,
+            target,
+            prior_weight=t["router_weight"].detach(),
+            prior_bias=t["router_bias"].detach(),
+            ridge=UPDATE_RIDGE,
+        )
+        state.assign(router_weight=weight, router_bias=bias)
+    scores = torch.nn.functional.linear(x, t["router_weight"].detach(), t["router_bias"].detach())
+    if first:
+        nobody = torch.zeros_like(t["always_on"])
+        state.assign(always_on=routing.always_on(routing.choose(scores, nobody, n_keep)))
+    kept = routing.choose(scores, t["always_on"], n_keep)
+    mean = routing.fit_compensation(routing.block_outputs(h, w_out, permutation, n_blocks), kept)
+    if not first:
+        mean = t["compensation"].lerp(mean.to(t["compensation"].device), 1 - COMPENSATION_DECAY)
+    state.assign(compensation=mean)
+
+
+def router_quality(state: SiteState, weights: Any, density: float) -> dict[str, float]:
+    """What routing costs on the sampled rows: relative output error, load of the hottest block, share dropped (by norm)."""
+    x = _finite_rows(state)
+    if x.shape[0] < MIN_ROWS:
+        return {}
+    t = state.tensors
+    n_blocks = t["router_weight"].shape[0]
+    h, w_out = hidden(weights, x), weights["w_out"].float()
+    scores = torch.nn.functional.linear(x, t["router_weight"].detach(), t["router_bias"].detach())
+    kept = routing.choose(scores, t["always_on"], blocks_kept(density, n_blocks))
+    y_blocks = routing.block_outputs(h, w_out, t["permutation"], n_blocks)
+    missing = torch.where(kept[..., None], 0.0, y_blocks)
+    error = missing.sum(1)
+    if state.settings is None or state.settings.ffn.compensation:  # type: ignore[attr-defined]
+        error = error - (~kept).to(y_blocks.dtype) @ t["compensation"]
+    dense = y_blocks.sum(1)
+    norms = y_blocks.norm(dim=-1)
+    return {
+        "rel_error": float(error.norm() / dense.norm().clamp_min(1e-20)),
+        "load_max": float(kept.float().mean(0).max() * n_blocks / kept.float().sum(1).mean().clamp_min(1e-20)),
+        "dropped_share": float(1 - torch.where(kept, norms, 0.0).sum() / norms.sum().clamp_min(1e-20)),
+    }
+
+
+def evaluate_weights(recipes: Any, arguments: Sequence[Any]) -> dict[str, Any]:
+    """Real weights of an FFN site from one call's arguments (see `plan.Plan.weights`)."""
+
+    def rows(entry: Any) -> Tensor | None:
+        if entry is None:
+            return None
+        recipe, start, stop = entry
+        return recipe.evaluate(arguments)[start:stop]
+
+    return {
+        "w_in": [rows(w) for w in recipes["w_in"]],
+        "b_in": [rows(b) for b in recipes["b_in"]],
+        "w_out": recipes["w_out"].evaluate(arguments),
+        "act": recipes["act"],
+        "act_in": [a.evaluate(arguments) for a in recipes["act_in"]],
+    }

@@ -1,0 +1,540 @@
+"""CPU lowering of the routed FFN: gather the tokens of a block, two GEMMs of the vendor library, add the rows back.
+
+The row list is walked in spans. A span holds part of a large block, so that its hidden activations are still in cache
+when the second GEMM reads them, or several small blocks, so that one gather, one activation and one scatter serve them
+all. Weights are read through the permutation (as views where it is the identity) and never moved; their permuted copies
+live for one call, which costs 2 * F * E values of traffic against N * F * E multiplications. Accumulation over blocks
+runs in fp32 for 16-bit inputs.
+
+Results are bitwise repeatable. A token's result may depend in the last bit on which other tokens share its GEMMs,
+because the vendor library picks its kernel by the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spt_compiler import expression
+from spt_compiler.lowering.registry import register
+from spt_compiler.ops.reference_ffn import (
+    FlatGrads,
+    check_arguments,
+    hidden_dropout,
+    kept_blocks,
+    kept_mask,
+    row_capacity,
+)
+
+# Hidden values per span and in-projection (2 MiB of fp32): stays in the last-level cache; longer spans save little.
+_SPAN_VALUES = 1 << 19
+# Fewer rows than this starve a GEMM.
+_MIN_SPAN = 256
+# Up to here comparing every pair of blocks beats sorting each token's scores.
+_PAIRWISE_BLOCKS = 16
+
+
+@register("route_v1", "cpu", "cpu")
+def route(scores: Tensor, always_on: Tensor, budget: Tensor, max_density: float, tile: int, min_tokens: int):
+    """`spt::route_v1` on the CPU: ranks by comparing whole columns of scores, and lists by `nonzero`."""
+    n_tokens, n_blocks = scores.shape
+    n_slots = kept_blocks(max_density, n_blocks)
+    blocks = torch.full((n_tokens, n_slots), -1, dtype=torch.int32)
+    rows = torch.full((row_capacity(n_tokens, n_slots, n_blocks, tile),), -1, dtype=torch.int32)
+    density = float(budget[0])
+    if density < 0 or n_tokens < min_tokens:
+        return blocks, rows, torch.full((n_blocks + 1,), -1, dtype=torch.int32)
+    on = always_on.tolist()
+    # NaN != NaN: a budget that is not a number is no limit.
+    n_kept = kept_blocks(min(density, max_density) if density == density else max_density, n_blocks)
+    n_kept = min(max(n_kept, sum(on)), n_slots)
+
+    columns = scores.t().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).contiguous()
+    first = [g for g in range(n_blocks) if on[g]]
+    rest = [g for g in range(n_blocks) if not on[g]]
+    if first and rest:
+        rank = torch.empty(n_blocks, n_tokens, dtype=torch.int32)
+        rank[first] = _rank(columns[first]).int()
+        rank[rest] = _rank(columns[rest]).int() + len(first)
+    else:
+        rank = _rank(columns)
+    kept = rank < n_kept
+
+    blocks[:, :n_kept] = kept.t().contiguous().nonzero()[:, 1].view(n_tokens, n_kept)
+    listed = kept.nonzero()[:, 1]
+    offsets, taken = [0], 0
+    for count in kept.sum(1).tolist():
+        rows[offsets[-1] : offsets[-1] + count] = listed[taken : taken + count]
+        taken += count
+        offsets.append(offsets[-1] + -(-count // tile) * tile)
+    return blocks, rows, torch.tensor(offsets, dtype=torch.int32)
+
+
+def _rank(columns: Tensor) -> Tensor:
+    """[g, N] scores -> [g, N], 0 for the largest of each column; ties to the lower row."""
+    n = columns.shape[0]
+    if n > _PAIRWISE_BLOCKS:
+        order = columns.argsort(dim=0, descending=True, stable=True)
+        ids = torch.arange(n, dtype=torch.int32).unsqueeze(1).expand_as(order)
+        return torch.empty_like(order, dtype=torch.int32).scatter_(0, order, ids)
+    rank = torch.zeros(columns.shape, dtype=torch.uint8)
+    for g in range(n):
+        rank[g + 1 :] += columns[g] >= columns[g + 1 :]
+        rank[:g] += columns[g] > columns[:g]
+    return rank
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Rows of one block within a span."""
+
+    block: int
+    units: slice  # in block order
+    rows: slice  # of the span
+    first: bool  # the block's first rows
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Rows that are gathered, activated and scattered together. Without `tokens` they are tokens `part`, in order."""
+
+    tokens: Tensor | None
+    part: slice
+    slots: slice  # of `rows` and `saved`
+    width: int
+    segments: tuple[_Segment, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return self.part.stop - self.part.start
+
+    def take(self, source: Tensor) -> Tensor:
+        """The span's rows of [N, ...]."""
+        return source[self.part] if self.tokens is None else source.index_select(0, self.tokens)
+
+    def of(self, saved: Tensor) -> list[Tensor]:
+        """The span's saved pre-activations: a [n, width] view per in-projection."""
+        return [s[self.slots, : self.width] for s in saved]
+
+    def add_product(self, target: Tensor, left: Tensor, weight: Tensor) -> None:
+        """target[tokens] += left @ weight[units], for [n, W] and [F, K] in block order."""
+        if self.tokens is None:
+            (segment,) = self.segments
+            if target.dtype == left.dtype:
+                target[self.part].addmm_(left, weight[segment.units])
+            else:
+                target[self.part] += torch.mm(left, weight[segment.units])
+            return
+        if len(self.segments) == 1:
+            product = torch.mm(left, weight[self.segments[0].units])
+        else:
+            product = left.new_empty((self.n_rows, weight.shape[1]))
+            for segment in self.segments:
+                torch.mm(left[segment.rows], weight[segment.units], out=product[segment.rows])
+        target.index_add_(0, self.tokens, product.to(target.dtype))
+
+    def gate_index(self, n_blocks: int) -> Tensor:
+        """Where the gates of the span's rows lie in a flattened [N, G]."""
+        tokens = torch.arange(self.part.start, self.part.stop) if self.tokens is None else self.tokens
+        index = tokens * n_blocks
+        for segment in self.segments:
+            index[segment.rows] += segment.block
+        return index
+
+
+class _Work:
+    """What forward and backward share: the spans, the order of the weights, and the dtypes of accumulation."""
+
+    def __init__(self, x: Tensor, gates, blocks: Tensor, rows: Tensor, offsets: Tensor, permutation: Tensor):
+        self.n_tokens = x.shape[0]
+        self.n_units = permutation.shape[0]
+        self.n_blocks = offsets.shape[0] - 1
+        self.width = -(-self.n_units // self.n_blocks)
+        self.starts = offsets.tolist()
+        self.dense = self.starts[0] < 0
+        ordered = torch.equal(permutation, torch.arange(self.n_units, dtype=permutation.dtype))
+        # Where every block is computed without gates, the order of units is free: nothing to permute.
+        self.units = None if ordered or (self.dense and gates is None) else permutation.long()
+        if self.dense:
+            self.counts = [self.n_tokens] * self.n_blocks
+        else:
+            self.counts = torch.bincount(blocks.reshape(-1) + 1, minlength=self.n_blocks + 1)[1:].tolist()
+        # A block past the last unit (F much smaller than G * W) has nothing to compute.
+        self.counts = [c if self.units_of(g).start < self.n_units else 0 for g, c in enumerate(self.counts)]
+        self.listed = None if self.dense else rows.long()
+        self.capacity = rows.shape[0]
+
+        low_precision = x.dtype in (torch.float16, torch.bfloat16)
+        self.accumulate = torch.float32 if low_precision else x.dtype
+        self.span = max(_MIN_SPAN, _SPAN_VALUES // self.width)
+        if self.dense:
+            # No more hidden values at a time than the sparse capacity holds.
+            self.span = max(1, min(self.span, self.capacity))
+        elif low_precision:
+            # A weight gradient is one GEMM per block then: partial sums would be rounded to 16 bits.
+            self.span = max(1, self.n_tokens)
+        # Sums of 16-bit products over several spans are kept wide.
+        self.partial = self.accumulate if self.dense else x.dtype
+
+    def units_of(self, block: int) -> slice:
+        return slice(min(block * self.width, self.n_units), min((block + 1) * self.width, self.n_units))
+
+    def spans(self, *, merge: bool) -> Iterator[_Span]:
+        """All spans in block order. With `merge`, small blocks that lie together in the row list share one."""
+        waiting: list[int] = []
+        for block, count in enumerate(self.counts):
+            alone = count == self.n_tokens or count > self.span or not merge
+            if waiting and (alone or not self._joins(waiting, block)):
+                yield self._merged(waiting)
+                waiting = []
+            if count == 0:
+                continue
+            if alone:
+                yield from self._split(block)
+            else:
+                waiting.append(block)
+        if waiting:
+            yield self._merged(waiting)
+
+    def _joins(self, blocks: list[int], block: int) -> bool:
+        last, units = blocks[-1], self.units_of(block)
+        total = sum(self.counts[b] for b in blocks) + self.counts[block]
+        adjacent = self.starts[last] + self.counts[last] == self.starts[block]
+        return adjacent and total <= self.span and units.stop - units.start == self.width
+
+    def _merged(self, blocks: list[int]) -> _Span:
+        assert self.listed is not None
+        segments, row = [], 0
+        for block in blocks:
+            segments.append(_Segment(block, self.units_of(block), slice(row, row + self.counts[block]), True))
+            row += self.counts[block]
+        slots = slice(self.starts[blocks[0]], self.starts[blocks[0]] + row)
+        width = segments[0].units.stop - segments[0].units.start
+        return _Span(self.listed[slots], slice(0, row), slots, width, tuple(segments))
+
+    def _split(self, block: int) -> Iterator[_Span]:
+        count, units = self.counts[block], self.units_of(block)
+        start = 0 if self.dense else self.starts[block]
+        size = -(-count // -(-count // self.span))
+        for low in range(0, count, size):
+            high = min(low + size, count)
+            slots = slice(start + low, start + high)
+            tokens = None if self.listed is None or count == self.n_tokens else self.listed[slots]
+            segment = _Segment(block, units, slice(0, high - low), low == 0)
+            part = slice(low, high)
+            yield _Span(tokens, part, slots, units.stop - units.start, (segment,))
+
+    def dropout(self, span: _Span, seed: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+        """[n, W] factors of the span's hidden units; the hash takes the model's own numbers of tokens and units."""
+        (segment,) = span.segments
+        tokens = torch.arange(span.part.start, span.part.stop) if span.tokens is None else span.tokens
+        units = torch.arange(segment.units.start, segment.units.stop)
+        return hidden_dropout(seed, tokens, units if self.units is None else self.units[units], self.n_units, p, dtype)
+
+    def arrange(self, weight: Tensor) -> Tensor:
+        """[F, ...] in block order: a copy, or the tensor itself where the units are in order."""
+        if self.units is None:
+            return weight
+        if _units_inside(weight):
+            return weight.t().index_select(1, self.units).t()
+        return weight.index_select(0, self.units)
+
+    def gradient(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Buffer for the gradient of an [F, ...] weight in block order, zero if some block has no token."""
+        make = torch.zeros if 0 in self.counts else torch.empty
+        if _units_inside(weight):
+            return make(weight.shape[::-1], dtype=dtype).t()
+        return make(weight.shape, dtype=dtype)
+
+    def restore(self, gradient: Tensor) -> Tensor:
+        """A buffer of `gradient` in the model's order of units."""
+        if self.units is None:
+            return gradient
+        inverse = torch.empty_like(self.units)
+        inverse[self.units] = torch.arange(self.n_units)
+        if _units_inside(gradient):
+            return gradient.t().index_select(1, inverse).t()
+        return gradient.index_select(0, inverse)
+
+
+def _units_inside(weight: Tensor) -> bool:
+    """Whether the units of an [F, K] weight lie next to each other in memory (a transposed view)."""
+    return weight.dim() == 2 and weight.stride(0) < weight.stride(1)
+
+
+def _per_unit(act_in: Tensor) -> bool:
+    """Whether an activation input is a vector over the hidden units, and not one number for all of them."""
+    return act_in.dim() == 1 and act_in.shape[0] != 1
+
+
+def _accumulate_product(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """out = left @ right for a block's first rows, out += left @ right for the others."""
+    if out.dtype != left.dtype:
+        product = torch.mm(left, right)
+        out.copy_(product) if first else out.add_(product)
+    elif first:
+        torch.mm(left, right, out=out)
+    else:
+        out.addmm_(left, right)
+
+
+class _Inputs:
+    """The in-projections and the activation, with weights in block order."""
+
+    def __init__(self, work: _Work, x, w_in, b_in, lora_a_out, lora_b, act_expr: str, act_in, p: float):
+        self.work, self.x = work, x
+        self.w_in = [work.arrange(w) for w in w_in]
+        self.b_in = [work.arrange(b) for b in b_in] or [None] * len(w_in)
+        self.lora = [
+            (a.to(x.dtype), work.arrange(b).to(x.dtype)) if b.shape[1] else None
+            for a, b in zip(lora_a_out, lora_b, strict=True)
+        ] or [None] * len(w_in)
+        self.act = expression.parse(act_expr)
+        self.act_in = {f"a{i}": (work.arrange(a) if _per_unit(a) else a).to(x.dtype) for i, a in enumerate(act_in)}
+        # What differs between the blocks of a span has to be the same for each of its rows.
+        self.merge = p == 0 and not any(_per_unit(a) for a in act_in)
+
+    def pre_activations(self, span: _Span, saved: Tensor | None, rows: Tensor) -> list[Tensor]:
+        """[n, W] per in-projection, written into `saved` if given; `rows`: the span's rows of x."""
+        if saved is not None:
+            pre = span.of(saved)
+        else:
+            pre = [rows.new_empty((span.n_rows, span.width)) for _ in self.w_in]
+        for z, w, b, lora in zip(pre, self.w_in, self.b_in, self.lora, strict=True):
+            low = None if lora is None else span.take(lora[0])
+            for segment in span.segments:
+                out, part, weight = z[segment.rows], rows[segment.rows], w[segment.units].t()
+                if b is None:
+                    torch.mm(part, weight, out=out)
+                else:
+                    torch.addmm(b[segment.units], part, weight, out=out)
+                if low is not None:
+                    out.addmm_(low[segment.rows], lora[1][segment.units].t())
+        return pre
+
+    def env(self, span: _Span, pre: list[Tensor]) -> dict[str, Tensor]:
+        """What the activation reads, by name (see `reference_ffn.activation_env`)."""
+        env = {f"x{i}": z for i, z in enumerate(pre)}
+        for name, a in self.act_in.items():
+            env[name] = a[span.segments[0].units] if _per_unit(a) else a
+        return env
+
+    def hidden(self, span: _Span, pre: list[Tensor]) -> Tensor:
+        """[n, W] after the activation; not to be written to (it may be a pre-activation itself)."""
+        value = expression.evaluate(self.act, self.env(span, pre))
+        return value.to(self.x.dtype).expand_as(pre[0])
+
+
+@register("routed_ffn_v1", "cpu", "cpu")
+def routed_ffn(
+    x: Tensor,
+    w_in: list[Tensor],
+    b_in: list[Tensor],
+    w_out: Tensor,
+    b_out: Tensor | None,
+    lora_a_out: list[Tensor],
+    lora_b: list[Tensor],
+    gates: Tensor | None,
+    blocks: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    permutation: Tensor,
+    compensation: Tensor | None,
+    act_expr: str,
+    act_in: list[Tensor],
+    seed: Tensor | None,
+    p: float,
+    save: bool,
+):
+    """`spt::routed_ffn_v1` on the CPU; see `ops/ffn.py` for the arguments."""
+    weights = (w_in, b_in, w_out, b_out, lora_a_out, lora_b)
+    check_arguments(x, *weights, gates, blocks, rows, offsets, permutation, compensation, seed, p)
+    work = _Work(x, gates, blocks, rows, offsets, permutation)
+    inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in, p)
+    w_down = work.arrange(w_out.t())
+    saved = x.new_empty((len(w_in), rows.shape[0] if save else 0, work.width))
+    if save:
+        _clear_unused(saved, work)
+
+    shape = (x.shape[0], w_out.shape[0])
+    if compensation is not None and not work.dense:
+        dropped = (~kept_mask(blocks, work.n_blocks)).to(work.accumulate)
+        shift = compensation.to(work.accumulate)
+        y = torch.mm(dropped, shift) if b_out is None else torch.addmm(b_out.to(work.accumulate), dropped, shift)
+    elif b_out is not None:
+        y = b_out.to(work.accumulate).expand(shape).clone(memory_format=torch.contiguous_format)
+    else:
+        y = torch.zeros(shape, dtype=work.accumulate)
+
+    flat_gates = None if gates is None else gates.reshape(-1)
+    for span in work.spans(merge=inputs.merge):
+        pre = inputs.pre_activations(span, saved if save and not work.dense else None, span.take(x))
+        hidden = inputs.hidden(span, pre)
+        if p > 0 and seed is not None:
+            hidden = hidden * work.dropout(span, seed, p, hidden.dtype)
+        if flat_gates is not None:
+            scale = flat_gates.index_select(0, span.gate_index(work.n_blocks))
+            hidden = hidden * scale.to(hidden.dtype).unsqueeze(1)
+        span.add_product(y, hidden, w_down)
+    return y.to(x.dtype), saved
+
+
+def _clear_unused(saved: Tensor, work: _Work) -> None:
+    """Zero what no token fills, so that equal calls give equal bytes."""
+    if work.dense:
+        saved.zero_()
+        return
+    end = 0
+    for block, count in enumerate(work.counts):
+        start, units = work.starts[block], work.units_of(block)
+        if end < start:
+            saved[:, end:start] = 0
+        end = start + count
+        if units.stop - units.start < work.width:
+            saved[:, start:end, units.stop - units.start :] = 0
+    saved[:, end:] = 0
+
+
+@register("routed_ffn_backward_v1", "cpu", "cpu")
+def routed_ffn_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    w_in: list[Tensor],
+    b_in: list[Tensor],
+    w_out: Tensor,
+    b_out: Tensor | None,
+    lora_a_out: list[Tensor],
+    lora_b: list[Tensor],
+    gates: Tensor | None,
+    blocks: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    permutation: Tensor,
+    act_expr: str,
+    act_in: list[Tensor],
+    seed: Tensor | None,
+    p: float,
+    saved: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    """`spt::routed_ffn_backward_v1` on the CPU: no GEMM for what is not needed, and none again for what was saved."""
+    flat = FlatGrads(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, gates, act_in, needs)
+    flat.put("b_out", lambda: grad_y.sum(0, dtype=torch.promote_types(grad_y.dtype, torch.float32)))
+    if flat.needed <= {"b_out"}:
+        return flat.tensors()
+    work = _Work(x, gates, blocks, rows, offsets, permutation)
+    inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in, p)
+    grads = _Gradients(work, flat)
+    w_down = work.arrange(w_out.t()) if grads.through_hidden else None
+    flat_gates = None if gates is None else gates.reshape(-1)
+    recompute = work.dense or saved.shape[1] == 0
+    for span in work.spans(merge=inputs.merge):
+        x_rows = span.take(x) if recompute or grads.uses_x else None
+        pre = inputs.pre_activations(span, None, x_rows) if recompute else span.of(saved)
+        grad = span.take(grad_y)
+        keep = work.dropout(span, seed, p, x.dtype) if p > 0 and seed is not None else None
+        index = scale = None
+        if flat_gates is not None:
+            index = span.gate_index(work.n_blocks)
+            scale = flat_gates.index_select(0, index).to(x.dtype).unsqueeze(1)
+
+        hidden = None
+        if grads.uses_hidden:
+            hidden = inputs.hidden(span, pre)
+            hidden = hidden if keep is None else hidden * keep
+        if grads.w_out is not None:
+            scaled = hidden if scale is None else hidden * scale
+            for segment in span.segments:
+                left, right = scaled[segment.rows].t(), grad[segment.rows]
+                _accumulate_product(grads.w_out[segment.units], left, right, segment.first)
+        if w_down is None:
+            continue
+
+        grad_hidden = grad.new_empty((span.n_rows, span.width))
+        for segment in span.segments:
+            torch.mm(grad[segment.rows], w_down[segment.units].t(), out=grad_hidden[segment.rows])
+        if grads.gates is not None:
+            value = (grad_hidden * hidden).sum(1, dtype=grads.gates.dtype)
+            grads.gates.view(-1).index_copy_(0, index, value)
+        if scale is not None:
+            grad_hidden.mul_(scale)
+        if keep is not None:
+            grad_hidden.mul_(keep)
+        if grads.names:
+            slopes = expression.vjp(inputs.act, inputs.env(span, pre), grads.names, grad_hidden)
+            grads.add(inputs, span, dict(zip(grads.names, slopes, strict=True)), x_rows)
+    grads.store()
+    return flat.tensors()
+
+
+class _Gradients:
+    """Buffers of the gradients that are needed, in block order, and the steps that fill them."""
+
+    def __init__(self, work: _Work, flat: FlatGrads):
+        self.work, self.flat = work, flat
+        like, needed = flat.like, flat.needed
+        self.n_in = sum(name.startswith("w_in") for name in like)
+
+        def tokens(name: str) -> Tensor | None:
+            return torch.zeros(like[name].shape, dtype=work.accumulate) if name in needed else None
+
+        def units(name: str, dtype: torch.dtype) -> Tensor | None:
+            return work.gradient(like[name], dtype) if name in needed else None
+
+        self.x = tokens("x")
+        self.w_in = [units(f"w_in{i}", work.partial) for i in range(self.n_in)]
+        self.b_in = [units(f"b_in{i}", work.accumulate) for i in range(self.n_in)]
+        self.w_out = work.gradient(like["w_out"].t(), work.partial) if "w_out" in needed else None
+        self.lora_a_out = [tokens(f"lora_a_out{i}") for i in range(self.n_in)]
+        self.lora_b = [units(f"lora_b{i}", work.partial) for i in range(self.n_in)]
+        self.gates = tokens("gates")
+        self.act_in = {f"a{name[6:]}": tokens(name) for name in sorted(needed) if name.startswith("act_in")}
+        per_pre = zip(self.w_in, self.b_in, self.lora_a_out, self.lora_b, strict=True)
+        wanted = [self.x is not None or any(g is not None for g in group) for group in per_pre]
+        # Names of the activation's inputs whose gradients are needed.
+        self.names = [f"x{i}" for i in range(self.n_in) if wanted[i]] + list(self.act_in)
+        self.through_hidden = bool(self.names) or self.gates is not None
+        self.uses_hidden = self.w_out is not None or self.gates is not None
+        self.uses_x = any(g is not None for g in self.w_in)
+
+    def add(self, inputs: _Inputs, span: _Span, slopes: dict[str, Tensor], x_rows: Tensor | None) -> None:
+        """Add one span's contributions, given the gradients of the activation's inputs by name."""
+        for name, buffer in self.act_in.items():
+            target = buffer[span.segments[0].units] if _per_unit(buffer) else buffer
+            target += slopes[name]
+        for i in range(self.n_in):
+            if f"x{i}" not in slopes:
+                continue
+            grad = slopes[f"x{i}"].to(inputs.x.dtype)
+            if self.x is not None:
+                span.add_product(self.x, grad, inputs.w_in[i])
+            lora = inputs.lora[i]
+            if lora is not None and self.lora_a_out[i] is not None:
+                span.add_product(self.lora_a_out[i], grad, lora[1])
+            low = span.take(lora[0]) if lora is not None and self.lora_b[i] is not None else None
+            for segment in span.segments:
+                part, units, first = grad[segment.rows], segment.units, segment.first
+                if self.w_in[i] is not None:
+                    _accumulate_product(self.w_in[i][units], part.t(), x_rows[segment.rows], first)
+                if self.b_in[i] is not None:
+                    total = part.sum(0, dtype=self.b_in[i].dtype)
+                    self.b_in[i][units] = total if first else self.b_in[i][units] + total
+                if low is not None:
+                    _accumulate_product(self.lora_b[i][units], part.t(), low[segment.rows], first)
+
+    def store(self) -> None:
+        """Hand the finished gradients, in the model's order of units, to the flat list."""
+        put, restore = self.flat.put, self.work.restore
+        put("x", lambda: self.x)
+        for i in range(self.n_in):
+            put(f"w_in{i}", lambda i=i: restore(self.w_in[i]))
+            put(f"b_in{i}", lambda i=i: restore(self.b_in[i]))
+            put(f"lora_a_out{i}", lambda i=i: self.lora_a_out[i])
+            put(f"lora_b{i}", lambda i=i: restore(self.lora_b[i]))
+        put("w_out", lambda: restore(self.w_out).t())
+        put("gates", lambda: self.gates)
+        for name, buffer in self.act_in.items():
+            put(f"act_in{name[1:]}", lambda b=buffer: restore(b) if _per_unit(b) else b)

@@ -1,0 +1,346 @@
+"""Selection of key tiles and keys on the CPU; the same choice as the reference, up to ties in floating point.
+
+Tiles: where a query sees all keys of a tile alike, the logit of the tile is the query times the tile's mean key, one small GEMM.
+Only tiles that a query sees in part are treated key by key: under a causal mask the one on the diagonal, under other masks those
+in which the mask is not constant. Work goes through the query tiles in chunks; nothing of size Tq x Tk is held.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spt_compiler.lowering import cpu_threads
+from spt_compiler.lowering.cpu_masks import Masks, split
+from spt_compiler.lowering.registry import register
+from spt_compiler.ops.reference import (
+    check_rule,
+    check_selection,
+    choose_keys,
+    choose_tiles,
+    compute_dtype,
+    everything_by_data,
+    forced_mask,
+    wanted_count,
+)
+from spt_compiler.ops.selection import pq, pq_match
+from spt_compiler.ops.selection.common import Rule, forced_tiles, max_keys, max_tiles
+
+# Logits of tiles, or of keys, held at a time (elements).
+_PANEL = 1 << 19
+
+
+class _Scorer:
+    """Attention mass and visibility of key tiles, a range of query tiles at a time."""
+
+    def __init__(self, q: Tensor, keys: Tensor, masks: Masks, tile_q: int, tile_k: int, scale: float, softcap: float | None):
+        """Args: q: [B, H, Tq, D].  keys: [B, Hkv, Tk, D], those to score, of the dtype of computation."""
+        self.q, self.masks, self.tile_q, self.tile_k = q, masks, tile_q, tile_k
+        self.scale, self.softcap = scale, softcap
+        self.batch, self.n_heads, self.n_q, _ = q.shape
+        self.n_groups, self.n_k = keys.shape[1:3]
+        self.group = self.n_heads // self.n_groups
+        self.n_tiles = -(-self.n_k // tile_k)
+        self.dtype = keys.dtype
+        tail = self.n_tiles * tile_k - self.n_k
+        keys = F.pad(keys, (0, 0, 0, tail)) if tail else keys
+        self.keys = keys.unflatten(2, (self.n_tiles, tile_k))  # [B, Hkv, nK, tile_k, D]
+        # Addends that hold for every query: [B or 1, H or 1, nK, tile_k].
+        key = torch.zeros(1, 1, self.n_k, dtype=self.dtype) if masks.key is None else masks.key
+        self.key = F.pad(key, (0, tail), value=-torch.inf).unflatten(2, (self.n_tiles, tile_k))
+        self.uniform = masks.key is None and tail == 0
+        self.level = self.key.logsumexp(-1)  # [B or 1, H or 1, nK]
+        self.visible = self.level > -torch.inf
+        self.all_visible = bool(self.visible.all())
+        self.means = self._means().mul_(scale)
+        self.diagonal = masks.causal and not masks.general
+        if self.diagonal:
+            self.own_weight, self.own_level = self._prefixes()
+
+    def _means(self) -> Tensor:
+        """Mean keys of the tiles, under the addends of the keys: [B, Hkv or H, nK, D]."""
+        if self.uniform:
+            return self.keys.mean(3)
+        weight = torch.where(self.visible.unsqueeze(-1), self.key.softmax(-1), 0)
+        keys = self.keys if weight.shape[1] == 1 else self.keys.repeat_interleave(self.group, dim=1)
+        return (weight.unsqueeze(-2) @ keys).squeeze(-2)
+
+    def _prefixes(self) -> tuple[Tensor, Tensor]:
+        """Weights and level of the tile on a query's diagonal, of which a causal mask shows only the beginning.
+
+        Returns: weights [B or 1, H or 1, nK or 1, tile_k, tile_k] (query, key), zero where nothing is visible; levels
+            [B or 1, H or 1, nK or 1, tile_k], -inf there.
+        """
+        position = torch.arange(self.tile_k)
+        key = self.key[:, :, :1] if self.uniform else self.key
+        added = key.unsqueeze(-2).masked_fill(position > position.unsqueeze(1), -torch.inf)
+        level = added.logsumexp(-1)
+        return torch.where((level > -torch.inf).unsqueeze(-1), added.softmax(-1), 0), level
+
+    def _own(self, queries: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Logit of the tile on the diagonal of each query, levels included, and whether it is visible.
+
+        Args: queries: [B, H, rows, D] from position `start`, a multiple of tile_k.
+        Returns: logit [B, H, n], visible [B or 1, H or 1, n], for the n queries before the end of the keys.
+        """
+        first = start // self.tile_k
+        n = max(0, min(queries.shape[2], self.n_tiles * self.tile_k - start))
+        n_own = -(-n // self.tile_k)
+        queries, missing = queries[:, :, :n], n_own * self.tile_k - n
+        queries = (F.pad(queries, (0, 0, 0, missing)) if missing else queries).unflatten(2, (n_own, self.tile_k))
+        keys = self.keys[:, :, first : first + n_own]
+        keys = keys if self.group == 1 else keys.repeat_interleave(self.group, dim=1)
+        weight, level = (x if x.shape[2] == 1 else x[:, :, first : first + n_own] for x in (self.own_weight, self.own_level))
+        logit = (queries @ keys.transpose(-1, -2)).mul_(weight).sum(-1).mul_(self.scale)
+        logit = self._capped(logit).add_(level)
+        level = level.expand(-1, -1, n_own, -1)
+        return logit.flatten(2)[:, :, :n], (level > -torch.inf).flatten(2)[:, :, :n]
+
+    def _capped(self, logit: Tensor) -> Tensor:
+        return logit if self.softcap is None else logit.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def mass(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Mass and visibility of the key tiles for the query tiles first..stop: [B, Hkv, stop - first, nK] each."""
+        start, end = first * self.tile_q, min(stop * self.tile_q, self.n_q)
+        queries = self.q[:, :, start:end].to(self.dtype).contiguous()
+        n_seen = self.n_tiles
+        if self.masks.causal:
+            n_seen = min(n_seen, -(-end // self.tile_k))
+        logit = self._logits(queries, self.means[:, :, :n_seen])
+        if self.masks.general:
+            sees = self._apply_general(logit, queries, start, end, n_seen)
+        else:
+            sees = self._apply_keys(logit, queries, start, end, n_seen)
+        return self._reduce(logit, sees, stop - first)
+
+    def _logits(self, queries: Tensor, means: Tensor) -> Tensor:
+        """softcap(scale * q . mean): [B, H, rows, n]."""
+        batch, n_means, n_seen = means.shape[:3]
+        rows = queries.shape[2]
+        if n_means != self.n_heads:
+            queries = queries.reshape(batch, n_means, -1, queries.shape[3])
+        return self._capped((queries @ means.transpose(-1, -2)).view(batch, self.n_heads, rows, n_seen))
+
+    def _apply_keys(self, logit: Tensor, queries: Tensor, start: int, end: int, n_seen: int) -> Tensor:
+        """Adds levels and hides what is not visible, for masks of keys and causality alone; returns what is visible."""
+        logit.add_(self.level[:, :, None, :n_seen])
+        visible = self.visible[:, :, None, :n_seen]
+        if not self.diagonal:
+            return visible
+        band = start // self.tile_k  # tiles before it are seen whole by every query of the range
+        tile = torch.arange(band, n_seen)
+        query = torch.arange(start, end).unsqueeze(1)
+        part = logit[..., band:]
+        skip = start - band * self.tile_k  # queries before `start` on the first tile, where tile_q is no multiple of tile_k
+        own, own_visible = self._own(F.pad(queries, (0, 0, skip, 0)) if skip else queries, band * self.tile_k)
+        own, own_visible = own[:, :, skip:], own_visible[:, :, skip:]
+        n_own = own.shape[2]
+        on_diagonal = query[:n_own] // self.tile_k == tile
+        if n_own > 0:
+            at = (query[:n_own] // self.tile_k - band).expand(*own.shape, 1)
+            part[:, :, :n_own].scatter_(-1, at, own.unsqueeze(-1))
+        hidden = tile * self.tile_k > query  # [rows, tiles of the band]
+        part.masked_fill_(hidden, -torch.inf)
+        if self.all_visible and bool(own_visible.all()):
+            return F.pad(~hidden, (band, 0), value=True)
+        sees = visible.expand(-1, -1, end - start, -1).clone()
+        if n_own > 0:
+            sees[:, :, :n_own, band:] = torch.where(on_diagonal, own_visible.unsqueeze(-1), sees[:, :, :n_own, band:])
+        sees[..., band:] &= ~hidden
+        return sees
+
+    def _apply_general(self, logit: Tensor, queries: Tensor, start: int, end: int, n_seen: int) -> Tensor:
+        """The same for masks that have to be read at every (query, key)."""
+        added = self.masks.rows(start, end)[..., : min(n_seen * self.tile_k, self.n_k)]  # [B or 1, H or 1, rows, keys]
+        tail = n_seen * self.tile_k - added.shape[-1]
+        added = F.pad(added, (0, tail), value=-torch.inf).unflatten(3, (n_seen, self.tile_k))
+        high, low = added.amax(-1), added.amin(-1)
+        sees = high > -torch.inf
+        level = torch.where(sees, added.logsumexp(-1), -torch.inf)
+        # A tile that is neither constant nor invisible for some query of the chunk is scored key by key.
+        mixed = ((high != low) & sees).flatten(0, 2).any(0).nonzero().flatten()
+        if mixed.numel():
+            weight = added[..., mixed, :].softmax(-1)
+            weight = torch.where(sees[..., mixed].unsqueeze(-1), weight, 0)
+            keys = self.keys[:, :, mixed].flatten(2, 3)  # [B, Hkv, mixed * tile_k, D]
+            stacked = queries.reshape(self.batch, self.n_groups, -1, queries.shape[3])
+            similarity = (stacked @ keys.transpose(-1, -2)).view(*queries.shape[:3], mixed.numel(), self.tile_k)
+            logit[..., mixed] = self._capped((similarity * weight).sum(-1).mul_(self.scale))
+        logit.add_(level)
+        return sees
+
+    def _reduce(self, logit: Tensor, sees: Tensor, n_row_tiles: int) -> tuple[Tensor, Tensor]:
+        """Softmax over the tiles, summed over the rows of each query tile and the heads of the group."""
+        batch, n_heads, rows, n_seen = logit.shape
+        share = logit.softmax(-1)
+        whole = rows == n_row_tiles * self.tile_q
+        sees = sees.view((1,) * (4 - sees.dim()) + tuple(sees.shape)).expand(-1, -1, rows, -1)
+        nothing = ~sees.any(-1, keepdim=True)
+        if bool(nothing.any()):
+            share.masked_fill_(nothing, 0)  # a row that sees nothing has a NaN softmax
+
+        def by_tile(x: Tensor) -> Tensor:  # [., ., rows, n] -> [., ., nQ, tile_q, n]
+            x = x if whole else F.pad(x, (0, 0, 0, n_row_tiles * self.tile_q - rows))
+            return x.unflatten(2, (n_row_tiles, self.tile_q))
+
+        mass = by_tile(share).sum(3)
+        if self.group > 1:
+            mass = mass.unflatten(1, (self.n_groups, self.group)).sum(2)
+        visible = by_tile(sees).any(3)
+        if visible.shape[1] > 1 and self.group > 1:
+            visible = visible.unflatten(1, (self.n_groups, self.group)).any(2)
+        visible = visible.expand(batch, self.n_groups, -1, -1)
+        beyond = (0, self.n_tiles - n_seen)
+        return (F.pad(mass, beyond), F.pad(visible, beyond)) if beyond[1] else (mass, visible)
+
+
+def _keys_to_score(
+    rule: Rule, k: Tensor, codebook: Tensor | None, key_mean: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The keys by which a rule scores tiles, [B, Hkv, Tk, D] of dtype `dtype`."""
+    if not rule.needs_codebook:
+        return rule.tile_keys(k, codebook, key_mean).to(dtype)
+    keys = torch.empty(k.shape, dtype=dtype)
+
+    def score(first: int, stop: int) -> None:
+        keys[:, :, first:stop] = rule.tile_keys(k[:, :, first:stop].to(dtype), codebook, key_mean)
+
+    cpu_threads.run([functools.partial(score, *part) for part in cpu_threads.ranges(k.shape[2], cpu_threads.width())])
+    return keys
+
+
+def _choose_fast(mass: Tensor, visible: Tensor, forced: Tensor, wanted: int, width: int) -> tuple[Tensor, Tensor]:
+    """`choose_tiles` where no row has more forced tiles than it keeps: a partial sort in place of a full one."""
+    n_tiles = mass.shape[-1]
+    mass = torch.nan_to_num(mass, nan=-1.0).clamp_(min=-1.0)
+    mass.masked_fill_(forced, torch.inf).masked_fill_(~visible, -torch.inf)
+    keep = min(wanted, width, n_tiles)
+    if keep == n_tiles:
+        kept = visible
+    else:
+        threshold = mass.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        above = mass > threshold
+        level = (mass == threshold) & visible
+        # Ties at the threshold: the lower indices fill what is left.
+        kept = (above & visible) | (level & (level.cumsum(-1) <= keep - above.sum(-1, keepdim=True)))
+    counts = kept.sum(-1)
+    tiles = torch.full((*mass.shape[:-1], width), -1, dtype=torch.int32)
+    where = kept.nonzero(as_tuple=True)
+    slot = kept.cumsum(-1)[where] - 1
+    tiles[(*where[:-1], slot)] = where[-1].int()
+    return tiles, counts.int()
+
+
+@register("select_tiles_v1", "cpu", "cpu")
+def select_tiles(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    expr: str,
+    expr_in: list[Tensor],
+    codebook: Tensor | None,
+    key_mean: Tensor | None,
+    budget: Tensor,
+    max_density: float,
+    tile_q: int,
+    tile_k: int,
+    scale: float,
+    softcap: float | None,
+    rule: str,
+    min_keys: int,
+) -> tuple[Tensor, Tensor]:
+    """`spt::select_tiles_v1`; see there."""
+    check_selection(q, k, bias, codebook, key_mean, budget)
+    chosen = check_rule(rule, "tile", codebook)
+    batch, n_heads, n_q, _ = q.shape
+    n_groups, n_k = k.shape[1:3]
+    width = max_tiles(n_k, max_density, tile_q, tile_k)
+    rows = (batch, n_groups, -(-n_q // tile_q))
+    everything = everything_by_data(budget, n_k, min_keys)
+    if bool(everything):
+        return torch.full((*rows, width), -1, dtype=torch.int32), torch.full(rows, -1, dtype=torch.int32)
+    if batch * n_q * n_k == 0:
+        return torch.full((*rows, width), -1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    dtype = compute_dtype(q, k)
+    wanted = int(wanted_count(budget, max_density, n_k, tile_k))
+    masks = split(bias, expr, expr_in, (batch, n_heads, n_q, n_k), dtype)
+    scorer = _Scorer(q, _keys_to_score(chosen, k, codebook, key_mean, dtype), masks, tile_q, tile_k, scale, softcap)
+    mass = torch.empty(*rows, scorer.n_tiles, dtype=dtype)
+    visible = torch.empty(*rows, scorer.n_tiles, dtype=torch.bool)
+
+    def score(first: int, stop: int) -> None:
+        mass[:, :, first:stop], visible[:, :, first:stop] = scorer.mass(first, stop)
+
+    per_tile = tile_q * (n_k if masks.general else scorer.n_tiles) * batch * n_heads
+    step = max(1, min(_PANEL // per_tile, -(-rows[2] // cpu_threads.width())))
+    # The last query tiles see most: they go first, so that no thread is left alone with them.
+    firsts = reversed(range(0, rows[2], step))
+    cpu_threads.run([functools.partial(score, first, min(first + step, rows[2])) for first in firsts])
+    forced = forced_mask(visible, expr, n_q, n_k, tile_q, tile_k)
+    if wanted >= min(forced_tiles(tile_q, tile_k), scorer.n_tiles):
+        return _choose_fast(mass, visible, forced, wanted, width)
+    return choose_tiles(mass, visible, forced, torch.tensor([wanted]), width, everything)
+
+
+@register("select_keys_v1", "cpu", "cpu")
+def select_keys(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    expr: str,
+    expr_in: list[Tensor],
+    codebook: Tensor | None,
+    key_mean: Tensor | None,
+    budget: Tensor,
+    max_density: float,
+    scale: float,
+    softcap: float | None,
+    rule: str,
+    min_keys: int,
+) -> tuple[Tensor, Tensor]:
+    """`spt::select_keys_v1`; see there. Queries in chunks, each against all keys."""
+    check_selection(q, k, bias, codebook, key_mean, budget)
+    chosen = check_rule(rule, "token", codebook)
+    batch, n_heads, n_q, _ = q.shape
+    n_groups, n_k = k.shape[1:3]
+    group = n_heads // n_groups
+    width = max_keys(n_k, max_density)
+    everything = everything_by_data(budget, n_k, min_keys)
+    if bool(everything) or batch * n_q * n_k == 0:
+        fill = -1 if bool(everything) else 0
+        keys = torch.full((batch, n_heads, n_q, width), -1, dtype=torch.int32)
+        return keys, torch.full((batch, n_heads, n_q), fill, dtype=torch.int32)
+    dtype = compute_dtype(q, k)
+    masks = split(bias, expr, expr_in, (batch, n_heads, n_q, n_k), dtype)
+    wanted = wanted_count(budget, max_density, n_k, 1)
+    if chosen.nearest:
+        q_codes, k_codes = pq_match.codes(q.to(dtype), k.to(dtype), codebook, key_mean)
+        n_codewords = codebook.shape[2]
+
+        def one_hot(codes: Tensor) -> Tensor:  # equal codes are counted by one GEMM of one-hot vectors
+            return F.one_hot(codes, n_codewords).flatten(-2).to(dtype)
+
+        k_side, left = one_hot(k_codes).transpose(-1, -2), q_codes
+    else:
+        k_side, left = pq.tile_keys(k.to(dtype), codebook, key_mean).to(dtype).transpose(-1, -2), q
+
+    step = max(1, _PANEL // (batch * n_heads * n_k))
+    found = []
+    for start in range(0, n_q, step):
+        stop = min(start + step, n_q)
+        part = left[:, :, start:stop]
+        rows = one_hot(part) if chosen.nearest else part.to(dtype) * scale
+        rows = rows.reshape(batch, n_groups, group * (stop - start), rows.shape[-1])
+        scores = (rows @ k_side).view(batch, n_heads, stop - start, n_k)
+        if not chosen.nearest and softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        added = masks.rows(start, stop)
+        allowed = (added > -torch.inf).expand(scores.shape)
+        if masks.key is not None or masks.general:
+            scores = scores + torch.where(added == -torch.inf, 0, added)
+        nearest = torch.arange(start, stop) + n_k - n_q if chosen.nearest else None
+        found.append(choose_keys(scores, allowed, nearest, wanted, width, everything))
+    return torch.cat([f[0] for f in found], dim=2), torch.cat([f[1] for f in found], dim=2)

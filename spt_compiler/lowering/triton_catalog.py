@@ -1,0 +1,160 @@
+"""A representative grid of kernels for ahead-of-time compilation: what `spt kernels` reports and the tests check.
+
+Each entry calls an op's lowering with meta tensors under `recording()`, so that the kernels listed are those that
+training would launch, with the same constants, types and alignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spt_compiler.lowering import triton_attention, triton_ffn
+from spt_compiler.lowering.triton_common import KernelSpec, recording
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel of the grid.
+
+    Args: config: what it was generated for, in words.  dtype: of the tensors.  spec: the kernel.
+        tensor_core: whether it multiplies matrices, which should run on tensor cores.
+    """
+
+    config: str
+    dtype: str
+    spec: KernelSpec
+    tensor_core: bool
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+_B, _H, _HKV, _T = 2, 8, 2, 4096
+_TILE_Q, _TILE_K = 64, 16
+
+# name -> (head dim, value dim, mask expression, bias, dropout, softcap, empty)
+_ATTENTION: dict[str, tuple[int, int, str, str | None, float, float | None, str]] = {
+    "d64 causal": (64, 64, "k <= q", None, 0.0, None, "zero"),
+    "d128 causal": (128, 128, "k <= q", None, 0.0, None, "zero"),
+    "d64 padded dropout": (64, 64, "(k <= q) & t0[b, k]", None, 0.1, None, "nan"),
+    "d128 bias softcap": (128, 128, "", "float", 0.0, 30.0, "uniform"),
+    "d80 dv96 no mask": (80, 96, "", None, 0.0, None, "zero"),
+    "d256 causal": (256, 256, "k <= q", None, 0.0, None, "zero"),
+}
+
+# name -> (activation, in-projections, LoRA rank, gates, bias, dropout)
+_FFN: dict[str, tuple[str, int, int, bool, bool, float]] = {
+    "gelu bias": ("gelu(x0)", 1, 0, False, True, 0.0),
+    "gated silu": ("silu(x0) * x1", 2, 0, False, False, 0.0),
+    "gated silu lora gates": ("silu(x0) * x1", 2, 16, True, False, 0.0),
+    "gelu_tanh lora dropout": ("gelu_tanh(x0)", 1, 16, False, True, 0.1),
+}
+
+
+def _attention(name: str, dtype: torch.dtype, granularity: str) -> None:
+    dim, value_dim, expr, bias_kind, p, softcap, empty = _ATTENTION[name]
+    q, k = _meta(_B, _H, _T, dim, dtype=dtype), _meta(_B, _HKV, _T, dim, dtype=dtype)
+    v = _meta(_B, _HKV, _T, value_dim, dtype=dtype)
+    bias = _meta(_B, 1, _T, _T, dtype=dtype) if bias_kind else None
+    expr_in = [_meta(_B, _T, dtype=torch.bool)] if "t0" in expr else []
+    seed = _meta(1, dtype=torch.int64) if p else None
+    scale = dim**-0.5
+    codebook, mean = _meta(_HKV, dim // 8, 16, 8, dtype=torch.float32), _meta(_HKV, dim, dtype=torch.float32)
+    budget = _meta(1, dtype=torch.float32)
+    masked = (expr, expr_in, seed, p, scale, softcap, empty)
+    chosen_by = (q, k, bias, expr, expr_in, codebook, mean, budget, 0.25)
+    if granularity == "tile":
+        tiles, counts = triton_attention.select_tiles(*chosen_by, _TILE_Q, _TILE_K, scale, softcap, "pq", 0)
+        tiling = (_TILE_Q, _TILE_K)
+        out, lse = triton_attention.tile_attention(q, k, v, bias, tiles, counts, *masked, *tiling)
+        results = (out, lse, tiles, counts, *masked, *tiling)
+        triton_attention.tile_attention_backward(out, q, k, v, bias, *results, [True, True, True, False])
+    else:
+        for rule in ("pq", "pq-match"):
+            keys, counts = triton_attention.select_keys(*chosen_by, scale, softcap, rule, 0)
+        triton_attention.key_attention(q, k, v, bias, keys, counts, *masked)
+
+
+def _ffn(name: str, dtype: torch.dtype) -> None:
+    act, n_in, rank, gated, biased, p = _FFN[name]
+    tokens, width, hidden, n_blocks, tile = 8192, 2048, 8192, 8, 64
+    blocks, rows, offsets = triton_ffn.route(
+        _meta(tokens, n_blocks, dtype=torch.float32),
+        _meta(n_blocks, dtype=torch.bool),
+        _meta(1, dtype=torch.float32),
+        0.5,
+        tile,
+        0,
+    )
+    triton_ffn.routed_ffn(
+        _meta(tokens, width, dtype=dtype),
+        [_meta(hidden, width, dtype=dtype)] * n_in,
+        [_meta(hidden, dtype=dtype)] * n_in if biased else [],
+        _meta(width, hidden, dtype=dtype),
+        _meta(width, dtype=dtype) if biased else None,
+        [_meta(tokens, rank, dtype=dtype)] * n_in if rank else [],
+        [_meta(hidden, rank, dtype=dtype)] * n_in if rank else [],
+        _meta(tokens, n_blocks, dtype=torch.float32) if gated else None,
+        blocks,
+        rows,
+        offsets,
+        _meta(hidden, dtype=torch.int32),
+        _meta(n_blocks, width, dtype=torch.float32),
+        act,
+        [],
+        _meta(1, dtype=torch.int64) if p else None,
+        p,
+        True,
+    )
+
+
+# Kernels that gather single rows or count; the others multiply matrices.
+_NO_MATRIX = (
+    "pq_assign_kernel",
+    "select_tiles_pool_kernel",
+    "select_tiles_top_kernel",
+    "select_keys_top_kernel",
+    "key_attention_fwd_kernel",
+    "route_top_kernel",
+    "transpose_lists_mark_kernel",
+    "transpose_lists_fill_kernel",
+    "route_rows_kernel",
+    "routed_ffn_fwd_combine_kernel",
+)
+
+
+def entries(target: str, dtypes: tuple[str, ...] = ("fp16", "bf16", "fp32")) -> Iterator[Entry]:
+    """The grid; a kernel that several configurations share is listed once.
+
+    Args: target: of `triton_common.TARGETS`.  dtypes: of `DTYPES`.
+    """
+    seen: set[KernelSpec] = set()
+
+    def listed(config: str, dtype: str, call: Callable[[], None]) -> Iterator[Entry]:
+        with recording(target) as specs:
+            call()
+        for spec in specs:
+            if spec not in seen:
+                seen.add(spec)
+                multiplies = spec.kernel not in _NO_MATRIX and not _matches_codes(spec)
+                yield Entry(config, dtype, spec, multiplies)
+
+    for dtype in dtypes:
+        for name in _ATTENTION:
+            yield from listed(f"tile {name}", dtype, lambda n=name, d=dtype: _attention(n, DTYPES[d], "tile"))
+        for name in ("d64 causal", "d64 padded dropout"):
+            yield from listed(f"token {name}", dtype, lambda n=name, d=dtype: _attention(n, DTYPES[d], "token"))
+        for name in _FFN:
+            yield from listed(f"ffn {name}", dtype, lambda n=name, d=dtype: _ffn(n, DTYPES[d]))
+
+
+def _matches_codes(spec: KernelSpec) -> bool:
+    """Whether the kernel scores keys by equal codes, without a product."""
+    return any(name == "q_codes_ptr" for name, _ in spec.signature)

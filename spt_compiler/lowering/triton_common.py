@@ -1,0 +1,388 @@
+"""What the Triton lowerings share: launching, recording launches for ahead-of-time compilation, and compiling them.
+
+A lowering builds its kernels' arguments once, for tensors of any device. `launch` runs a kernel; inside `recording()`
+it notes down what would have been launched instead, so that a lowering called with meta tensors lists its kernels with
+their exact types and constants, and `compile_kernel` builds them for a GPU that need not be there. Triton is imported
+in functions only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spt_compiler import expression
+from spt_compiler.errors import ExpressionError, Reject, SPTError
+from spt_compiler.lowering import render
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_TYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+@functools.lru_cache(maxsize=1)
+def available() -> bool:
+    """Whether triton is installed (it is not imported for this)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def accepts(guard: Callable[..., Reject | None]) -> Callable[..., Reject | bool]:
+    """A guard (None or a `Reject`) as the registry wants it: true where the arguments are supported, else the
+    `Reject`."""
+
+    @functools.wraps(guard)
+    def supports(*args: Any) -> Reject | bool:
+        reason = guard(*args)
+        return True if reason is None else reason
+
+    return supports
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not less than n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A launch as recorded: all that decides the compiled code.
+
+    Args:
+        kernel: name of the function.  template: where it came from.  module: of the generated file.
+        signature: (parameter, type) in order; type "constexpr" for constants.
+        constants: (parameter, value) of those.  divisible: parameters known to be multiples of 16.
+    """
+
+    kernel: str
+    template: str
+    module: types.ModuleType = field(compare=False, repr=False)
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    source: str = ""
+
+
+_recorded: contextvars.ContextVar[list[KernelSpec] | None] = contextvars.ContextVar("spt_recorded", default=None)
+_recorded_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("spt_recorded_for", default=None)
+
+
+@contextlib.contextmanager
+def recording(target: str = "sm_90") -> Iterator[list[KernelSpec]]:
+    """Inside, `launch` appends a `KernelSpec` to the list that this yields, and runs nothing.
+
+    Args: target: of `TARGETS`; the chip that the launches are made for.
+    """
+    specs: list[KernelSpec] = []
+    tokens = _recorded.set(specs), _recorded_for.set(target)
+    try:
+        yield specs
+    finally:
+        _recorded.reset(tokens[0])
+        _recorded_for.reset(tokens[1])
+
+
+def on_hip() -> bool:
+    """Whether launches are for an AMD chip: the one recorded for, else what this torch was built for."""
+    target = _recorded_for.get()
+    return target.startswith("gfx") if target is not None else torch.version.hip is not None
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: full float32, as torch's matmul has by default (the 16-bit types ignore it).
+
+    On NVIDIA chips three TF32 products on tensor cores make one that is as good; AMD's multiply float32 directly.
+    """
+    return "tf32x3" if dtype == torch.float32 and not on_hip() else "ieee"
+
+
+def _argument_type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + _TYPE_NAMES[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    raise SPTError(f"a kernel argument has type {type(value).__name__}", stage="lower")
+
+
+def _record(
+    template: str,
+    module: types.ModuleType,
+    kernel: str,
+    args: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    **tuning: int,
+) -> KernelSpec:
+    """The specialisation that Triton's JIT would choose: aligned pointers, multiples of 16, and ones as constants."""
+    names = getattr(module, kernel).arg_names
+    signature, fixed, divisible = [], [], []
+    for name in names:
+        if name in constants:
+            signature.append((name, "constexpr"))
+            fixed.append((name, constants[name]))
+            continue
+        value = args[name]
+        if isinstance(value, int) and not isinstance(value, bool) and value == 1:
+            signature.append((name, "constexpr"))
+            fixed.append((name, 1))
+            continue
+        signature.append((name, _argument_type(value)))
+        if isinstance(value, Tensor) or (isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0):
+            divisible.append(name)
+    return KernelSpec(
+        kernel,
+        template,
+        module,
+        tuple(signature),
+        tuple(fixed),
+        tuple(divisible),
+        source=Path(str(module.__file__)).name,
+        **tuning,
+    )
+
+
+def launch(
+    template: str,
+    structure: Mapping[str, Any],
+    kernel: str,
+    grid: Sequence[int],
+    args: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> None:
+    """Renders (once), compiles (once) and launches a kernel on the current stream of its tensors' device.
+
+    Args:
+        template, structure: see `render.load`.  kernel: name of a function in it.
+        grid: programs along each axis; nothing runs if one is 0.  args: run-time parameters by name; tensors first
+        touched
+            decide the device.  constants: `tl.constexpr` parameters by name.
+    """
+    module = render.load(template, structure)
+    specs = _recorded.get()
+    if specs is not None:
+        specs.append(_record(template, module, kernel, args, constants, num_warps=num_warps, num_stages=num_stages))
+        return
+    if 0 in grid:
+        return
+    device = next(value.device for value in args.values() if isinstance(value, Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        run = getattr(module, kernel)[tuple(grid)]
+        run(**args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+
+
+def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
+    """{"<name>_stride_<axis>": stride} for one letter per dimension."""
+    return {f"{name}_stride_{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
+
+
+def byte_view(mask: Tensor) -> Tensor:
+    """A bool tensor as uint8 of the same storage; another tensor as it is."""
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Expressions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.dtype == torch.bool:
+        return "bool"
+    return "float" if tensor.is_floating_point() else "int"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask expression ready for templates: the tree, the kinds and ranks of what it reads, and the run-time
+    arguments."""
+
+    expr: expression.Expression | None
+    reads: tuple[dict[str, Any], ...]
+    args: dict[str, Any]
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """Constants of the template."""
+        return {"mask": self.expr, "reads": list(self.reads)}
+
+
+def mask_of(expr: str, expr_in: Sequence[Tensor]) -> Mask:
+    """The `Mask` of a mask expression and its tensors t0, t1, ... (renumbered, without those that are not read)."""
+    if not expr:
+        return Mask(None, (), {})
+    parsed = expression.parse(expr)
+    ranks = expression.read_ranks(parsed)
+    used = [i for i in range(len(expr_in)) if f"t{i}" in ranks]
+    renamed = expression.substitute(parsed, {f"t{i}": f"t{new}" for new, i in enumerate(used)})
+    reads, args = [], {}
+    for new, i in enumerate(used):
+        tensor = expr_in[i]
+        reads.append({"kind": _kind(tensor), "rank": tensor.dim()})
+        args[f"t{new}_ptr"] = byte_view(tensor)
+        for d in range(tensor.dim()):
+            args[f"t{new}_size{d}"] = tensor.shape[d]
+            args[f"t{new}_stride{d}"] = tensor.stride(d)
+    return Mask(renamed, tuple(reads), args)
+
+
+def supports_mask(expr: str, expr_in: Sequence[Tensor]) -> Reject | None:
+    """None where the expression can be generated into a kernel, else the reason."""
+    if not expr:
+        return None
+    try:
+        parsed = expression.parse(expr)
+        ranks = expression.read_ranks(parsed)
+    except ExpressionError as error:
+        return Reject("mask expression: {}", error)
+    for name in sorted(parsed.variables - {"b", "h", "q", "k"}):
+        position = name.removeprefix("t")
+        if name not in ranks or not position.isdigit() or int(position) >= len(expr_in):
+            return Reject("mask expression reads {}, of which there is no tensor", name)
+        tensor = expr_in[int(position)]
+        if tensor.dim() != ranks[name]:
+            return Reject("{} has rank {}, the mask expression reads rank {}", name, tensor.dim(), ranks[name])
+        if tensor.dtype not in _TYPE_NAMES or tensor.dtype == torch.float64:
+            return Reject("{} has dtype {}", name, tensor.dtype)
+    return None
+
+
+def dropout_threshold(p: float) -> int:
+    """floor(p * 2^32): a hash below it is dropped (`ops/reference.py`, `dropout_keep`); p = 1 drops every one."""
+    return 1 << 32 if p >= 1 else int(p * 2**32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ahead-of-time compilation
+# ---------------------------------------------------------------------------------------------------------------------
+
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# Shared memory that one program may use on each target, in bytes.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+_TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)|\bv_s?mfma")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel needs on a target; None where the toolchain does not say.
+
+    Args: registers: per thread.  spills: bytes per thread (CUDA) or registers (HIP) spilled.  shared_bytes: per
+    program.
+    """
+
+    registers: int | None
+    spills: int | None
+    shared_bytes: int | None
+    tensor_core: bool
+    error: str | None
+
+
+def compile_kernel(spec: KernelSpec, target: str) -> Compiled:
+    """Compiles a recorded kernel for a target, without a device.
+
+    Args: spec: from `recording`.  target: of `TARGETS`.
+    Returns: its resources; a failure of the compiler is reported in `error`.
+    Raises: SPTError for an unknown target, or where triton interprets instead of compiling.
+    """
+    if target not in TARGETS:
+        raise SPTError(f"expected a target of {', '.join(TARGETS)}, got {target!r}", stage="lower")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(spec.module, spec.kernel)
+    if not isinstance(function, triton.JITFunction):
+        raise SPTError("triton interprets kernels in this process; unset TRITON_INTERPRET to compile", stage="lower")
+    position = {name: i for i, name in enumerate(function.arg_names)}
+    attrs = {(position[name],): [["tt.divisibility", 16]] for name in spec.divisible}
+    try:
+        source = ASTSource(fn=function, signature=dict(spec.signature), constexprs=dict(spec.constants), attrs=attrs)
+        options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    except Exception as error:  # the compiler raises whatever it likes; the report carries it
+        return Compiled(None, None, None, False, f"{type(error).__name__}: {error}".strip()[:500])
+    shared = getattr(compiled.metadata, "shared", None)
+    assembly = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""
+    tensor_core = bool(_TENSOR_CORE.search(assembly))
+    registers, spills = _hip_usage(assembly) if target.startswith("gfx") else _cuda_usage(compiled.asm["cubin"])
+    error = None
+    if shared is not None and shared > SHARED_LIMIT[target]:
+        error = f"needs {shared} bytes of shared memory, {target} has {SHARED_LIMIT[target]}"
+    return Compiled(registers, spills, shared, tensor_core, error)
+
+
+def _hip_usage(assembly: str) -> tuple[int | None, int | None]:
+    def number(key: str) -> int | None:
+        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        return int(found.group(1)) if found else None
+
+    return number("vgpr_count"), number("vgpr_spill_count")
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int | None, int | None]:
+    """Registers, and bytes of stack: without arrays of its own a kernel uses the stack for spills alone."""
+    from triton import knobs
+
+    tool = getattr(knobs.nvidia, "cuobjdump", None)
+    if tool is None:
+        return None, None
+    handle, path = tempfile.mkstemp(suffix=".cubin")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(cubin)
+        command = [tool.path, "-res-usage", path]
+        text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    finally:
+        Path(path).unlink(missing_ok=True)
+    registers, stack = re.search(r"\bREG:(\d+)", text), re.search(r"\bSTACK:(\d+)", text)
+    return int(registers.group(1)) if registers else None, int(stack.group(1)) if stack else None

@@ -1,0 +1,611 @@
+"""Attention: the library call, and the chain of products, masks and softmax that people write by hand.
+
+The chain is read upwards from the softmax to the product that makes the scores. Each kind of step is declared once
+(`@step`); a new idiom is one more step, here or as a rule of the canonicaliser that turns it into a known one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from ..canonicalize import is_weight
+from ..errors import Reject
+from ..graph import (
+    describe,
+    dtype,
+    is_float,
+    is_one_element,
+    is_tensor,
+    mutated_arguments,
+    needs_grad,
+    number,
+    rank,
+    same_shape,
+    same_size,
+    shape,
+    storage,
+)
+from ..pattern import Candidate, Context, Pattern
+
+log = logging.getLogger(__name__)
+
+# A score set to this or less has probability zero beside any real score, in every dtype.
+HIDDEN = -1e4
+
+
+@dataclass(frozen=True)
+class AttentionCapture:
+    """softmax(softcap(scale * q @ kT) + bias, over the allowed keys) @ v.
+
+    Attributes:
+        q: [..., H, Tq, D]. k: [..., Hkv, Tk, D], or [..., Hkv, D, Tk] if `k_transposed`. v: [..., Hkv, Tk, Dv].
+            Ranks 2 and more, as the model has them; dtypes may differ where the model computes scores in a wider one.
+        scale: product of all numbers that multiply the scores. scale_nodes: one-element tensors without gradient that do.
+        bias: float tensors added to the logits, each with the number that later scaling gives it.
+        allowed: bool masks, True = may attend. disallowed: bool masks, True = masked out.
+        causal: key index <= query index, aligned top left.
+        softcap: c of c * tanh(logits / c), applied before bias and masks.
+        dropout_p: of the probabilities. empty: what a row without any allowed key gives ("zero", "nan", or the "uniform"
+            mean of all values). enable_gqa: a key head serves H / Hkv consecutive query heads.
+    """
+
+    q: Node
+    k: Node
+    v: Node
+    k_transposed: bool
+    scale: float
+    scale_nodes: tuple[Node, ...] = ()
+    bias: tuple[tuple[Node, float], ...] = ()
+    allowed: tuple[Node, ...] = ()
+    disallowed: tuple[Node, ...] = ()
+    causal: bool = False
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    empty: str = "nan"
+    enable_gqa: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The library call
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def capture_call(context: Context, node: Node) -> Candidate | Reject | None:
+    """F.scaled_dot_product_attention, as the canonicaliser spells it."""
+    if len(node.args) != 3 or not all(map(is_tensor, node.args)):
+        return Reject("arguments of the call are not understood")
+    q, k, v = node.args
+    mask, dropout_p = node.kwargs.get("attn_mask"), node.kwargs.get("dropout_p", 0.0)
+    causal, scale = node.kwargs.get("is_causal", False), node.kwargs.get("scale")
+    if scale is None and isinstance(shape(q)[-1], int):
+        scale = shape(q)[-1] ** -0.5
+    dropout_p, scale = number(dropout_p), number(scale)
+    for label, given in (("dropout_p", dropout_p), ("scale", scale), ("is_causal", causal)):
+        if not isinstance(given, (int, float)):
+            return Reject("{} is computed in the graph", label)
+    gqa = bool(node.kwargs.get("enable_gqa", False))
+    if not gqa and rank(q) >= 4:
+        k, v, gqa = _without_repeats(q, k, v)
+    captured = AttentionCapture(
+        q,
+        k,
+        v,
+        k_transposed=False,
+        scale=float(scale),
+        bias=((mask, 1.0),) if is_float(mask) else (),
+        allowed=(mask,) if dtype(mask) is torch.bool else (),
+        causal=causal,
+        dropout_p=float(dropout_p),
+        empty="zero",
+        enable_gqa=gqa,
+    )
+    if mask is not None and not captured.bias and not captured.allowed:
+        return Reject("the mask has dtype {}; expected bool or float", dtype(mask))
+    inputs = (q, k, v, mask) if isinstance(mask, Node) else (q, k, v)
+    return Candidate(node, (node,), inputs, captured)
+
+
+def _without_repeats(q: Node, k: Node, v: Node) -> tuple[Node, Node, bool]:
+    """Keys and values before they were repeated for each query head of a group, if both were, alike."""
+    a, b = _before_repeat(k), _before_repeat(v)
+    if a is None or b is None or not same_size(shape(a)[-3], shape(b)[-3]):
+        return k, v, False
+    heads, kv_heads = shape(q)[-3], shape(a)[-3]
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
+        return k, v, False
+    return a, b, True
+
+
+def _before_repeat(x: Node) -> Node | None:
+    """x of x[:, :, None].expand(B, Hkv, n, T, D).reshape(B, Hkv * n, T, D) or of repeat_interleave along heads."""
+    if x.target in ("repeat_interleave", torch.repeat_interleave):
+        source, dim = x.args[0], x.kwargs.get("dim", x.args[2] if len(x.args) > 2 else None)
+        repeats = x.kwargs.get("repeats", x.args[1] if len(x.args) > 1 else None)
+        is_heads = isinstance(dim, int) and rank(source) == 4 and dim % 4 == 1
+        return source if is_heads and isinstance(repeats, int) else None
+    if x.target is not torch.reshape or rank(x) != 4 or not isinstance(x.args[0], Node):
+        return None
+    expanded = x.args[0]
+    if expanded.target not in ("expand", "repeat") or rank(expanded) != 5:
+        return None
+    grown = expanded.args[0]
+    if not isinstance(grown, Node) or grown.target not in (
+        operator.getitem,
+        torch.unsqueeze,
+        "unsqueeze",
+        torch.reshape,
+    ):
+        return None
+    source = grown.args[0]
+    if rank(source) != 4 or rank(grown) != 5:
+        return None
+    batch, heads, length, width = shape(source)
+    inner = shape(expanded)
+    if not isinstance(heads, int) or not isinstance(inner[2], int):
+        return None
+    if not same_shape(shape(grown), (batch, heads, 1, length, width)):
+        return None
+    if not same_shape(inner, (batch, heads, inner[2], length, width)):
+        return None
+    return source if same_shape(shape(x), (batch, heads * inner[2], length, width)) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which values are scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Ops that rearrange, so that what passes them is no longer one score per (query, key): seen only to name a near miss.
+_REARRANGES = {
+    *(operator.getitem, torch.cat, torch.concat, torch.stack, torch.gather, torch.index_select, torch.roll, torch.flip),
+    *(
+        F.pad,
+        torch.permute,
+        torch.t,
+        torch.reshape,
+        torch.unsqueeze,
+        torch.squeeze,
+        torch.chunk,
+        torch.split,
+        torch.unbind,
+    ),
+    *("gather", "index_select", "expand", "repeat", "unsqueeze", "squeeze", "chunk", "split", "unbind", "flip", "roll"),
+    *("tril", "triu", "unfold", "narrow", "select", "scatter", "masked_scatter", "as_strided", "new_zeros", "clone"),
+    *(
+        torch.clone,
+        torch.tril,
+        torch.triu,
+        torch.exp,
+        torch.pow,
+        operator.pow,
+        F.relu,
+        torch.sigmoid,
+        torch.topk,
+        "topk",
+    ),
+    *(F.dropout, torch.minimum, torch.nan_to_num, "nan_to_num", torch.sqrt, torch.abs, F.softmax, torch.scatter),
+}
+
+_NOTHING, _LOOSE, _PLAIN = 0, 1, 2
+
+
+def _is_product(node: Any) -> bool:
+    """A product of two activations."""
+    return isinstance(node, Node) and node.target is torch.matmul and not any(map(is_weight, node.args))
+
+
+def _score_levels(context: Context) -> dict[Node, int]:
+    """How each node is made from a product of activations: by steps that are understood, by others too, or not at all."""
+    levels: dict[Node, int] = {}
+    written: set[int | None] = set()  # memory that scores were copied into
+    for node in context.analysis.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        targets = mutated_arguments(node)
+        if targets and any(i in levels for i in node.all_input_nodes):
+            written.update(map(storage, targets))
+        if written and storage(node) in written - {None}:
+            levels[node] = _LOOSE
+            continue
+        if node.target is torch.matmul:
+            if _is_product(node):
+                levels[node] = _PLAIN
+            continue
+        known = node.target in STEPS
+        if not known and node.target not in _REARRANGES:
+            continue
+        above = max((levels.get(i, _NOTHING) for i in node.all_input_nodes), default=_NOTHING)
+        if above:
+            levels[node] = above if known else _LOOSE
+    return levels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the softmax up to the scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Logits:
+    """What has been read so far: logits = factor * (value above) + what the fields say."""
+
+    context: Context
+    factor: float = 1.0
+    nodes: list[Node] = field(default_factory=list)
+    scale_nodes: list[Node] = field(default_factory=list)
+    bias: list[tuple[Node, float]] = field(default_factory=list)
+    allowed: list[Node] = field(default_factory=list)
+    disallowed: list[Node] = field(default_factory=list)
+    fills: list[float] = field(default_factory=list)
+    bias_over_fill: bool = False  # a bias was added to filled scores (it was read before them)
+    floor: bool = False
+    softcap: float | None = None
+
+    def carrier(self, node: Node) -> int | None:
+        """Position of the argument that carries the scores."""
+        levels = self.context.fact(_score_levels)
+        found = [(levels.get(a, _NOTHING), -i) for i, a in enumerate(node.args) if isinstance(a, Node)]
+        best = max(found, default=(_NOTHING, 0))
+        return -best[1] if best[0] else None
+
+    def sealed(self, what: str) -> Reject | None:
+        """Whether something that does not commute with `what` has been read already."""
+        if self.softcap is not None:
+            return Reject("{} inside of the soft cap", what)
+        if self.scale_nodes:
+            return Reject("{} multiplied by a tensor ({})", what, self.scale_nodes[0].name)
+        return None
+
+
+Step = Callable[[Logits, Node], "Node | Reject"]
+STEPS: dict[Any, Step] = {}
+
+
+def step(*targets: Any) -> Callable[[Step], Step]:
+    """Declares how a call between product and softmax is read: it updates `Logits` and returns the next node up."""
+
+    def register(function: Step) -> Step:
+        STEPS.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def _other(logits: Logits, node: Node) -> tuple[Node | None, Any]:
+    """(argument that carries the scores, the other one)."""
+    position = logits.carrier(node)
+    if position is None or len(node.args) != 2:
+        return None, None
+    return node.args[position], node.args[1 - position]  # type: ignore[return-value]
+
+
+@step(operator.mul)
+def _times(logits: Logits, node: Node) -> Node | Reject:
+    x, factor = _other(logits, node)
+    if x is None:
+        return Reject("{} of the scores", describe(node))
+    if number(factor) is not None:
+        logits.factor *= number(factor)
+        return x
+    if is_one_element(factor) and is_float(factor):
+        if needs_grad(factor):
+            return Reject("the scale is a tensor that needs a gradient ({})", factor.name)
+        if logits.softcap is not None:
+            return Reject("a tensor scale ({}) inside of the soft cap", factor.name)
+        logits.scale_nodes.append(factor)
+        return x
+    return Reject("the scores are multiplied by a tensor that varies over them ({})", describe(factor))
+
+
+@step(operator.truediv)
+def _divided(logits: Logits, node: Node) -> Node | Reject:
+    x, divisor = node.args
+    if logits.carrier(node) != 0 or not number(divisor):
+        return Reject("the scores are divided by, or divide, a tensor ({})", describe(divisor))
+    logits.factor /= number(divisor)
+    return x  # type: ignore[return-value]
+
+
+@step(operator.neg)
+def _negated(logits: Logits, node: Node) -> Node | Reject:
+    logits.factor = -logits.factor
+    return node.args[0]  # type: ignore[return-value]
+
+
+@step(operator.add, operator.sub)
+def _plus(logits: Logits, node: Node) -> Node | Reject:
+    x, term = _other(logits, node)
+    if x is None:
+        return Reject("{} of the scores", describe(node))
+    sign = 1.0
+    if node.target is operator.sub:
+        if x is node.args[0]:
+            sign = -1.0
+        else:
+            logits.factor, sign = -logits.factor, -1.0
+    if number(term) is not None:
+        if logits.softcap is not None:
+            return Reject("a number is added inside of the soft cap")
+        return x  # the same for all keys: softmax does not see it
+    if not is_float(term):
+        return Reject("a mask of dtype {} is added", dtype(term))
+    refused = logits.sealed("a bias is added")
+    if refused is not None:
+        return refused
+    if not same_shape(shape(x), shape(node)):
+        return Reject("a bias of shape {} widens scores of shape {}", tuple(shape(term)), tuple(shape(x)))
+    logits.bias.append((term, logits.factor * sign))
+    return x
+
+
+def _filled(
+    logits: Logits, node: Node, x: Any, mask: Any, fill: Any, masks: list[Node], inverse: list[Node]
+) -> Node | Reject:
+    if not isinstance(fill, (int, float)) or isinstance(fill, bool):
+        return Reject("masked scores are taken from a tensor ({})", describe(fill))
+    if not isinstance(x, Node) or not same_shape(shape(x), shape(node)):
+        return Reject("a mask widens the scores")
+    refused = logits.sealed("a mask is applied")
+    if refused is not None:
+        return refused
+    effective = float(fill) * logits.factor
+    if math.isnan(effective) or effective > HIDDEN:
+        return Reject("masked scores are set to {}, which does not hide them", effective)
+    if logits.floor:
+        return Reject("a mask is applied before the scores are clamped")
+    if mask.target is operator.invert:
+        mask, masks = mask.args[0], inverse
+    masks.append(mask)
+    logits.fills.append(effective)
+    logits.bias_over_fill = logits.bias_over_fill or bool(logits.bias)
+    return x
+
+
+@step(torch.masked_fill)
+def _masked_fill(logits: Logits, node: Node) -> Node | Reject:
+    x, mask, fill = node.args
+    return _filled(logits, node, x, mask, fill, logits.disallowed, logits.allowed)
+
+
+@step(torch.where)
+def _where(logits: Logits, node: Node) -> Node | Reject:
+    mask, x, fill = node.args
+    return _filled(logits, node, x, mask, fill, logits.allowed, logits.disallowed)
+
+
+@step(torch.tanh)
+def _soft_cap(logits: Logits, node: Node) -> Node | Reject:
+    if logits.softcap is not None or logits.factor <= 0 or logits.scale_nodes:
+        return Reject("tanh of the scores that is no soft cap")
+    logits.softcap, logits.factor = logits.factor, 1.0
+    return node.args[0]  # type: ignore[return-value]
+
+
+@step(torch.clamp)
+def _clamp(logits: Logits, node: Node) -> Node | Reject:
+    x, low, high = node.args
+    if high is None and isinstance(low, (int, float)) and low <= HIDDEN and logits.factor > 0:
+        # Only -inf, or a sum of two masks, lies below: a fully masked row becomes uniform, nothing else changes.
+        if logits.softcap is not None or logits.bias or logits.fills or logits.scale_nodes:
+            return Reject("the scores are clamped at {} between masks", low)
+        logits.floor = True
+        return x  # type: ignore[return-value]
+    return Reject("the scores are clamped to [{}, {}]", low, high)
+
+
+@step("to")
+def _cast(logits: Logits, node: Node) -> Node | Reject:
+    x = node.args[0]
+    return x if is_float(x) and is_float(node) else Reject("the scores are cast to {}", dtype(node))  # type: ignore[return-value]
+
+
+@step("contiguous")
+def _contiguous(logits: Logits, node: Node) -> Node | Reject:
+    return node.args[0]  # type: ignore[return-value]
+
+
+@step(torch.reshape)
+def _reshaped(logits: Logits, node: Node) -> Node | Reject:
+    return Reject("the scores change shape from {} to {}", tuple(shape(node.args[0])), tuple(shape(node)))
+
+
+def _read_logits(context: Context, start: Node) -> Logits | Reject:
+    """Everything between the softmax's input `start` and the product; the product is the last of `nodes`."""
+    logits, current = Logits(context), start
+    while not _is_product(current):
+        reader = STEPS.get(current.target)
+        if reader is None:
+            if current.target in (torch.cat, torch.concat):
+                return Reject("the scores are joined with others before the softmax (attention sinks)")
+            return Reject("{} between the scores and the softmax", describe(current))
+        logits.nodes.append(current)
+        above = reader(logits, current)
+        if isinstance(above, Reject):
+            return above
+        if context.fact(_score_levels).get(above, _NOTHING) == _NOTHING:
+            return Reject("{} of something that is no score", describe(current))
+        current = above
+    logits.nodes.append(current)
+    return logits
+
+
+def _empty_rows(logits: Logits) -> str | Reject:
+    """What a row without any allowed key gives."""
+    if logits.floor:
+        if len(logits.bias) > 1:
+            return Reject("several additive masks are clamped")
+        return "uniform"
+    finite = {f for f in logits.fills if math.isfinite(f)}
+    if not finite:
+        return "nan"
+    if len(finite) > 1 or len(finite) < len(set(logits.fills)):
+        return Reject("masks fill with different values ({})", ", ".join(map(str, sorted(set(logits.fills)))))
+    variable = [b for b, _ in logits.bias if b not in logits.context.analysis.from_parameters]
+    if logits.bias and (logits.bias_over_fill or variable):
+        return Reject("masked scores are set to {} and a tensor is added: fully masked rows depend on both", *finite)
+    return "uniform"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the softmax down to the values
+# ---------------------------------------------------------------------------------------------------------------------
+
+_AFTER = {F.dropout, "to", "contiguous"}
+
+
+def _leads_to_product(start: Node) -> bool:
+    """Whether the probabilities reach a product with an activation through element-wise and layout steps (a near miss)."""
+    seen, stack = {start}, [start]
+    while stack and len(seen) < 48:
+        for user in stack.pop().users:
+            if _is_product(user):
+                return True
+            if user not in seen and (user.target in STEPS or user.target in _REARRANGES or user.target in _AFTER):
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+@dataclass
+class _Below:
+    nodes: list[Node]
+    product: Node
+    dropout_p: float
+
+
+def _read_below(softmax: Node) -> _Below | Reject:
+    """Everything from the softmax to the product with the values."""
+    nodes, dropout_p, current = [softmax], 0.0, softmax
+    while True:
+        useful = [u for u in current.users if _is_product(u) or u.target in _AFTER]
+        if not useful:
+            user = next(iter(current.users), None)
+            if user is None or user.op == "output":
+                return Reject("the probabilities are returned and multiply nothing")
+            if user.target in (operator.mul, torch.masked_fill, torch.where):
+                return Reject("a mask or factor is applied after the softmax ({})", describe(user))
+            return Reject("{} between the softmax and the values", describe(user))
+        # Other readers are the business of a guard; this one goes on.
+        following = next((u for u in useful if _is_product(u)), useful[0])
+        if _is_product(following):
+            if following.args[0] is not current or following.args[1] is current:
+                return Reject("the probabilities are the right operand of the product")
+            return _Below([*nodes, following], following, dropout_p)
+        if following.target is F.dropout:
+            p, training = number(following.args[1]), following.args[2]
+            if p is None or not isinstance(training, bool) or dropout_p:
+                return Reject("dropout after the softmax that is not understood")
+            dropout_p = float(p) if training else 0.0
+        elif not is_float(following):
+            return Reject("the probabilities are cast to {}", dtype(following))
+        nodes.append(following)
+        current = following
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The chain
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def capture_chain(context: Context, node: Node) -> Candidate | Reject | None:
+    """matmul, scale, masks, softmax, dropout, matmul: written out."""
+    scores = node.args[0] if node.args else None
+    if not isinstance(scores, Node) or not context.fact(_score_levels).get(scores):
+        return None
+    if not _leads_to_product(node):
+        return None
+    if node.kwargs.get("dim") != -1:
+        return Reject("softmax over dim {} and not over the last", node.kwargs.get("dim"))
+    logits = _read_logits(context, scores)
+    if isinstance(logits, Reject):
+        return logits
+    below = _read_below(node)
+    if isinstance(below, Reject):
+        return below
+    empty = _empty_rows(logits)
+    if isinstance(empty, Reject):
+        return empty
+    product = logits.nodes[-1]
+    q, k = product.args
+    v = below.product.args[1]
+    if any(rank(n) != rank(node) for n in (q, k, v)):
+        return Reject("ranks of q, k, v and scores are {}, {}, {}, {}", rank(q), rank(k), rank(v), rank(node))
+    scale = logits.factor
+    if logits.softcap is not None:
+        scale *= logits.softcap
+    dims = rank(k)
+    k_transposed = True
+    if k.target in (torch.permute, torch.t):  # type: ignore[union-attr]
+        order = tuple(k.args[1]) if k.target is torch.permute else (1, 0)  # type: ignore[union-attr]
+        if order == (*range(dims - 2), dims - 1, dims - 2):
+            k, k_transposed = k.args[0], False  # type: ignore[union-attr]
+    gqa = False
+    if not k_transposed and dims >= 4:
+        k, v, gqa = _without_repeats(q, k, v)  # type: ignore[arg-type]
+    captured = AttentionCapture(
+        q,  # type: ignore[arg-type]
+        k,  # type: ignore[arg-type]
+        v,  # type: ignore[arg-type]
+        k_transposed,
+        scale,
+        tuple(logits.scale_nodes),
+        tuple(logits.bias),
+        tuple(logits.allowed),
+        tuple(logits.disallowed),
+        softcap=logits.softcap,
+        dropout_p=float(below.dropout_p),
+        empty=empty,
+        enable_gqa=gqa,
+    )
+    read = (q, k, v, *logits.scale_nodes, *(b for b, _ in logits.bias), *logits.allowed, *logits.disallowed)
+    order_of = context.analysis.order
+    nodes = tuple(sorted((*logits.nodes, *below.nodes), key=order_of.__getitem__))
+    return Candidate(below.product, nodes, read, captured)  # type: ignore[arg-type]
+
+
+def inputs_are_outside(context: Context, c: Candidate) -> Reject | None:
+    """A mask or value that is computed from the site's own scores is no input of it."""
+    inside = set(c.nodes)
+    hit = next((n for n in c.inputs if n in inside), None)
+    return (
+        None if hit is None else Reject("{} ({}) is read by a mask or value of the same site", describe(hit), hit.name)
+    )
+
+
+def keep_flex_attention(context: Context, node: Node) -> Candidate | Reject | None:
+    """flex_attention is compiled with its own mask and score functions, and stays."""
+    return Reject("flex_attention is generated from its own mask_mod and score_mod; it stays as it is")
+
+
+CALL = Pattern(
+    name="sdpa",
+    kind="attention",
+    equation="scaled_dot_product_attention(q, k, v, mask) => spt::select_* + spt::*_attention",
+    anchors=(F.scaled_dot_product_attention,),
+    capture=capture_call,
+)
+CHAIN = Pattern(
+    name="softmax-chain",
+    kind="attention",
+    equation="dropout(softmax(scale * q @ kT + masks)) @ v => spt::select_* + spt::*_attention",
+    anchors=(F.softmax,),
+    capture=capture_chain,
+    guards=(inputs_are_outside,),
+)
+FLEX = Pattern(
+    name="flex-attention",
+    kind="attention",
+    equation="flex_attention(q, k, v, score_mod, block_mask) stays",
+    anchors=(torch.ops.higher_order.flex_attention,),
+    capture=keep_flex_attention,
+)
+
+PATTERNS = (CALL, CHAIN, FLEX)

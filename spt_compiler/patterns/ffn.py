@@ -1,0 +1,841 @@
+"""Feed-forward blocks: two projections by parameters with an element-wise function between them.
+
+What stands between the projections is read as an expression of the closed language (`expression.py`), whatever the model
+calls it: a function, a module or a formula. Formulas that are a function with a name (tanh and erf GELU, SiLU, ReLU) get
+that name, by value and not by spelling. Each element-wise call is declared once in `ELEMENTWISE`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from ..canonicalize import is_weight
+from ..errors import ExpressionError, Reject
+from ..expression import Expression, call, evaluate, substitute, var
+from ..graph import Arguments, describe, is_float, is_tensor, number, rank, same_shape, same_size, shape
+from ..pattern import Candidate, Context, Pattern
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Rows `start:stop` of what F.linear takes ([F, E] or a bias [F]); None: from the first, to the last."""
+
+    node: Node
+    start: int | None = None
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank branch: `scaling * a_out @ b.T` is added to the projection. a_out: [..., r]; b: [F, r]."""
+
+    a_out: Node
+    b: Node
+    scaling: float
+
+
+@dataclass(frozen=True)
+class FFNCapture:
+    """act(x @ w_in[0].T + b_in[0], x @ w_in[1].T + b_in[1]) @ w_out.T + b_out.
+
+    Attributes:
+        x: [..., E]. w_in: one or two [F, E] (rows of possibly fused weights); b_in: their biases or None.
+        w_out: [E, F]; b_out: [E] or None. act: expression in x0, x1 (pre-activations) and a0, a1 ... (`act_in`: tensors
+        with one element or [F]). dropout_p: of the hidden activation. width: F. lora: branch of each in-projection.
+    """
+
+    x: Node
+    w_in: tuple[Weight, ...]
+    b_in: tuple[Weight | None, ...]
+    w_out: Node
+    b_out: Node | None
+    act: str
+    act_in: tuple[Node, ...]
+    dropout_p: float
+    width: int
+    lora: tuple[Lora | None, ...] = ()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Element-wise calls as expressions
+# ---------------------------------------------------------------------------------------------------------------------
+
+Build = Callable[..., Expression]
+ELEMENTWISE: dict[Any, Build] = {}
+
+# Calls without which two linear layers are still one linear layer.
+NONLINEAR: set[Any] = set()
+
+
+def elementwise(*targets: Any, nonlinear: bool = True) -> Callable[[Build], Build]:
+    """Declares how a call on tensors is written in the closed language; arguments arrive as expressions or numbers."""
+
+    def register(function: Build) -> Build:
+        ELEMENTWISE.update(dict.fromkeys(targets, function))
+        if nonlinear:
+            NONLINEAR.update(targets)
+        return function
+
+    return register
+
+
+def _named(name: str) -> Build:
+    return lambda x: call(name, x)
+
+
+for _target, _name in {
+    torch.exp: "exp",
+    torch.expm1: "expm1",
+    torch.erf: "erf",
+    torch.tanh: "tanh",
+    torch.sigmoid: "sigmoid",
+    F.relu: "relu",
+    F.silu: "silu",
+}.items():
+    elementwise(_target)(_named(_name))
+for _target, _name in {
+    torch.log: "log",
+    torch.log1p: "log1p",
+    torch.sqrt: "sqrt",
+    torch.rsqrt: "rsqrt",
+    torch.abs: "abs",
+    torch.sign: "sign",
+    torch.floor: "floor",
+    torch.square: "square",
+    torch.sin: "sin",
+    torch.cos: "cos",
+    operator.neg: "neg",
+    operator.invert: "not",
+}.items():
+    elementwise(_target, nonlinear=False)(_named(_name))
+for _target, _name in {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.truediv: "/",
+    operator.lt: "<",
+    operator.le: "<=",
+    operator.gt: ">",
+    operator.ge: ">=",
+    operator.eq: "==",
+    operator.ne: "!=",
+    operator.and_: "&",
+    operator.or_: "|",
+    torch.maximum: "max",
+    torch.minimum: "min",
+}.items():
+    elementwise(_target, nonlinear=False)(functools.partial(call, _name))
+
+
+@elementwise(operator.pow, nonlinear=False)
+def _pow(x: Any, y: Any) -> Expression:
+    whole = (
+        {2: lambda: call("square", x), 3: lambda: call("square", x) * x, 1: lambda: x}.get(y) if _is_number(y) else None
+    )
+    return whole() if whole else call("pow", x, y)
+
+
+@elementwise(torch.reciprocal, nonlinear=False)
+def _reciprocal(x: Any) -> Expression:
+    return call("/", 1.0, x)
+
+
+@elementwise(torch.where, nonlinear=False)
+def _where(condition: Any, x: Any, y: Any) -> Expression:
+    return call("where", condition, x, y)
+
+
+@elementwise(torch.masked_fill, nonlinear=False)
+def _masked_fill(x: Any, mask: Any, fill: Any) -> Expression:
+    return call("where", mask, fill, x)
+
+
+@elementwise(torch.clamp)
+def _clamp(x: Any, low: Any = None, high: Any = None) -> Expression:
+    x = x if low is None else call("max", x, _real(low))
+    return x if high is None else call("min", x, _real(high))
+
+
+@elementwise(F.gelu)
+def _gelu(x: Any, approximate: str = "none") -> Expression:
+    return call("gelu_tanh" if approximate == "tanh" else "gelu", x)
+
+
+@elementwise(F.softplus)
+def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Expression:
+    if threshold != 20.0:
+        raise ExpressionError(f"softplus with threshold {threshold}")
+    return call("softplus", x) if beta == 1 else call("softplus", x * float(beta)) / float(beta)
+
+
+@elementwise(F.leaky_relu, torch.nn.functional.leaky_relu)
+def _leaky_relu(x: Any, negative_slope: float = 0.01, inplace: bool = False) -> Expression:
+    return call("where", call(">", x, 0.0), x, x * float(negative_slope))
+
+
+@elementwise(F.prelu, torch.prelu)
+def _prelu(x: Any, weight: Any) -> Expression:
+    return call("where", call(">", x, 0.0), x, call("*", weight, x))
+
+
+def _elu_like(x: Any, alpha: float, scale: float = 1.0, inner: float = 1.0) -> Expression:
+    negative = call("expm1", x if inner == 1 else x / inner) * (alpha * scale)
+    return call("where", call(">", x, 0.0), x if scale == 1 else x * scale, negative)
+
+
+@elementwise(F.elu)
+def _elu(x: Any, alpha: float = 1.0, inplace: bool = False) -> Expression:
+    return _elu_like(x, float(alpha))
+
+
+@elementwise(F.celu)
+def _celu(x: Any, alpha: float = 1.0, inplace: bool = False) -> Expression:
+    return _elu_like(x, float(alpha), inner=float(alpha))
+
+
+@elementwise(F.selu)
+def _selu(x: Any, inplace: bool = False) -> Expression:
+    return _elu_like(x, 1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
+
+
+@elementwise(F.hardtanh)
+def _hardtanh(x: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Expression:
+    return _clamp(x, min_val, max_val)
+
+
+@elementwise(F.relu6)
+def _relu6(x: Any, inplace: bool = False) -> Expression:
+    return _clamp(x, 0.0, 6.0)
+
+
+@elementwise(F.hardsigmoid)
+def _hardsigmoid(x: Any, inplace: bool = False) -> Expression:
+    return _clamp(x + 3.0, 0.0, 6.0) / 6.0
+
+
+@elementwise(F.hardswish)
+def _hardswish(x: Any, inplace: bool = False) -> Expression:
+    return x * _hardsigmoid(x)
+
+
+@elementwise(F.mish)
+def _mish(x: Any, inplace: bool = False) -> Expression:
+    return x * call("tanh", call("softplus", x))
+
+
+@elementwise(F.softsign)
+def _softsign(x: Any) -> Expression:
+    return x / (call("abs", x) + 1.0)
+
+
+@elementwise(F.logsigmoid)
+def _logsigmoid(x: Any) -> Expression:
+    return -call("softplus", -x)
+
+
+@elementwise(F.tanhshrink)
+def _tanhshrink(x: Any) -> Expression:
+    return x - call("tanh", x)
+
+
+@elementwise(F.threshold)
+def _threshold(x: Any, threshold: float, value: float, inplace: bool = False) -> Expression:
+    return call("where", call(">", x, float(threshold)), x, float(value))
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _real(x: Any) -> Any:
+    return float(x) if _is_number(x) else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formulas that have a name
+# ---------------------------------------------------------------------------------------------------------------------
+
+_NAMES = ("relu", "silu", "gelu", "gelu_tanh")
+
+# Agreement at these points to a relative 1e-7 is what makes two spellings one function: models round their constants
+# (0.79788456) at about 1e-8, while exact and tanh GELU differ by 5e-4.
+_POINTS = (*(i * 0.173 for i in range(-70, 71)), 1e-4, -1e-4, 25.0, -25.0)
+_AGREEMENT = 1e-7
+
+
+@functools.lru_cache(maxsize=512)
+def with_names(expr: Expression) -> Expression:
+    """`expr` with every formula in one pre-activation that is a function of the language replaced by that function."""
+    names = expr.variables
+    if len(names) == 1 and expr.op != "var":
+        (name,) = names
+        if name.startswith("x"):
+            known = _recognise(expr, name)
+            if known is not None:
+                return call(known, var(name))
+    if not expr.args:
+        return expr
+    return call(expr.op, *(with_names(a) for a in expr.args)) if expr.op != "read" else expr
+
+
+def _recognise(expr: Expression, name: str) -> str | None:
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        points = torch.tensor(_POINTS, dtype=torch.float64)
+        try:
+            values = evaluate(expr, {name: points})
+        except (ExpressionError, RuntimeError):
+            return None
+        if values.dtype != torch.float64 or values.shape != points.shape:
+            return None
+        for known in _NAMES:
+            expected = evaluate(call(known, var(name)), {name: points})
+            if bool(((values - expected).abs() <= _AGREEMENT * (1 + points.abs())).all()):
+                return known
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What each value is to a feed-forward block
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A pre-activation: rows of a linear layer's output, with its low-rank branch if it has one.
+
+    Attributes:
+        linear: the call. start, stop: rows (None: all). nodes: the calls that make it, the linear one included.
+        lora: see `Lora`. refused: why it cannot be part of a site.
+    """
+
+    linear: Node
+    start: int | None = None
+    stop: int | None = None
+    nodes: tuple[Node, ...] = ()
+    lora: Lora | None = None
+    refused: Reject | None = None
+
+    @property
+    def rows(self) -> tuple[Node, int | None, int | None]:
+        return self.linear, self.start, self.stop
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Several equal or unequal pieces of a projection's last dim, as chunk or split return them."""
+
+    whole: Projection
+    bounds: tuple[tuple[int, int], ...]
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The output of a low-rank branch, B(A(x)) times a number, before it is added to its projection."""
+
+    a_out: Node
+    b: Node
+    scaling: float
+    nodes: tuple[Node, ...]
+    x: Node  # what A reads, without dropout and casts
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """An element-wise function of projections of one input.
+
+    Attributes:
+        sources: linear calls it depends on. nonlinear: whether a non-linearity was passed. refused: what breaks it.
+    """
+
+    sources: frozenset[Node]
+    nonlinear: bool = False
+    refused: Reject | None = None
+
+
+State = Projection | Parts | Branch | Hidden
+
+# Steps that hand a hidden activation on unchanged, position by position.
+_TRANSPARENT = {F.dropout, "to", "contiguous"}
+_SPLITS = {"chunk", "split", "tensor_split", "unbind", torch.chunk, torch.split, torch.tensor_split, torch.unbind}
+_NORMS = {F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.normalize, torch.rms_norm}
+_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
+_REDUCTIONS = {
+    "mean",
+    "sum",
+    "norm",
+    "var",
+    "std",
+    "amax",
+    "amin",
+    torch.mean,
+    torch.sum,
+    torch.norm,
+    torch.var,
+    F.softmax,
+}
+_GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback", "scaled_grouped_mm")
+
+# More sources than this is a sum over layers or experts, not a block.
+_MAX_SOURCES = 4
+
+
+def _is_grouped(node: Node) -> bool:
+    """A product with expert weights: grouped, or batched by a parameter of rank 3."""
+    name = str(getattr(node.target, "__name__", node.target)).rpartition(".")[2]
+    if name in _GROUPED or "grouped_mm" in name:
+        return True
+    return node.target is torch.matmul and any(rank(a) == 3 and is_weight(a) for a in node.args)
+
+
+def _pointwise_convolution(node: Node) -> bool:
+    return node.target in _CONVOLUTIONS and all(isinstance(s, int) and s == 1 for s in shape(node.args[1])[2:])
+
+
+def states(context: Context) -> dict[Node, State]:
+    """What each node is to a feed-forward block, in one pass over the graph; nodes that are nothing are left out."""
+    found: dict[Node, State] = {}
+    for node in context.analysis.nodes:
+        if node.op in ("call_function", "call_method"):
+            state = _state(node, found)
+            if state is not None:
+                found[node] = state
+    return found
+
+
+def _state(node: Node, found: dict[Node, State]) -> State | None:
+    target = node.target
+    if target is F.linear:
+        return _linear_state(node, found)
+    if _is_grouped(node):
+        return Projection(node, nodes=(node,), refused=Reject("its weights are stacked by expert (mixture of experts)"))
+    above = [found[a] for a in node.all_input_nodes if a in found]
+    if not above:
+        if _pointwise_convolution(node):
+            return Projection(node, nodes=(node,), refused=Reject("a 1x1 convolution in place of a linear layer"))
+        return None
+    first = found.get(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
+    if isinstance(first, (Projection, Parts)):
+        piece = _piece(node, first)
+        if piece is not None:
+            return piece
+    if isinstance(first, Branch) or any(isinstance(s, Branch) for s in above):
+        return _branch_state(node, found)
+    if target is operator.getitem and isinstance(first, Parts):
+        return None
+    merged = _merged(above)
+    if merged is None:
+        return None
+    if target is torch.reshape:
+        kept = same_size(shape(node)[-1], shape(node.args[0])[-1])
+        return merged if kept and is_float(node) else _broken(merged, node, "changes the last dim")
+    if target in _TRANSPARENT:
+        return merged if is_float(node) else _broken(merged, node)
+    if target is F.glu:
+        return replace(merged, nonlinear=True)
+    if target in ELEMENTWISE:
+        return replace(merged, nonlinear=merged.nonlinear or target in NONLINEAR)
+    if _pointwise_convolution(node):
+        return Projection(node, nodes=(node,), refused=Reject("a 1x1 convolution in place of a linear layer"))
+    return _broken(merged, node)
+
+
+def _linear_state(node: Node, found: dict[Node, State]) -> State | None:
+    x, w = node.args[0], node.args[1]
+    if not is_weight(w):
+        return Projection(
+            node, nodes=(node,), refused=Reject("the in-projection's weight is no parameter ({})", describe(w))
+        )
+    below, passed = _source_of_branch(x)
+    inner = found.get(below)
+    if isinstance(inner, Projection) and inner.linear is below and inner.lora is None and inner.refused is None:
+        thin, full = shape(below)[-1], shape(below.args[0])[-1]
+        if isinstance(thin, int) and isinstance(full, int) and thin < full and len(node.args) == 2:
+            source, _ = _source_of_branch(below.args[0])
+            return Branch(x, w, 1.0, (node,), source)
+    return Projection(node, nodes=(node,))
+
+
+def _source_of_branch(x: Any) -> tuple[Any, list[Node]]:
+    """`x` without the dropout and casts that a low-rank branch puts in front."""
+    passed = []
+    while isinstance(x, Node) and x.target in (F.dropout, "to") and isinstance(x.args[0], Node):
+        passed.append(x)
+        x = x.args[0]
+    return x, passed
+
+
+def _branch_state(node: Node, found: dict[Node, State]) -> State | None:
+    args = [a for a in node.args if isinstance(a, Node)]
+    branches = [(a, s) for a in args if isinstance(s := found.get(a), Branch)]
+    others = [(a, s) for a in args if not isinstance(s := found.get(a), Branch)]
+    if node.target == "to" and is_float(node):
+        return replace(branches[0][1], nodes=(*branches[0][1].nodes, node))
+    number = next((a for a in node.args if _is_number(a)), None)
+    if node.target in (operator.mul, operator.truediv) and len(branches) == 1 and not others and number is not None:
+        ((_, branch),) = branches
+        if node.target is operator.truediv and node.args[0] is number:
+            return None
+        factor = float(number) if node.target is operator.mul else 1.0 / float(number)
+        return replace(branch, scaling=branch.scaling * factor, nodes=(*branch.nodes, node))
+    if node.target is operator.add and len(branches) == 1 and len(others) == 1:
+        ((_, branch), (_, base)) = branches[0], others[0]
+        if isinstance(base, Projection) and base.linear.target is F.linear:
+            same_input = _source_of_branch(base.linear.args[0])[0] is branch.x
+            if not same_input:
+                return None
+            nodes = (*base.nodes, *branch.nodes, node)
+            if base.lora is not None:
+                return replace(base, nodes=nodes, refused=Reject("several low-rank adapters on one projection"))
+            if base.start is not None:
+                return replace(base, nodes=nodes, refused=Reject("a low-rank adapter on a part of a fused projection"))
+            return replace(base, nodes=nodes, lora=Lora(branch.a_out, branch.b, branch.scaling))
+    return None
+
+
+def _merged(above: list[State]) -> Hidden | None:
+    """The union of what a node's inputs are; None if they are projections of different inputs (a residual sum, q and k)."""
+    sources: frozenset[Node] = frozenset()
+    nonlinear, refused = False, None
+    for state in above:
+        if isinstance(state, Hidden):
+            sources, nonlinear = sources | state.sources, nonlinear or state.nonlinear
+            refused = refused or state.refused
+        elif isinstance(state, Projection):
+            sources, refused = sources | {state.linear}, refused or state.refused
+        elif isinstance(state, Parts):
+            sources = sources | {state.whole.linear}
+        else:
+            return None
+    if len(sources) > _MAX_SOURCES or len({_source_of_branch(s.args[0])[0] for s in sources}) > 1:
+        return None
+    return Hidden(sources, nonlinear, refused)
+
+
+def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
+    """The same with a reason not to be a site. Before the non-linearity, only steps that tell a look-alike are kept."""
+    if node.target in _CONVOLUTIONS and any(s.target in _CONVOLUTIONS for s in merged.sources):
+        return None
+    telling = node.target in _CONVOLUTIONS or node.target in _NORMS
+    if not merged.nonlinear and not telling:
+        return None
+    if not is_tensor(node):
+        return None
+    if how:
+        return replace(merged, refused=merged.refused or Reject("{} {} between the projections", describe(node), how))
+    if node.target in _NORMS or node.target in _REDUCTIONS:
+        return replace(
+            merged, refused=merged.refused or Reject("a norm or reduction ({}) between the projections", describe(node))
+        )
+    return replace(merged, refused=merged.refused or Reject("{} between the projections", describe(node)))
+
+
+def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
+    """Rows of a fused projection: what chunk, split, slices, unflatten and unbind along the last dim select."""
+    if isinstance(whole, Parts):
+        if node.target is not operator.getitem or not isinstance(node.args[1], int):
+            return None
+        bounds = whole.bounds[node.args[1]] if -len(whole.bounds) <= node.args[1] < len(whole.bounds) else None
+        return None if bounds is None else _slice(whole.whole, *bounds, (*whole.nodes, node))
+    source = node.args[0]
+    width = shape(source)[-1]
+    if not isinstance(width, int) or whole.lora is not None:
+        return None
+    last = rank(source) - 1
+    if node.target in _SPLITS:
+        bounds = _split_bounds(node, last, width)
+        return None if bounds is None else Parts(whole, bounds, (node,))
+    if node.target in ("narrow", torch.narrow):
+        found = Arguments(node, "input", "dim", "start", "length")
+        dim, start, length = found.take("dim", "start", "length")
+        if isinstance(dim, int) and dim % (last + 1) == last and isinstance(start, int) and isinstance(length, int):
+            return _slice(whole, start, start + length, (node,))
+    if node.target is operator.getitem:
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        lead, final = index[:-1], index[-1]
+        full = slice(None, None, None)
+        covers = lead == (Ellipsis,) or (len(lead) == last and all(i == full for i in lead))
+        if (
+            covers
+            and isinstance(final, slice)
+            and all(i is None or isinstance(i, int) for i in (final.start, final.stop))
+        ):
+            if final.step not in (None, 1):
+                return replace(whole, refused=Reject("gate and up are interleaved in one fused projection"))
+            start, stop, _ = final.indices(width)
+            return _slice(whole, start, stop, (node,))
+    return None
+
+
+def _slice(whole: Projection, start: int, stop: int, nodes: tuple[Node, ...]) -> Projection:
+    offset = whole.start or 0
+    return replace(whole, start=offset + start, stop=offset + stop, nodes=(*whole.nodes, *nodes))
+
+
+def _split_bounds(node: Node, last: int, width: int) -> tuple[tuple[int, int], ...] | None:
+    name = getattr(node.target, "__name__", node.target)
+    pieces = node.meta.get("example_value")
+    found = Arguments(node, "input", "sizes", "dim")
+    dim = node.kwargs.get(
+        "dim", found["dim"] if len(node.args) > 2 else (node.args[1] if name == "unbind" and len(node.args) > 1 else 0)
+    )
+    if (
+        not isinstance(pieces, (tuple, list))
+        or not isinstance(dim, int)
+        or dim % (last + 1) != last
+        or name == "unbind"
+    ):
+        return None
+    bounds, at = [], 0
+    for piece in pieces:
+        if not isinstance(piece, torch.Tensor) or not isinstance(piece.shape[-1], int):
+            return None
+        bounds.append((at, at + piece.shape[-1]))
+        at += piece.shape[-1]
+    return tuple(bounds) if at == width else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a block
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Refused(Exception):
+    """Carries a Reject out of the recursive reader."""
+
+    def __init__(self, reason: Reject):
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+@dataclass
+class _Reader:
+    """Turns the dataflow above the second projection into an expression."""
+
+    context: Context
+    found: dict[Node, State]
+    projections: list[Projection] = field(default_factory=list)
+    parameters: list[Node] = field(default_factory=list)
+    nodes: dict[Node, None] = field(default_factory=dict)
+    dropout_p: float = 0.0
+    memo: dict[Node, Expression] = field(default_factory=dict)
+    dropped: Node | None = None
+
+    def read(self, node: Any, factor: bool = True) -> Any:
+        """The expression of a node. `factor`: it multiplies the hidden activation, so that dropout may move to the end."""
+        if not isinstance(node, Node):
+            if node is None or isinstance(node, (bool, int, float, str)):
+                return node
+            raise _Refused(Reject("an argument of the activation is not understood ({})", node))
+        if not is_tensor(node) and number(node) is not None:
+            return number(node)
+        if node in self.memo:
+            return self.memo[node]
+        state = self.found.get(node)
+        if isinstance(state, Projection):
+            self.nodes.update(dict.fromkeys(state.nodes))
+            result: Any = self.pre_activation(state)
+        elif isinstance(state, Hidden):
+            result = self.step(node, factor)
+        else:
+            return self.parameter(node)
+        self.memo[node] = result
+        return result
+
+    def pre_activation(self, state: Projection) -> Expression:
+        if state.refused is not None:
+            raise _Refused(state.refused)
+        rows = [p.rows for p in self.projections]
+        if state.rows not in rows:
+            self.projections.append(state)
+            rows.append(state.rows)
+        return var(f"x{rows.index(state.rows)}")
+
+    def step(self, node: Node, factor: bool) -> Expression:
+        self.nodes[node] = None
+        if node.target is F.dropout:
+            p, training = number(node.args[1]), node.args[2]
+            if p is None or not isinstance(training, bool) or not factor or self.dropped is not None:
+                raise _Refused(Reject("dropout inside of the activation"))
+            self.dropped, self.dropout_p = node, float(p) if training else 0.0
+            return self.read(node.args[0], factor)
+        if node.target in _TRANSPARENT or node.target is torch.reshape:
+            return self.read(node.args[0], factor)
+        if node.target is F.glu:
+            return self.glu(node)
+        build = ELEMENTWISE.get(node.target)
+        if build is None:
+            raise _Refused(Reject("{} between the projections", describe(node)))
+        multiplies = factor and node.target is operator.mul
+        args = [self.read(a, multiplies) for a in node.args]
+        kwargs = {k: self.read(a, False) for k, a in node.kwargs.items()}
+        try:
+            return build(*args, **kwargs)
+        except (ExpressionError, TypeError) as error:
+            raise _Refused(Reject("{} has no form in the expression language ({})", describe(node), error)) from error
+
+    def glu(self, node: Node) -> Expression:
+        found = Arguments(node, "input", ("dim", -1))
+        whole = self.found.get(node.args[0])  # type: ignore[arg-type]
+        width = shape(node.args[0])[-1]
+        if not isinstance(whole, Projection) or not isinstance(width, int) or found["dim"] not in (-1, rank(node) - 1):
+            raise _Refused(Reject("a gated linear unit of something that is no projection"))
+        half = width // 2
+        self.nodes.update(dict.fromkeys(whole.nodes))
+        value, gate = (self.pre_activation(_slice(whole, *b, ())) for b in ((0, half), (half, width)))
+        return value * call("sigmoid", gate)
+
+    def parameter(self, node: Node) -> Expression:
+        """A tensor that the activation reads beside the pre-activations."""
+        if not is_tensor(node):
+            raise _Refused(Reject("the activation reads a size of the graph ({})", describe(node)))
+        sizes = shape(node)
+        if len(sizes) > 1 or not all(isinstance(s, int) for s in sizes):
+            raise _Refused(Reject("the activation reads a tensor of shape {} ({})", tuple(sizes), describe(node)))
+        if node not in self.parameters:
+            self.parameters.append(node)
+        return var(f"a{self.parameters.index(node)}")
+
+
+def capture_block(context: Context, node: Node) -> Candidate | Reject | None:
+    """linear, element-wise function, linear: `node` is the second projection."""
+    found = context.fact(states)
+    x = node.args[0] if node.args else None
+    hidden = found.get(x) if isinstance(x, Node) else None
+    if not isinstance(hidden, Hidden) or not hidden.nonlinear:
+        return None
+    if node.target is F.linear:
+        return _read_block(context, node, hidden, found)
+    own = found.get(node)
+    if not isinstance(own, Projection) or own.refused is None:
+        return None
+    if node.target in _CONVOLUTIONS and not _is_inverted(node, hidden):
+        return None
+    return hidden.refused or own.refused
+
+
+def _is_inverted(node: Node, hidden: Hidden) -> bool:
+    """Two convolutions that widen and narrow the channels again, as a block does; others are a matter of course in CNNs."""
+    sources = list(hidden.sources)
+    if len(sources) != 1 or sources[0].target not in _CONVOLUTIONS:
+        return False
+    before, after = shape(sources[0].args[1]), shape(node.args[1])
+    return (
+        same_size(before[1], after[0])
+        and all(isinstance(s, int) for s in (*before[:2], *after[:2]))
+        and before[0] >= before[1]
+    )
+
+
+def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, State]) -> Candidate | Reject | None:
+    w_out = node.args[1]
+    b_out = node.args[2] if len(node.args) > 2 else None
+    if hidden.refused is not None:
+        return hidden.refused
+    if not is_weight(w_out):
+        return Reject("the out-projection's weight is no parameter ({})", describe(w_out))
+    reader = _Reader(context, found)
+    try:
+        expr = reader.read(node.args[0])
+    except _Refused as refused:
+        return refused.reason
+    if len(reader.projections) > 2:
+        return Reject("{} projections meet in one activation", len(reader.projections))
+    width, model_out = shape(node.args[0])[-1], shape(node)[-1]
+    first = reader.projections[0].linear
+    source = first.args[0]
+    model_width = shape(source)[-1]
+    sizes = [_width_of(p) for p in reader.projections]
+    for label, size in (("hidden width", width), ("model width", model_width), ("output width", model_out)):
+        if not isinstance(size, int):
+            return Reject("{} is not static ({})", label, size)
+    if any(s != width for s in sizes):
+        return Reject("projections of widths {} make a hidden activation of width {}", sizes, width)
+    if model_out != model_width:
+        return Reject("output width {} differs from the model width {}: a head, not a block", model_out, model_width)
+    if width < model_width:
+        return Reject("hidden width {} is below the model width {}: a bottleneck adapter", width, model_width)
+    if not same_shape(shape(node)[:-1], shape(source)[:-1]):
+        return Reject("leading dims change from {} to {}", tuple(shape(source)[:-1]), tuple(shape(node)[:-1]))
+    for p in reader.parameters:
+        if shape(p) not in ((), (1,), (width,)):
+            return Reject("the activation reads a tensor of shape {} ({})", tuple(shape(p)), describe(p))
+    biases = []
+    for p in reader.projections:
+        bias = p.linear.args[2] if len(p.linear.args) > 2 else None
+        if bias is not None and not is_weight(bias):
+            return Reject("the bias of a projection is no parameter ({})", describe(bias))
+        biases.append(None if bias is None else Weight(bias, p.start, p.stop))  # type: ignore[arg-type]
+    try:
+        expr, order = _normal_form(expr, len(reader.projections))
+    except ExpressionError as error:
+        return Reject("the activation is too large for the expression language ({})", error)
+    if expr.op == "tanh" and expr.args[0].op == "var":
+        return Reject("linear, tanh, linear is a pooler")
+    projections = [reader.projections[i] for i in order]
+    captured = FFNCapture(
+        source,  # type: ignore[arg-type]
+        tuple(Weight(p.linear.args[1], p.start, p.stop) for p in projections),  # type: ignore[arg-type]
+        tuple(biases[i] for i in order),
+        w_out,  # type: ignore[arg-type]
+        b_out,  # type: ignore[arg-type]
+        str(expr),
+        tuple(reader.parameters),
+        reader.dropout_p,
+        width,
+        tuple(p.lora for p in projections),
+    )
+    position = context.analysis.order
+    nodes = tuple(sorted({*reader.nodes, node}, key=position.__getitem__))
+    weights = [w for p in projections for w in (p.linear.args[1], *((p.lora.a_out, p.lora.b) if p.lora else ()))]
+    read = (source, *weights, w_out, *((b_out,) if b_out is not None else ()), *reader.parameters)
+    core = (*(p.linear for p in projections), node)
+    return Candidate(node, nodes, read, captured, core)  # type: ignore[arg-type]
+
+
+def _width_of(p: Projection) -> Any:
+    return shape(p.linear)[-1] if p.start is None or p.stop is None else p.stop - p.start
+
+
+def _normal_form(expr: Expression, count: int) -> tuple[Expression, list[int]]:
+    """(the expression with named functions and the gate first, order of the projections that it then refers to)."""
+    expr = with_names(expr)
+    if count < 2 or expr.op != "*":
+        return expr, list(range(count))
+    # A product of an activation and a plain pre-activation is spelled act(x0) * x1.
+    gate, plain = expr.args if expr.args[1].op == "var" else expr.args[::-1]
+    if plain.op != "var" or gate.variables & {"x0", "x1"} == set() or plain.value not in ("x0", "x1"):
+        return expr, list(range(count))
+    if plain.value == "x0" and "x0" not in gate.variables:
+        gate, plain = (substitute(g, {"x0": "x1", "x1": "x0"}) for g in (gate, plain))
+        return gate * plain, [1, 0]
+    return gate * plain, [0, 1]
+
+
+BLOCK = Pattern(
+    name="linear-act-linear",
+    kind="ffn",
+    equation="linear(dropout(act(linear(x), linear(x)))) => spt::route + spt::routed_ffn",
+    anchors=(F.linear,),
+    capture=capture_block,
+)
+EXPERTS = Pattern(
+    name="experts",
+    kind="ffn",
+    equation="grouped(act(grouped(x, w_in)), w_out) stays",
+    anchors=(torch.matmul, "*grouped_mm*", F.conv1d, F.conv2d),
+    capture=capture_block,
+)
+
+PATTERNS = (BLOCK, EXPERTS)

@@ -1,0 +1,461 @@
+"""Puts SPT nodes in a graph: applies plans to a copy of Dynamo's graph and wires learned state in as extra inputs.
+
+The only file that edits graphs after canonicalisation. It works on a copy (DESIGN.md: Dynamo's own graph must stay as it
+is), recurses into the bodies of higher-order ops, and threads state and observations through their calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from .patterns import AttentionCapture, FFNCapture, Weight
+from .plan import ATTENTION_SAMPLES, FFN_SAMPLES, Plan, value_of
+from .scope import Scope
+from .state import StateSpec
+
+log = logging.getLogger(__name__)
+
+# Token rows per tile of a routed FFN's block list. A CPU reads offsets on the host and needs no padding.
+ROUTE_TILE = {"cpu": 1, "cuda": 64}
+
+# Higher-order ops whose first argument is a body that is called once with the remaining arguments.
+_CALLS_BODY = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """Ties one state (anchor, kind, key) to the extra inputs of a graph.
+
+    Attributes:
+        anchor: position of the anchor among the graph's real inputs. spec, path, settings: for `StateStore.get`.
+        weights: recipes of the site's weights (FFN). losses: positions of the site's auxiliary losses among extra outputs.
+    """
+
+    anchor: int
+    spec: StateSpec
+    path: str
+    settings: Any
+    weights: dict[str, Any]
+    losses: list[int] = field(default_factory=list)
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph that carries what later stages read: meta, sources, parameter names."""
+    graph = fx.Graph()
+    twins: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(module.graph, twins)
+    graph.output(result)
+    graph.output_node().meta = copy.copy(module.graph.output_node().meta)
+    for old, new in twins.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    twin = fx.GraphModule(module, graph)
+    twin.meta = copy.copy(module.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason"):
+        if hasattr(module, name):
+            setattr(twin, name, getattr(module, name))
+    return twin
+
+
+def body_calls(module: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
+    """(call node, attribute name of its body) of every higher-order op that can be rewritten inside."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "__name__", str(node.target)) not in _CALLS_BODY:
+            continue
+        body = node.args[0] if node.args else None
+        if (
+            isinstance(body, fx.Node)
+            and body.op == "get_attr"
+            and isinstance(getattr(module, str(body.target)), fx.GraphModule)
+        ):
+            yield node, str(body.target)
+
+
+def open_body(module: fx.GraphModule, call: fx.Node, name: str, scope: Scope) -> tuple[fx.GraphModule, Scope]:
+    """Replaces the body of `call` by a copy that may be edited; returns it with its scope."""
+    body = copy_graph(getattr(module, name))
+    setattr(module, name, body)
+    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    outer = {p: a for p, a in zip(placeholders, call.args[1:], strict=True) if isinstance(a, fx.Node)}
+    return body, Scope(body, parent=scope, outer=outer)
+
+
+class Rewriter:
+    """Edits one graph (and, through `inside`, the bodies it calls).
+
+    Args:
+        module: the canonicalised copy. training: whether the graph is compiled with grad mode on.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, *, training: bool, parent: Rewriter | None = None, call: fx.Node | None = None
+    ):
+        self.module, self.graph, self.training = module, module.graph, training
+        self.parent, self.call = parent, call
+        self.bindings: list[Binding] = []
+        self.extra_outputs = 0
+        self._inputs: dict[tuple[int, str], fx.Node] = {}
+
+    def inside(self, body: fx.GraphModule, call: fx.Node) -> Rewriter:
+        """A rewriter for the body of a call in this graph."""
+        return Rewriter(body, training=self.training, parent=self, call=call)
+
+    @property
+    def root(self) -> Rewriter:
+        return self if self.parent is None else self.parent.root
+
+    def apply(self, plan: Plan) -> None:
+        """Replaces one matched site. If anything goes wrong the graphs are left as they were, and the error is raised."""
+        output = plan.match.output
+        levels = [self]
+        while levels[-1].parent is not None:
+            levels.append(levels[-1].parent)
+        before = [(level, set(level.graph.nodes), level.graph.output_node().args) for level in levels]
+        try:
+            edit = self._attention if plan.match.pattern.kind == "attention" else self._ffn
+            with self.graph.inserting_before(output):
+                result = edit(plan)
+        except BaseException:
+            # State inputs stay: they are bound by now, and harmless. Outer graphs read inner results, so they go first.
+            for level, nodes, returned in reversed(before):
+                level.graph.output_node().args = returned
+                for node in reversed([n for n in level.graph.nodes if n not in nodes and n.op != "placeholder"]):
+                    level.graph.erase_node(node)
+            raise
+        result.meta = {**output.meta, "spt_site": plan.report.name}
+        output.replace_all_uses_with(result)
+        for node in sorted(plan.match.nodes, reverse=True):
+            if not node.users:
+                self.graph.erase_node(node)
+
+    def finish(self) -> fx.GraphModule:
+        """Checks the edited graph and compiles its code."""
+        self.graph.lint()
+        self.module.recompile()
+        return self.module
+
+    # ---- building blocks ----------------------------------------------------------------------------------------
+
+    def emit(self, target: Callable, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def state(self, plan: Plan, name: str) -> fx.Node:
+        """The graph input that carries a state tensor of the plan's site."""
+        assert plan.spec is not None and plan.anchor is not None
+        return self._state_input(self.root._bind(plan), name)
+
+    def _bind(self, plan: Plan) -> int:
+        for i, b in enumerate(self.bindings):
+            if (b.anchor, b.spec.kind, b.spec.key) == (plan.anchor, plan.spec.kind, plan.spec.key):  # type: ignore[union-attr]
+                return i
+        self.bindings.append(Binding(plan.anchor, plan.spec, plan.match.path, plan.config, plan.weights))  # type: ignore[arg-type]
+        index = len(self.bindings) - 1
+        for name in plan.spec.inputs:  # type: ignore[union-attr]  # all of them: the run-time wrapper passes every input
+            self._state_input(index, name)
+        return index
+
+    def _state_input(self, binding: int, name: str) -> fx.Node:
+        node = self._inputs.get((binding, name))
+        if node is not None:
+            return node
+        last = [n for n in self.graph.nodes if n.op == "placeholder"]
+        label = f"spt_{binding}_{name}"
+        with self.graph.inserting_after(last[-1]) if last else self.graph.inserting_before():
+            node = self.graph.placeholder(label)
+        if self.parent is None:
+            node._dynamo_source = None  # type: ignore[attr-defined]
+            # Fixed addresses: without the mark CUDA graphs would copy, and refuse mutation.
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        else:
+            outer = self.parent._state_input(binding, name)
+            assert self.call is not None
+            self.call.args = (*self.call.args, outer)
+        self._inputs[(binding, name)] = node
+        return node
+
+    def _outside(self, values: Sequence[fx.Node]) -> list[fx.Node]:
+        """The same values in the outermost graph: a body returns them as extra outputs."""
+        if self.parent is None:
+            return list(values)
+        assert self.call is not None
+        output = self.graph.output_node()
+        returned = tuple(output.args[0])  # type: ignore[arg-type]
+        output.args = ((*returned, *values),)
+        with self.parent.graph.inserting_after(self.call):
+            outer = [self.parent.emit(operator.getitem, self.call, len(returned) + i) for i in range(len(values))]
+        return self.parent._outside(outer)
+
+    def _observe(self, plan: Plan, rows: fx.Node, quality: fx.Node | None) -> None:
+        """Adds the mutating part of learning, always in the outermost graph: a checkpointed body may run twice."""
+        values = self._outside([rows] if quality is None else [rows, quality])
+        root = self.root
+        index = root._bind(plan)
+        # In the graph of the site itself the insertion point is right; from a body, it is behind the call.
+        after = max(values) if self.parent is not None else None
+        with root.graph.inserting_after(after) if after is not None else nullcontext():
+            probe = root._probe(index)
+        with root.graph.inserting_after(probe) if after is not None else nullcontext():
+            sample, cursor = root._state_input(index, "sample"), root._state_input(index, "cursor")
+            seen = root.emit(torch.ops.spt.observe_v1.default, sample, cursor, values[0], probe)
+        if quality is not None:
+            with root.graph.inserting_after(seen) if after is not None else nullcontext():
+                root.emit(torch.ops.aten.add_.Tensor, root._state_input(index, "quality"), values[1])
+
+    def _probe(self, binding: int) -> fx.Node:
+        return self.emit(
+            operator.getitem, self._state_input(binding, "probe"), slice(0, 2) if self.training else slice(2, 4)
+        )
+
+    def _extra_output(self, plan: Plan, value: fx.Node) -> None:
+        """Returns a value from the outermost graph, behind its own outputs; the run-time wrapper strips it."""
+        root = self.root
+        (value,) = self._outside([value])
+        output = root.graph.output_node()
+        output.args = ((*output.args[0], value),)  # type: ignore[misc]
+        root.bindings[root._bind(plan)].losses.append(root.extra_outputs)
+        root.extra_outputs += 1
+
+    def _budget(self, plan: Plan, device: torch.device) -> fx.Node:
+        if plan.spec is None or plan.config.exact:
+            return self.emit(torch.full, (1,), plan.density, dtype=torch.float32, device=device)
+        # Negative (everything) stays negative; a site that the guard made denser has a factor above one.
+        return self.emit(torch.mul, self.state(plan, "budget"), plan.density)
+
+    def _seed(self, device: torch.device) -> fx.Node:
+        # Drawn by the graph like the dropout it replaces: checkpointing replays it, `manual_seed` governs it.
+        return self.emit(torch.randint, 0, 2**31 - 1, (1,), dtype=torch.int64, device=device)
+
+    # ---- attention ----------------------------------------------------------------------------------------------
+
+    def _attention(self, plan: Plan) -> fx.Node:
+        c: AttentionCapture = plan.match.capture
+        config, options = plan.config, plan.config.attention
+        rank, device = value_of(c.q).dim(), value_of(c.q).device
+        out_dtype = value_of(plan.match.output).dtype
+        k_node = self.emit(torch.transpose, c.k, -1, -2) if c.k_transposed else c.k
+        q_node = c.q
+        for factor in c.scale_nodes:
+            q_node = self.emit(torch.mul, q_node, self._cast(factor, value_of(c.q).dtype))
+        dtypes = [value_of(n).dtype for n in (c.q, c.k, c.v)]
+        common = torch.promote_types(torch.promote_types(dtypes[0], dtypes[1]), dtypes[2])
+        q, k, v = (
+            self._four_dims(n if d == common else self.emit(torch.ops.aten.to.dtype, n, common), rank)
+            for n, d in zip((q_node, k_node, c.v), dtypes, strict=True)
+        )
+        k, v = self._match_batch(c, q, k, v)
+        bias = self._bias(c, rank)
+        expr = "k <= q" if c.causal else ""
+        quantised = plan.spec is not None and options.select != "mean"
+        codebook = self.state(plan, "codebook") if quantised else None
+        key_mean = self.state(plan, "key_mean") if quantised else None
+        rule = options.select if quantised else "mean" if options.granularity == "tile" else "pq"
+        budget = self._budget(plan, device)
+        seed = self._seed(device) if c.dropout_p > 0 else None
+        fixed_q, fixed_k, fixed_v = (self.emit(torch.ops.aten.detach.default, n) for n in (q, k, v))
+        fixed_bias = None if bias is None else self.emit(torch.ops.aten.detach.default, bias)
+        fixed_codes = None if codebook is None else self.emit(torch.ops.aten.detach.default, codebook)
+        if options.granularity == "tile":
+            tiling = (options.tile[0], options.tile[1])
+            chosen = self.emit(
+                torch.ops.spt.select_tiles_v1.default,
+                *(fixed_q, fixed_k, fixed_bias, expr, [], fixed_codes, key_mean, budget, plan.max_density),
+                *(*tiling, c.scale, c.softcap, rule, plan.minimum),
+            )
+            attend, tail = torch.ops.spt.tile_attention_v1.default, tiling
+        else:
+            chosen = self.emit(
+                torch.ops.spt.select_keys_v1.default,
+                *(fixed_q, fixed_k, fixed_bias, expr, [], fixed_codes, key_mean, budget, plan.max_density),
+                *(c.scale, c.softcap, rule, plan.minimum),
+            )
+            attend, tail = torch.ops.spt.key_attention_v1.default, ()
+        kept, counts = self.emit(operator.getitem, chosen, 0), self.emit(operator.getitem, chosen, 1)
+        both = self.emit(
+            attend, q, k, v, bias, kept, counts, expr, [], seed, float(c.dropout_p), c.scale, c.softcap, c.empty, *tail
+        )
+        out, lse = self.emit(operator.getitem, both, 0), self.emit(operator.getitem, both, 1)
+        if plan.spec is not None and not config.exact:
+            probe = self._probe(self.root._bind(plan))
+            stats = self.emit(
+                torch.ops.spt.stats_attention_v1.default,
+                *(fixed_q, fixed_k, fixed_v, fixed_bias, expr, []),
+                *(self.emit(torch.ops.aten.detach.default, out), self.emit(torch.ops.aten.detach.default, lse)),
+                *(c.scale, c.softcap, ATTENTION_SAMPLES, probe),
+            )
+            rows = [self.emit(operator.getitem, stats, i) for i in range(2)]  # queries, keys
+            self._observe(plan, self.emit(torch.stack, rows), self.emit(operator.getitem, stats, 2))
+            if config.preset == "paper" and self.training:
+                self._extra_output(
+                    plan, self.emit(torch.ops.spt.commitment_loss_v1.default, self.state(plan, "codebook"), k)
+                )
+        out = self._restore_rank(out, c.q, rank)
+        return out if out_dtype == common else self.emit(torch.ops.aten.to.dtype, out, out_dtype)
+
+    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if value_of(node).dtype == dtype else self.emit(torch.ops.aten.to.dtype, node, dtype)
+
+    def _four_dims(self, node: fx.Node, rank: int) -> fx.Node:
+        """[..., H, T, D] -> [B, H, T, D]; without a head dim the heads are one."""
+        if rank == 2:
+            return self.emit(torch.unsqueeze, self.emit(torch.unsqueeze, node, 0), 0)
+        if rank == 3:
+            return self.emit(torch.unsqueeze, node, 1)
+        return node if rank == 4 else self.emit(torch.flatten, node, 0, rank - 4)
+
+    def _restore_rank(self, out: fx.Node, like: fx.Node, rank: int) -> fx.Node:
+        if rank == 2:
+            return self.emit(torch.squeeze, self.emit(torch.squeeze, out, 0), 0)
+        if rank == 3:
+            return self.emit(torch.squeeze, out, 1)
+        if rank == 4:
+            return out
+        return self.emit(torch.unflatten, out, 0, tuple(self._size(like, d) for d in range(rank - 3)))
+
+    def _size(self, node: fx.Node, dim: int) -> Any:
+        size = value_of(node).shape[dim]
+        return size if isinstance(size, int) else self.emit(torch.ops.aten.sym_size.int, node, dim)
+
+    def _match_batch(self, c: AttentionCapture, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Expands keys and values of batch 1 to the queries' batch, as broadcasting did."""
+        q_lead, k_lead, v_lead = (value_of(n).shape[:1] if value_of(n).dim() >= 3 else () for n in (c.q, c.k, c.v))
+
+        def widen(node: fx.Node, lead: Sequence[Any]) -> fx.Node:
+            if not lead or not isinstance(lead[0], int) or lead[0] != 1 or q_lead == lead:
+                return node
+            batch = self.emit(torch.ops.aten.sym_size.int, q, 0)
+            return self.emit(torch.ops.aten.expand.default, node, [batch, -1, -1, -1])
+
+        return widen(k, k_lead), widen(v, v_lead)
+
+    def _bias(self, c: AttentionCapture, rank: int) -> fx.Node | None:
+        """All masks of the site as one: None, a bool tensor (True = allowed) or a float tensor that is added."""
+        total: fx.Node | None = None
+        for node, factor in c.bias:
+            term = node if factor == 1.0 else self.emit(torch.mul, node, factor)
+            term = self._mask_dims(term, value_of(node), c.q, rank)
+            total = term if total is None else self.emit(torch.add, total, term)
+        allowed: fx.Node | None = None
+        for node in (*c.allowed, *c.disallowed):
+            term = self.emit(torch.logical_not, node) if node in c.disallowed else node
+            term = self._mask_dims(term, value_of(node), c.q, rank)
+            allowed = term if allowed is None else self.emit(torch.logical_and, allowed, term)
+        if total is None or allowed is None:
+            return total if allowed is None else allowed
+        return self.emit(torch.where, allowed, total, float("-inf"))
+
+    def _mask_dims(self, node: fx.Node, value: torch.Tensor, q: fx.Node, rank: int) -> fx.Node:
+        """A mask that broadcasts to scores of `rank` dims -> one that broadcasts to [B, H, Tq, Tk]."""
+        for _ in range(value.dim(), max(rank, 2)):
+            node = self.emit(torch.unsqueeze, node, 0)
+        if rank == 2:
+            return self.emit(torch.unsqueeze, self.emit(torch.unsqueeze, node, 0), 0)
+        if rank == 3:
+            return self.emit(torch.unsqueeze, node, 1)
+        if rank == 4:
+            return node
+        missing = rank - value.dim()
+        lead = [1] * missing + list(value.shape[: max(0, value.dim() - 3)])
+        if any(not isinstance(s, int) or s != 1 for s in lead):
+            sizes = [self._size(q, d) for d in range(rank - 3)]
+            node = self.emit(torch.ops.aten.expand.default, node, [*sizes, -1, -1, -1])
+        return self.emit(torch.flatten, node, 0, rank - 4)
+
+    # ---- feed-forward -------------------------------------------------------------------------------------------
+
+    def _ffn(self, plan: Plan) -> fx.Node:
+        c: FFNCapture = plan.match.capture
+        config, options = plan.config, plan.config.ffn
+        value = value_of(c.x)
+        device = value.device
+        x = c.x if value.dim() == 2 else self.emit(torch.reshape, c.x, (-1, plan.shape["model_width"]))
+        w_in = [self._rows(w) for w in c.w_in]
+        b_in = [self._rows(b) for b in c.b_in if b is not None]
+        if b_in and len(b_in) < len(w_in):
+            b_in = [self._rows(b) if b is not None else self._zeros(c, i) for i, b in enumerate(c.b_in)]
+        lora_a, lora_b = self._lora(plan, x)
+        gated = options.gate != "hard" and not config.exact
+        # A hard gate gives the router no gradient, so none may reach x through the scores either.
+        seen = x if gated else self.emit(torch.ops.aten.detach.default, x)
+        scores = self.emit(
+            torch.nn.functional.linear,
+            self._float(seen, value.dtype),
+            self.state(plan, "router_weight"),
+            self.state(plan, "router_bias"),
+        )
+        chosen = self.emit(
+            torch.ops.spt.route_v1.default,
+            self.emit(torch.ops.aten.detach.default, scores),
+            self.state(plan, "always_on"),
+            self._budget(plan, device),
+            *(plan.max_density, ROUTE_TILE.get(device.type, 1), plan.minimum),
+        )
+        blocks, rows, offsets = (self.emit(operator.getitem, chosen, i) for i in range(3))
+        gates = None
+        if gated:
+            probability = self.emit(torch.sigmoid, scores)
+            if options.gate == "spt":
+                gates = self.emit(torch.mul, probability, 2.0)
+            else:
+                gates = self.emit(
+                    torch.add,
+                    self.emit(torch.sub, probability, self.emit(torch.ops.aten.detach.default, probability)),
+                    1.0,
+                )
+        compensation = self.state(plan, "compensation") if options.compensation and not config.exact else None
+        seed = self._seed(device) if c.dropout_p > 0 else None
+        result = self.emit(
+            torch.ops.spt.routed_ffn_v1.default,
+            *(x, w_in, b_in, c.w_out, c.b_out, lora_a, lora_b, gates, blocks, rows, offsets),
+            *(
+                self.state(plan, "permutation"),
+                compensation,
+                c.act,
+                list(c.act_in),
+                seed,
+                float(c.dropout_p),
+                self.training,
+            ),
+        )
+        y = self.emit(operator.getitem, result, 0)
+        if not config.exact:
+            probe = self._probe(self.root._bind(plan))
+            fixed = self.emit(torch.ops.aten.detach.default, x)
+            self._observe(plan, self.emit(torch.ops.spt.stats_ffn_v1.default, fixed, FFN_SAMPLES, probe), None)
+        return y if value.dim() == 2 else self.emit(torch.ops.aten.view_as.default, y, c.x)
+
+    def _rows(self, weight: Weight) -> fx.Node:
+        if weight.start is None and weight.stop is None:
+            return weight.node
+        return self.emit(operator.getitem, weight.node, slice(weight.start, weight.stop))
+
+    def _zeros(self, c: FFNCapture, index: int) -> fx.Node:
+        return self.emit(torch.zeros, (c.width,), dtype=value_of(c.w_in[index].node).dtype, device=value_of(c.x).device)
+
+    def _float(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if dtype == torch.float32 else self.emit(torch.ops.aten.to.dtype, node, torch.float32)
+
+    def _lora(self, plan: Plan, x: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+        """LoRA branches of the in-projections: (scaled outputs of A, weights B), rank 0 where a projection has none."""
+        c: FFNCapture = plan.match.capture
+        if not any(branch is not None for branch in c.lora):
+            return [], []
+        outputs, weights = [], []
+        dtype, device = value_of(c.x).dtype, value_of(c.x).device
+        for branch in c.lora:
+            if branch is None:
+                outputs.append(self.emit(torch.narrow, x, 1, 0, 0))
+                weights.append(self.emit(torch.zeros, (c.width, 0), dtype=dtype, device=device))
+                continue
+            a_out = self.emit(torch.reshape, branch.a_out, (-1, value_of(branch.a_out).shape[-1]))
+            outputs.append(a_out if branch.scaling == 1.0 else self.emit(torch.mul, a_out, branch.scaling))
+            weights.append(branch.b)
+        return outputs, weights

@@ -1,0 +1,284 @@
+"""Mathematics of the FFN router: blocks of hidden units, which of them a token needs, what stands in for the rest.
+
+Pure functions of tensors; `state.py` owns the results. Letters: F hidden units, S sampled tokens, G blocks of width
+W = ceil(F / G) (the last may be short), E model width. Every function takes constant, repeated, non-finite or
+single-row input and returns finite values.
+
+Source: SPT (arXiv 2312.10365) trains a router over contiguous blocks from scratch. Differs from it: blocks are clusters
+of units that matter for the same tokens, and the router is a least-squares fit to how much each block contributes,
+because the FFN is pretrained and its needs can be measured.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+# Rounds of k-means that only have to find a start, rounds of the refinement (it gains little after them), and rounds of
+# bidding in an assignment, whose prices carry over to the next.
+_START_ROUNDS = 5
+_REFINE_ROUNDS = 12
+_PRICE_ROUNDS = 25
+# Ridge of the compensation fit, relative to the number of tokens per block: keeps blocks that are always dropped
+# together apart, and a block that is hardly ever dropped near zero.
+_COMPENSATION_RIDGE = 0.1
+
+
+def block_sizes(n_units: int, n_blocks: int) -> list[int]:
+    """Units of each block: ceil(F / G), the last short (or, for an awkward F, empty)."""
+    width = -(-n_units // n_blocks)
+    return [min(width, max(0, n_units - g * width)) for g in range(n_blocks)]
+
+
+def cluster(profiles: Tensor, n_blocks: int, seed: int, *, n_keep: int | None = None) -> Tensor:
+    """Cut hidden units into equal blocks of units that matter for the same tokens.
+
+    Balanced spherical k-means finds a start. Then alternately each token keeps the `n_keep` blocks that hold most of
+    its profile, and each unit moves to the block whose tokens need it most, all blocks staying full: that maximises
+    what the kept blocks hold, which is what routing lives on (on a pretrained MiniLM and a SwiGLU language model the
+    output error at density 1/2 fell by 8 % and 18 % against k-means alone).
+
+    Args:
+        profiles: [F, S] float, how much each unit matters for each sampled token: |h| times the norm of its output
+            column.
+        n_blocks: G, 1 <= G <= F.  seed: of the initial centres.  n_keep: blocks a token keeps; None means half of them.
+    Returns: permutation [F] int32 on the device of `profiles`: block g owns permutation[g * W : (g + 1) * W], ascending
+        inside a block.
+    Raises: ValueError for a number of blocks out of range.
+    """
+    n_units = profiles.shape[0]
+    if not 1 <= n_blocks <= n_units:
+        raise ValueError(f"expected 1 to {n_units} blocks for {n_units} hidden units, got {n_blocks}; lower ffn.blocks")
+    mass = _finite(profiles).abs()
+    mass = mass / mass.mean().clamp_min(1e-20)
+    sizes = block_sizes(n_units, n_blocks)
+    if n_blocks == 1 or mass.shape[1] == 0:
+        return torch.arange(n_units, dtype=torch.int32, device=profiles.device)
+
+    directions = normalize(mass, dim=1)
+    centres = _initial_centres(directions, n_blocks, torch.Generator().manual_seed(seed))
+    block: Tensor | None = None
+    price = mass.new_zeros(n_blocks)
+    for _ in range(_START_ROUNDS):
+        block, price = _assign(directions @ centres.t(), sizes, price)
+        centres = normalize(_sum_by_block(directions, block, n_blocks), dim=1)
+    assert block is not None
+
+    kept_count = min(max(n_keep or (n_blocks + 1) // 2, 1), n_blocks)
+    price = torch.zeros_like(price)
+    for _ in range(_REFINE_ROUNDS if kept_count < n_blocks else 0):
+        held = _sum_by_block(mass, block, n_blocks)  # [G, S]
+        kept = torch.zeros_like(held).scatter_(0, held.topk(kept_count, dim=0).indices, 1.0)
+        previous = block
+        block, price = _assign(mass @ kept.t(), sizes, price)
+        if torch.equal(previous, block):
+            break
+    return block.argsort(stable=True).int()
+
+
+def _sum_by_block(values: Tensor, block: Tensor, n_blocks: int) -> Tensor:
+    """[F, S], [F] -> [G, S]."""
+    return one_hot(block, n_blocks).to(values.dtype).t() @ values
+
+
+def _initial_centres(directions: Tensor, n_blocks: int, generator: torch.Generator) -> Tensor:
+    """k-means++ on the sphere: each next centre is drawn by its squared distance from the nearest one so far."""
+    chosen = [int(torch.randint(directions.shape[0], (1,), generator=generator))]
+    distance = directions.new_full((directions.shape[0],), torch.inf)
+    for _ in range(n_blocks - 1):
+        distance = torch.minimum(distance, (2 - 2 * (directions @ directions[chosen[-1]])).clamp_min(0))
+        weight = distance.double().cpu() + 1e-12  # repeated units have no distance at all
+        chosen.append(int(torch.multinomial(weight, 1, generator=generator)))
+    return directions[chosen]
+
+
+def _assign(value: Tensor, sizes: list[int], price: Tensor) -> tuple[Tensor, Tensor]:
+    """Put every unit in a block, each block exactly full, at (nearly) the largest total value.
+
+    Crowded blocks raise their price until the load is even; the few units that are left over then go where they lose
+    least.
+
+    Args: value: [F, G].  sizes: sum to F.  price: [G], where the bidding starts.
+    Returns: block [F] int64, price [G].
+    """
+    n_units, n_blocks = value.shape
+    room = torch.tensor(sizes, dtype=value.dtype, device=value.device)
+    # How far apart the offers to one unit lie is the scale on which prices act.
+    scale = (value - value.mean(1, keepdim=True)).abs().mean()
+    for i in range(_PRICE_ROUNDS):
+        block = (value - price).argmax(1)
+        load = torch.bincount(block, minlength=n_blocks).to(room.dtype)
+        if torch.equal(load, room):
+            return block, price
+        price = price + scale * (2 / (2 + i)) * (load - room) / room.clamp_min(1)
+    block = (value - price).argmax(1)
+    return _even_out(block.cpu(), (value - price).cpu(), sizes).to(value.device), price
+
+
+def _even_out(block: Tensor, value: Tensor, sizes: list[int]) -> Tensor:
+    """Move units out of overfull blocks, those first that lose least, until every block has its size."""
+    load = torch.bincount(block, minlength=len(sizes)).tolist()
+    for g, size in enumerate(sizes):
+        while load[g] > size:
+            free = [b for b in range(len(sizes)) if load[b] < sizes[b]]
+            units = (block == g).nonzero()[:, 0]
+            best, target = value[units][:, free].max(1)
+            order = (best - value[units, g]).argsort(descending=True, stable=True)
+            for i in order.tolist():
+                to = free[int(target[i])]
+                if load[to] >= sizes[to]:
+                    break  # its first choice has filled up: choose anew for the rest
+                block[units[i]] = to
+                load[to] += 1
+                load[g] -= 1
+                if load[g] == size:
+                    break
+    return block
+
+
+def block_outputs(h: Tensor, w_out: Tensor, permutation: Tensor, n_blocks: int) -> Tensor:
+    """Contribution of each block to the output.
+
+    Args: h: [S, F] hidden units.  w_out: [E, F].  permutation: [F] int.
+    Returns: [S, G, E].
+    """
+    width = -(-h.shape[1] // n_blocks)
+    out = h.new_zeros(h.shape[0], n_blocks, w_out.shape[0])
+    for g in range(n_blocks):
+        units = permutation[g * width : (g + 1) * width].long()
+        if len(units):
+            out[:, g] = h[:, units] @ w_out[:, units].t()
+    return out
+
+
+def block_norms(h: Tensor, w_out: Tensor, permutation: Tensor, n_blocks: int) -> Tensor:
+    """Norm of each block's contribution: [S, F], [E, F] -> [S, G]; one block at a time, to bound memory."""
+    width = -(-h.shape[1] // n_blocks)
+    norms = h.new_zeros(h.shape[0], n_blocks)
+    for g in range(n_blocks):
+        units = permutation[g * width : (g + 1) * width].long()
+        if len(units):
+            norms[:, g] = (h[:, units] @ w_out[:, units].t()).norm(dim=1)
+    return norms
+
+
+def fit_router(
+    x: Tensor,
+    target: Tensor,
+    *,
+    prior_weight: Tensor | None = None,
+    prior_bias: Tensor | None = None,
+    ridge: float = 0.3,
+) -> tuple[Tensor, Tensor]:
+    """Least-squares router from tokens to the square roots of the norms of their blocks' outputs.
+
+    Only the order of a token's scores counts. The square root keeps tokens of large norm from dominating the fit: it
+    lowers the error at density 1/2 by 3 % against the norms themselves. Weights shrink toward the prior (so that
+    repeated fits on fresh tokens average), by a ridge relative to the mean squared norm of the centred tokens.
+
+    Args:
+        x: [S, E] float.  target: [S, G], norms (`block_norms`).  Rows that are not finite are left out.
+        prior_weight: [G, E] or None (zero).  prior_bias: [G] or None.  ridge: >= 0; larger trusts the prior more.
+    Returns: weight [G, E], bias [G] fp32: scores = x weight^T + bias. Without a usable row: the prior, or zeros.
+    """
+    n_blocks, width = target.shape[1], x.shape[1]
+    weight = x.new_zeros(n_blocks, width, dtype=torch.float32) if prior_weight is None else prior_weight.float()
+    bias = x.new_zeros(n_blocks, dtype=torch.float32) if prior_bias is None else prior_bias.float()
+    usable = x.isfinite().all(1) & target.isfinite().all(1)
+    x, wanted = x[usable].double(), target[usable].double().clamp_min(0).sqrt()
+    n_rows = x.shape[0]
+    if n_rows == 0:
+        return weight, bias
+
+    mean_x, mean_wanted = x.mean(0), wanted.mean(0)
+    centred = x - mean_x
+    missing = wanted - mean_wanted - centred @ weight.t().double()
+    # Dual form where there are fewer rows than columns: the smaller of the two systems.
+    strength = max(ridge, 1e-6) * centred.square().sum().div(n_rows).clamp_min(1e-12)
+    if n_rows <= width:
+        system = centred @ centred.t()
+        change = missing.t() @ _solve(system, strength, centred)
+    else:
+        system = centred.t() @ centred
+        change = _solve(system, strength, centred.t() @ missing).t()
+    weight = weight.double() + change
+    fitted = mean_wanted - weight @ mean_x
+    if prior_bias is not None:
+        # The bias follows the prior as a weight would whose input is always one.
+        prior_mean = bias.double() if prior_weight is None else bias.double() + mean_x @ prior_weight.double().t()
+        fitted = (mean_wanted + ridge * prior_mean) / (1 + ridge) - weight @ mean_x
+    return weight.float(), fitted.float()
+
+
+def _solve(system: Tensor, strength: Tensor, right: Tensor) -> Tensor:
+    """(system + strength I)^-1 right for a positive semi-definite system."""
+    shifted = system.clone()
+    shifted.diagonal().add_(strength)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(shifted))
+
+
+def static_router(target: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The baseline that keeps the same blocks for every token, by mean norm: weight [G, E] of zeros, bias [G]."""
+    return target.new_zeros(target.shape[1], width, dtype=torch.float32), _finite(target).mean(0)
+
+
+def random_router(n_blocks: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The baseline that knows nothing: seeded normal weight [G, E] / sqrt(E), bias [G] of zeros."""
+    weight = torch.randn(n_blocks, width, generator=torch.Generator().manual_seed(seed))
+    return weight / width**0.5, torch.zeros(n_blocks)
+
+
+def choose(scores: Tensor, always_on: Tensor, n_keep: int) -> Tensor:
+    """The blocks each token keeps, as `spt::route_v1` chooses them.
+
+    Args: scores: [S, G]; NaN counts as -inf.  always_on: [G] bool, taken first.  n_keep: R; at least the always-on
+        ones.
+    Returns: [S, G] bool; ties go to the lower block.
+    """
+    n_keep = min(max(n_keep, int(always_on.sum()), 1), scores.shape[1])
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, always_on.to(order.device)[order].byte().argsort(dim=1, descending=True, stable=True))
+    return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, order[:, :n_keep], True)
+
+
+def conditional_mean(y_blocks: Tensor, kept: Tensor) -> Tensor:
+    """Mean output of each block over the tokens that drop it.
+
+    Args: y_blocks: [S, G, E].  kept: [S, G] bool.
+    Returns: compensation [G, E] fp32; 0 for a block that no token drops. Non-finite values do not count.
+    """
+    dropped = (~kept).float()
+    total = torch.einsum("sg,sge->ge", dropped, _finite(y_blocks))
+    return total / dropped.sum(0).unsqueeze(1).clamp_min(1)
+
+
+def fit_compensation(y_blocks: Tensor, kept: Tensor) -> Tensor:
+    """What to add for each dropped block, fitted to all dropped blocks of a token together.
+
+    Blocks are not dropped independently of each other, so the sum of conditional means is a little off; this is the
+    least-squares answer, drawn toward them (1 to 2 % less output error at density 1/2).
+
+    Args, returns: as `conditional_mean`.
+    """
+    mean = conditional_mean(y_blocks, kept)
+    dropped = (~kept).float()
+    n_rows, n_blocks = dropped.shape
+    if n_rows == 0:
+        return mean
+    missing = torch.where(kept.unsqueeze(2), 0, _finite(y_blocks)).sum(1) - dropped @ mean
+    strength = torch.tensor(_COMPENSATION_RIDGE * n_rows / n_blocks, dtype=torch.float64, device=y_blocks.device)
+    change = _solve((dropped.t() @ dropped).double(), strength, (dropped.t() @ missing).double())
+    return mean + torch.where(dropped.any(0).unsqueeze(1), change.float(), 0)
+
+
+def always_on(kept: Tensor, threshold: float = 0.9) -> Tensor:
+    """[S, G] bool -> [G] bool: blocks that more than `threshold` of the tokens keep anyway."""
+    if kept.shape[0] == 0:
+        return torch.zeros(kept.shape[1], dtype=torch.bool, device=kept.device)
+    return kept.float().mean(0) > threshold
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,0 +1,1 @@
+"""Jinja sources of the generated kernels; rendered by `spt_compiler.lowering.render`."""

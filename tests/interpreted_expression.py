@@ -1,0 +1,55 @@
+"""Expressions printed as Triton, run by its interpreter, against their evaluation by torch; run by test_render.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreter import prepare
+
+from spt_compiler import expression
+from spt_compiler.lowering import render
+
+prepare()
+
+KERNEL = """
+@triton.jit
+def expression_kernel(x0_ptr, x1_ptr, out_ptr):
+    k = tl.arange(0, 64)
+    x0 = tl.load(x0_ptr + k)
+    x1 = tl.load(x1_ptr + k)
+    value = tl.cast({text}, tl.float32)
+    tl.store(out_ptr + k, tl.broadcast_to(value, [64]))
+"""
+CASES = [
+    *(f"{name}(x0)" for name in ("exp", "expm1", "abs", "sign", "floor", "erf", "tanh", "sigmoid", "softplus", "relu")),
+    *(f"{name}(x0)" for name in ("silu", "gelu", "gelu_tanh", "sin", "cos", "square")),
+    *(f"{name}(abs(x0) + 0.01)" for name in ("log", "log1p", "sqrt", "rsqrt")),
+    "tanh(1e-3 * x0)",
+    "expm1(1e-4 * x0)",
+    "log1p(1e-4 * x0)",
+    "tanh(100 * x0) + sigmoid(100 * x0) + softplus(50 * x0)",
+    "min(x0, x1) - max(x0, 0)",
+    "pow(abs(x0) + 0.1, x1)",
+    "pow(x0, 3) + pow(x0, 4) + pow(x0, -1) + pow(abs(x0), 0.5)",
+    "pow(x0, k - 30)",
+    "floordiv(x0, x1) + mod(x0, x1)",
+    "floordiv(k - 31, 3) * 10 + mod(k - 31, 3) + mod(k, -5)",
+    "where((x0 > 0) & ~(x1 > 1) | (k == 2), x0 / 3, -1)",
+    "(k - 5) / 2 + abs(k - 5) - sign(k - 5) * square(k) + relu(k - 9)",
+    "(k <= 3) * x0 - -x1 * 1e-3 + (1 - (x0 > 0))",
+    "where(k == 1, inf, where(k == 2, -inf, x0))",
+    "log(2) * x0 + 1 / 3",
+]
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_triton_source_computes_the_same(text):
+    expr = expression.parse(text)
+    kernel = KERNEL.format(text=expression.triton_source(expr, {"x0": "x0", "x1": "x1", "k": "k"}))
+    source = f"import triton\nimport triton.language as tl\n\n{render._helpers_used(kernel)}\n{kernel}"
+    module = render._import(f"expression_{abs(hash(text)):x}", source)
+    x0, x1, out = torch.randn(64) * 2, torch.randn(64) * 2, torch.full((64,), torch.nan)
+    module.expression_kernel[(1,)](x0, x1, out)
+    env = {"x0": x0.double(), "x1": x1.double(), "k": torch.arange(64)}
+    exact = expression.evaluate(expr, env).double().expand(64)
+    torch.testing.assert_close(out.double(), exact, rtol=2e-5, atol=1e-6)

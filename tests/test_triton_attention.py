@@ -1,0 +1,126 @@
+"""Attention on GPUs, without one: numerics under the interpreter, ahead-of-time compilation, what is not supported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreter import run_interpreted
+
+from spt_compiler.lowering import registry, triton_attention, triton_catalog, triton_common
+
+triton = pytest.importorskip("triton")
+
+OPS = (
+    "select_tiles_v1",
+    "select_keys_v1",
+    "tile_attention_v1",
+    "tile_attention_backward_v1",
+    "key_attention_v1",
+)
+
+
+def test_kernels_equal_the_definition_of_their_ops(tmp_path):
+    run_interpreted("interpreted_attention", tmp_path)
+
+
+def check_compiled(entry: triton_catalog.Entry, target: str) -> None:
+    """No error, tensor cores where matrices are multiplied, and no spills in 16 bits up to a head dimension of 128."""
+    compiled = triton_common.compile_kernel(entry.spec, target)
+    what = f"{entry.spec.kernel} for {entry.config} in {entry.dtype} on {target}: {compiled}"
+    assert compiled.error is None, what
+    assert compiled.tensor_core or not entry.tensor_core, what
+    if entry.dtype != "fp32" and "d256" not in entry.config and target == "sm_90":
+        assert compiled.spills == 0, what
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("dtype", "config", "kernel"),
+    [
+        ("bf16", "tile d128 causal", ""),
+        ("fp16", "tile d64 padded dropout", "tile_attention_fwd"),
+        ("fp32", "tile d64 causal", "tile_attention_fwd"),
+        ("bf16", "token d64 causal", "key"),
+    ],
+)
+def test_kernels_compile_for_hopper_without_a_gpu(dtype, config, kernel):
+    chosen = [e for e in triton_catalog.entries("sm_90", (dtype,)) if e.config == config and kernel in e.spec.kernel]
+    assert chosen
+    for entry in chosen:
+        check_compiled(entry, "sm_90")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("dtype", triton_catalog.DTYPES)
+@pytest.mark.parametrize("target", triton_common.TARGETS)
+def test_the_whole_grid_compiles(target, dtype):
+    for entry in triton_catalog.entries(target, (dtype,)):
+        check_compiled(entry, target)
+
+
+def attention_arguments(dtype=torch.bfloat16, dim=64, tile_k=16, bias=None, expr="", expr_in=()):
+    q, k = torch.empty(1, 4, 64, dim, dtype=dtype), torch.empty(1, 2, 64, dim, dtype=dtype)
+    tiles, counts = torch.zeros(1, 2, 1, 4, dtype=torch.int32), torch.zeros(1, 2, 1, dtype=torch.int32)
+    return (q, k, k, bias, tiles, counts, expr, list(expr_in), None, 0.0, 0.1, None, "zero", 64, tile_k)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "dtype torch.float64"),
+        ({"dim": 320}, "head dimension 320"),
+        ({"tile_k": 24}, "tile_k 24"),
+        ({"bias": torch.zeros(1, 1, 1, 64, dtype=torch.float64)}, "mask has dtype"),
+        ({"expr": "t0[b, k]"}, "t0"),
+        ({"expr": "t0[b, k]", "expr_in": [torch.zeros(3)]}, "rank 1"),
+        ({"expr": "t0[k]", "expr_in": [torch.zeros(3, dtype=torch.complex64)]}, "complex64"),
+        ({"expr": "x0 > 1"}, "x0"),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_the_reason(change, reason):
+    refusal = triton_attention.supports_tile_attention(*attention_arguments(**change))
+    assert refusal is not None and reason in str(refusal)
+
+
+def test_supported_arguments_are_accepted(monkeypatch):
+    assert triton_attention.supports_tile_attention(*attention_arguments()) is None
+    monkeypatch.setattr(triton_attention, "available", lambda: False)
+    assert "triton" in str(triton_attention.supports_tile_attention(*attention_arguments()))
+
+
+def test_what_the_backward_kernels_leave_to_the_reference():
+    q, k, v, bias, tiles, counts, *rest = attention_arguments()
+    arguments = [q, q, k, v, bias, q, q, tiles, counts, *rest, [True, True, True, True]]
+    assert triton_attention.supports_tile_attention_backward(*arguments) is None
+    arguments[4] = torch.zeros(1, 1, 64, 64, dtype=q.dtype)
+    assert "gradient of a mask" in str(triton_attention.supports_tile_attention_backward(*arguments))
+    arguments[-1], arguments[12], arguments[15] = [True, True, True, False], 0.5, "uniform"
+    assert "dropout" in str(triton_attention.supports_tile_attention_backward(*arguments))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gpus_run_these_ops_by_triton_first(op):
+    assert registry.chosen(op, "cuda") == "triton"
+
+
+def test_launches_hold_nothing_per_pair_of_query_and_key():
+    """The largest tensor a tile selection and attention hand to a kernel is the inputs', not [Tq, Tk]."""
+    sizes = []
+    tensors = triton_attention.launch
+
+    def spy(template, structure, kernel, grid, args, constants, **tuning):
+        sizes.extend(value.numel() for value in args.values() if isinstance(value, torch.Tensor))
+
+    triton_attention.launch, n = spy, 1 << 15
+    try:
+        q, k = (torch.empty(1, 1, n, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+        budget = torch.empty(1, device="meta")
+        mask, rule = (None, "k <= q", []), ("mean", 0)
+        lists = triton_attention.select_tiles(q, k, *mask, None, None, budget, 0.125, 64, 16, 0.1, None, *rule)
+        rest = (*lists, "k <= q", [], None, 0.0, 0.1, None, "zero", 64, 16)
+        out, lse = triton_attention.tile_attention(q, k, k, None, *rest)
+        triton_attention.tile_attention_backward(out, q, k, k, None, out, lse, *rest, [True, True, True, False])
+    finally:
+        triton_attention.launch = tensors
+    assert sizes and max(sizes) <= n * n // (64 * 16) * 2

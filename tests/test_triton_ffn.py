@@ -1,0 +1,99 @@
+"""The routed FFN on GPUs, without one: numerics under the interpreter, compilation, what is not supported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreter import run_interpreted
+from test_triton_attention import check_compiled
+
+from spt_compiler.lowering import registry, triton_catalog, triton_common, triton_ffn
+
+pytest.importorskip("triton")
+
+
+def test_kernels_equal_the_definition_of_their_ops(tmp_path):
+    run_interpreted("interpreted_ffn", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("dtype", "config"), [("bf16", "ffn gated silu lora gates"), ("fp16", "ffn gelu bias")])
+def test_kernels_compile_for_hopper_without_a_gpu(dtype, config):
+    chosen = [e for e in triton_catalog.entries("sm_90", (dtype,)) if e.config == config]
+    assert len({e.spec.kernel for e in chosen}) >= 3
+    for entry in chosen:
+        check_compiled(entry, "sm_90")
+
+
+def ffn_arguments(dtype=torch.bfloat16, tile=64, act="gelu(x0)", act_in=(), weight=None, n_in=1):
+    tokens, width, hidden, n_blocks = 32, 16, 64, 4
+    x, w = torch.zeros(tokens, width, dtype=dtype), torch.zeros(hidden, width, dtype=weight or dtype)
+    lists = (
+        torch.zeros(tokens, 2, dtype=torch.int32),
+        torch.zeros(tokens * 2 + n_blocks * (tile - 1), dtype=torch.int32),
+        torch.zeros(n_blocks + 1, dtype=torch.int32),
+    )
+    tensors = (x, [w] * n_in, [], w.t(), None, [], [], None, *lists, torch.arange(hidden).int(), None)
+    return (*tensors, act, list(act_in), None, 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "dtype torch.float64"),
+        ({"tile": 1}, "tiles of 1"),
+        ({"weight": torch.float32}, "weights have dtype"),
+        ({"act": "gelu(x0) * x1"}, "not a function of x0"),
+        ({"act": "x0 * a0"}, "not a function of x0"),
+        ({"act": "x0 * a0", "act_in": [torch.zeros(7)]}, "shape (7,)"),
+        ({"act": "x0 +"}, "activation"),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_the_reason(change, reason):
+    refusal = triton_ffn.supports_routed_ffn(*ffn_arguments(**change))
+    assert refusal is not None and reason in str(refusal)
+
+
+def test_supported_arguments_are_accepted():
+    assert triton_ffn.supports_routed_ffn(*ffn_arguments()) is None
+    assert triton_ffn.supports_routed_ffn(*ffn_arguments(act="silu(x0) * x1", n_in=2)) is None
+    assert triton_ffn.supports_routed_ffn(*ffn_arguments(act="x0 * a0", act_in=[torch.zeros(())])) is None
+
+
+@pytest.mark.parametrize("op", ["route_v1", "routed_ffn_v1"])
+def test_gpus_run_these_ops_by_triton_first(op):
+    assert registry.chosen(op, "cuda") == "triton"
+
+
+def test_dense_by_data_needs_no_more_hidden_values_than_the_sparse_capacity():
+    """Whether all blocks are meant is not known when kernels are launched; both cases share one buffer."""
+    arguments = list(ffn_arguments())
+    meta = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to("meta"), arguments)
+    hidden = []
+    original = triton_ffn.launch
+
+    def spy(template, structure, kernel, grid, args, constants, **tuning):
+        if kernel == "routed_ffn_fwd_in_kernel":
+            hidden.append((constants["DENSE"], args["hidden_ptr"].shape, args["first_token"], args["chunk"]))
+
+    triton_ffn.launch = spy
+    try:
+        triton_ffn.routed_ffn(*meta)
+    finally:
+        triton_ffn.launch = original
+    rows = arguments[9].shape[0]
+    assert {shape[0] for _, shape, _, _ in hidden} == {rows}
+    covered = [(first, first + chunk) for dense, _, first, chunk in hidden if dense]
+    assert covered[0][0] == 0 and covered[-1][1] >= 32
+    assert all(before[1] == after[0] for before, after in zip(covered, covered[1:], strict=False))
+
+
+def test_a_recorded_launch_has_the_types_and_alignment_that_the_jit_would_choose():
+    with triton_common.recording() as specs:
+        triton_ffn.route(torch.empty(100, 8, device="meta"), torch.empty(8, dtype=torch.bool, device="meta"),
+                         torch.empty(1, device="meta"), 0.5, 64, 0)  # fmt: skip
+    assert [spec.kernel for spec in specs] == ["route_top_kernel", "route_rows_kernel"]
+    signature = dict(specs[0].signature)
+    assert signature["scores_ptr"] == "*fp32" and signature["always_on_ptr"] == "*u8" and signature["n_tokens"] == "i32"
+    assert signature["scores_stride_g"] == "constexpr" and dict(specs[0].constants)["scores_stride_g"] == 1
+    assert "scores_ptr" in specs[0].divisible and "n_tokens" not in specs[0].divisible
