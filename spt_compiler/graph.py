@@ -112,6 +112,8 @@ def is_parameter(node: Any) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+# Parts of a recorded path that are no submodule of the user's model.
+_WRAPPERS = {"_modules", "__dict__", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _INDEX = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")
 
 
@@ -132,7 +134,7 @@ def module_path(node: fx.Node) -> str:
 def _clean_path(raw: str) -> str:
     # L['self'].encoder.layer[0].attention or L['self']._modules['encoder']... -> encoder.layer.0.attention
     path = _INDEX.sub(r".\1", re.sub(r"^L\[['\"]\w+['\"]\]", "", raw))
-    parts = [p for p in path.split(".") if p and p not in ("_modules", "_orig_mod")]
+    parts = [p for p in path.split(".") if p and p not in _WRAPPERS]
     return ".".join(parts)
 
 

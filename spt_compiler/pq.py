@@ -166,7 +166,7 @@ def _reseed(words: Tensor, dead: Tensor, parts: Tensor, codes: Tensor, generator
 
     Args: words [Hkv, P, C, ds]; dead [Hkv, P, C] bool; parts [Hkv, P, S, ds]; codes [Hkv, P, S].
     """
-    n_points, n_codewords = parts.shape[-2], words.shape[-2]
+    n_points = parts.shape[-2]
     if n_points == 0 or not bool(dead.any()):
         return words
     own = words.gather(-2, codes.unsqueeze(-1).expand(*codes.shape, words.shape[-1]))

@@ -7,7 +7,7 @@ import torch
 from interpreter import check_close, double, prepare
 
 from spt_compiler import pq
-from spt_compiler.lowering import triton_attention
+from spt_compiler.lowering import registry, triton_attention
 from spt_compiler.ops import reference
 
 prepare()
@@ -104,13 +104,14 @@ def test_tile_attention(nan_empty, mask, extra):
 def test_tile_attention_backward(nan_empty, mask, extra):
     dims, needs = extra.get("dims", (24, 40)), extra.get("needs", [True, True, True, False])
     batch = 2 if extra.get("all_tiles") else 1
-    q, k, v = qkv(19, 29, dim=dims[0], value_dim=dims[1], batch=batch, dtype=extra.get("dtype", torch.float32))
+    n_q, n_k = (11, 17) if batch == 2 else (19, 29)
+    q, k, v = qkv(n_q, n_k, dim=dims[0], value_dim=dims[1], batch=batch, dtype=extra.get("dtype", torch.float32))
     tile = extra.get("tile", (8, 8))
     lists = tile_lists(q, k, *tile, all_of_batch_0=extra.get("all_tiles", False))
     if extra.get("all_tiles"):
         lists[1][0, 0, 0] = 1  # one row of a head that lists everything elsewhere
         lists[0][0, 0, 0, 0] = 2
-    bias, expr, expr_in = MASKS[mask](19, 29)
+    bias, expr, expr_in = MASKS[mask](n_q, n_k)
     if mask == "padded":
         expr_in = [expr_in[0].expand(batch, -1)]
     p = extra.get("p", 0.0)
@@ -201,8 +202,9 @@ def test_select_tiles(nan_empty, mask, rule, extra):
     ],
 )
 def test_select_keys(nan_empty, mask, rule, extra):
-    q, k, _ = qkv(9, dim=16)
+    q, k, _ = qkv(7, 19, heads=2, groups=1, dim=16)
     bias, expr, expr_in = MASKS[mask](q.shape[2], k.shape[2])
+    bias = bias if bias is None or bias.shape[1] == 1 else bias[:, :2]
     args = (q, k, bias, expr, expr_in, *codebook_for(k), torch.tensor([extra.get("density", 0.3)]), 0.4)
     args = (*args, 0.3, extra.get("softcap"), rule, 0)
     assert triton_attention.supports_select_keys(*args) is None
@@ -218,3 +220,19 @@ def test_codes_and_decoded_keys(nan_empty):
     expected = pq.assign(codebook, k - mean.unsqueeze(-2))
     assert codes.dtype == torch.uint8 and torch.equal(codes.long(), expected)
     torch.testing.assert_close(decoded, pq.reconstruct(codebook, k, mean))
+
+
+def test_the_registry_runs_the_kernels_and_falls_back_where_they_do_not_apply(recwarn):
+    q, k, v = qkv(9, 19, heads=2, groups=1)
+    selection = (None, "k <= q", [], None, None, torch.tensor([0.5]), 0.5, 8, 8, 0.3, None, "mean", 0)
+    lists = registry.dispatch("select_tiles_v1", "cuda", q, k, *selection)
+    rest = (*lists, "k <= q", [], None, 0.0, 0.3, None, "zero", 8, 8)
+    for tensors in ([q, k, v], double([q, k, v])):
+        out, lse = registry.dispatch("tile_attention_v1", "cuda", *tensors, None, *rest)
+        exact = reference.tile_attention(*double([q, k, v]), None, *rest)
+        torch.testing.assert_close(out.double(), exact[0], rtol=1e-5, atol=1e-5)
+        assert out.dtype == tensors[0].dtype
+    # Every candidate refuses a caller's mistake, and none is blamed for it.
+    with pytest.raises(ValueError, match="one dtype"):
+        registry.dispatch("tile_attention_v1", "cuda", q, k, v.half(), None, *rest)
+    assert registry.failures() == {} and not [w for w in recwarn if "spt_compiler" in str(w.message)]

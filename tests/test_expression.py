@@ -212,9 +212,7 @@ def test_tree_queries():
     assert [str(c) for c in ex.conjuncts(expr)] == ["k <= q", "t0[b, k] == t0[b, q]", "~(h > 3)"]
     assert ex.conjuncts(ex.parse("k <= q")) == (ex.parse("k <= q"),)
     assert ex.read_ranks(expr) == {"t0": 2}
-    assert (
-        str(ex.substitute(ex.parse("t0[b, k] * x0"), {"t0": "t3", "x0": ex.parse("x1 + 1")})) == "t3[b, k] * (x1 + 1)"
-    )
+    assert str(ex.substitute(ex.parse("t0[b, k] * x0"), {"t0": "t3", "x0": ex.parse("x1 + 1")})) == "t3[b, k] * (x1 + 1)"
     assert pickle.loads(pickle.dumps(expr)) == expr
     with pytest.raises(ExpressionError):
         ex.read_ranks(ex.parse("t0[b] + t0[b, k]"))
@@ -437,9 +435,7 @@ def _extend(children):
 expressions = st.recursive(_LEAVES, _extend, max_leaves=10)
 conditions = st.recursive(
     st.sampled_from([ex.parse(t) for t in ("k <= q", "q - k < 3", "t0[b, k]", "h == 1", "true", "mod(k, 2) == 0")]),
-    lambda c: st.one_of(
-        st.builds(lambda a, b: a & b, c, c), st.builds(lambda a, b: a | b, c, c), st.builds(lambda a: ~a, c)
-    ),
+    lambda c: st.one_of(st.builds(lambda a, b: a & b, c, c), st.builds(lambda a, b: a | b, c, c), st.builds(lambda a: ~a, c)),
     max_leaves=8,
 )
 

@@ -37,10 +37,10 @@ def check_compiled(entry: triton_catalog.Entry, target: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "config", "kernel"),
     [
-        ("bf16", "tile d128 causal", ""),
+        ("bf16", "tile d128 causal", "tile_attention"),
         ("fp16", "tile d64 padded dropout", "tile_attention_fwd"),
-        ("fp32", "tile d64 causal", "tile_attention_fwd"),
-        ("bf16", "token d64 causal", "key"),
+        ("fp16", "tile d64 padded dropout", "select_tiles_scores"),
+        ("bf16", "token d64 causal", "key_attention"),
     ],
 )
 def test_kernels_compile_for_hopper_without_a_gpu(dtype, config, kernel):

@@ -19,8 +19,10 @@ def test_kernels_equal_the_definition_of_their_ops(tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("dtype", "config"), [("bf16", "ffn gated silu lora gates"), ("fp16", "ffn gelu bias")])
 def test_kernels_compile_for_hopper_without_a_gpu(dtype, config):
+    case = ("DENSE", dtype == "fp16")  # one of the two for each type; the whole grid has all
     chosen = [e for e in triton_catalog.entries("sm_90", (dtype,)) if e.config == config]
-    assert len({e.spec.kernel for e in chosen}) >= 3
+    chosen = [e for e in chosen if case in e.spec.constants]
+    assert len({e.spec.kernel for e in chosen}) == 3
     for entry in chosen:
         check_compiled(entry, "sm_90")
 

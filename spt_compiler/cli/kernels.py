@@ -27,13 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from spt_compiler.lowering.triton_catalog import DTYPES
     from spt_compiler.lowering.triton_common import TARGETS
 
-    parser.add_argument(
-        "--target", choices=sorted(TARGETS), default="sm_90", help="chip to compile for (default: sm_90)"
-    )
+    parser.add_argument("--target", choices=sorted(TARGETS), default="sm_90", help="chip to compile for (default: sm_90)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="only this type; may be repeated")
-    parser.add_argument(
-        "--filter", default="", metavar="TEXT", help="only kernels whose name or configuration has TEXT in it"
-    )
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only kernels whose name or configuration has TEXT in it")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -81,8 +77,7 @@ def run(args: argparse.Namespace) -> int:
         console.line(json.dumps({"target": args.target, "kernels": rows}, indent=2))
         return 1 if failed else 0
     cells = [
-        ["yes" if v is True else "no" if v is False else "" if v is None else v for v in (r[c] for c in COLUMNS)]
-        for r in rows
+        ["yes" if v is True else "no" if v is False else "" if v is None else v for v in (r[c] for c in COLUMNS)] for r in rows
     ]
     console.table(f"Kernels compiled for {args.target}", COLUMNS, cells)
     spilling = sum(1 for row in rows if row["spills"])

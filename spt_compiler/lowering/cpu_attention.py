@@ -1,8 +1,8 @@
-"""Attention over listed key tiles and listed keys on the CPU, from batched GEMMs of ATen.
+"""Attention over listed key tiles on the CPU, from batched GEMMs of ATen.
 
-Per chunk of items (see `cpu_tiles.py`): gather the listed key and value tiles, which are stored side by side so that one copy brings
-both; one GEMM for the scores; softmax in base 2; one GEMM for the output. Backward recomputes the probabilities from lse and adds
-the gradients of keys and values in a fixed order.
+Per chunk of items (see `cpu_tiles.py`): gather the listed key and value tiles, which are stored side by side so that one copy
+brings both; one GEMM for the scores; softmax in base 2; one GEMM for the output. Backward recomputes the probabilities from
+lse and adds the gradients of keys and values in a fixed order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from spt_compiler.lowering import cpu_threads
-from spt_compiler.lowering.cpu_masks import LOG2E, Masks, split
+from spt_compiler.lowering.cpu_empty import add_empty_grad, fill_empty
+from spt_compiler.lowering.cpu_masks import LOG2E, split
 from spt_compiler.lowering.cpu_tiles import (
     Buffers,
     Chunk,
@@ -24,10 +25,11 @@ from spt_compiler.lowering.cpu_tiles import (
     pack_keys,
     pack_rows,
     partition,
+    shape_of,
     unpack_rows,
 )
 from spt_compiler.lowering.registry import register
-from spt_compiler.ops.reference import attention_dropout, check_attention, compute_dtype
+from spt_compiler.ops.reference import check_attention, compute_dtype
 
 _CAUSAL = "k <= q"
 # Beyond this |lse| (in units of log 2) fp32 cannot tell probabilities from lse: rows whose every key is masked by a finite
@@ -90,8 +92,8 @@ def tile_attention(
         out, lse = op(q, k, v, 0.0, expr == _CAUSAL, scale=scale)
         return out.contiguous(), lse.contiguous()
     dtype = compute_dtype(q)
-    shape = Shape(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], tile_q, tile_k)
-    masks = split(bias, expr, expr_in, (*q.shape[:3], k.shape[2]), dtype)
+    shape = shape_of(q, k, v, tile_q, tile_k)
+    masks = split(bias, expr, expr_in, (shape.batch, shape.n_heads, shape.n_q, shape.n_k), dtype)
     work = Work(shape, tiles, counts, masks)
     factor, lowest, tiny = _score_factor(scale, softcap), torch.finfo(dtype).min, torch.finfo(dtype).tiny
     out = q.new_empty(*q.shape[:3], shape.dim_v)
@@ -140,7 +142,7 @@ def tile_attention(
             unpack_rows(lse[b, heads].unsqueeze(-1), tops.add_(totals.log2_()), shape, 1 / LOG2E)
 
     cpu_threads.run([functools.partial(part, segments) for segments in partition(shape)])
-    _fill_empty(out, lse, v, masks, shape, seed, p, empty)
+    fill_empty(out, lse, v, masks, seed, p, empty)
     return out, lse
 
 
@@ -176,8 +178,8 @@ def tile_attention_backward(
         grads = op(grad_out.contiguous(), q, k, v, out, lse, 0.0, expr == _CAUSAL, scale=scale)
         return [*(g.contiguous() if need else none.clone() for g, need in zip(grads, needs, strict=False)), none]
     dtype = compute_dtype(q)
-    shape = Shape(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], tile_q, tile_k)
-    masks = split(bias, expr, expr_in, (*q.shape[:3], k.shape[2]), dtype)
+    shape = shape_of(q, k, v, tile_q, tile_k)
+    masks = split(bias, expr, expr_in, (shape.batch, shape.n_heads, shape.n_q, shape.n_k), dtype)
     work = Work(shape, tiles, counts, masks)
     need_scores, need_kv = need_q or need_k or need_bias, need_k or need_v
     factor, tiny, lowest = _score_factor(scale, softcap), torch.finfo(dtype).tiny, torch.finfo(dtype).min
@@ -287,64 +289,5 @@ def tile_attention_backward(
 
     cpu_threads.run([functools.partial(part, segments) for segments in partition(shape, grad_bias)])
     if need_v:
-        _add_empty_grad(grad_v, grad_out, lse, masks, shape, seed, p, empty)
+        add_empty_grad(grad_v, grad_out, lse, masks, seed, p, empty)
     return [grad_q, grad_k, grad_v, none.clone() if grad_bias is None else grad_bias.to(bias.dtype)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows in which nothing is allowed
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _empty_rows(lse: Tensor, masks: Masks, empty: str) -> tuple[Tensor, ...] | None:
-    """Indices (b, h, q) of rows in which nothing at all is allowed; None where there are none or they simply are zero."""
-    if empty == "zero":
-        return None
-    dead = lse == -torch.inf
-    if not bool(dead.any()):
-        return None
-    found = (dead & masks.nothing()).nonzero(as_tuple=True)
-    return found if found[0].numel() else None
-
-
-def _uniform_weights(b: Tensor, h: Tensor, q: Tensor, shape: Shape, seed: Tensor | None, p: float, dtype: torch.dtype) -> Tensor:
-    """[rows, Tk]: what a row without allowed keys gives every value under `empty="uniform"`, with dropout."""
-    weights = torch.full((b.numel(), shape.n_k), 1 / max(shape.n_k, 1), dtype=dtype)
-    if p > 0 and seed is not None:
-        index = (x.unsqueeze(1) for x in (b, h, q))
-        keep = attention_dropout(seed, p, *index, torch.arange(shape.n_k), (shape.n_heads, shape.n_q, shape.n_k))
-        weights.mul_(keep).mul_(1 / (1 - p) if p < 1 else 0.0)
-    return weights
-
-
-def _fill_empty(out, lse, v, masks, shape, seed, p, empty) -> None:
-    """Sets the rows of `out` in which nothing is allowed, as `empty` says."""
-    rows = _empty_rows(lse, masks, empty)
-    if rows is None:
-        return
-    if empty == "nan":
-        out[rows] = torch.nan
-        return
-    for part in range(0, rows[0].numel(), 256):
-        at = tuple(x[part : part + 256] for x in rows)
-        weights = _uniform_weights(*at, shape, seed, p, lse.dtype)
-        values = v[at[0], at[1] // shape.group].to(lse.dtype)  # [rows, Tk, Dv]
-        out[at] = (weights.unsqueeze(1) @ values).squeeze(1).to(out.dtype)
-
-
-def _add_empty_grad(grad_v, grad_out, lse, masks, shape, seed, p, empty) -> None:
-    """Adds what rows without an allowed key contribute to the gradient of v [B, Hkv, Tk, Dv] (none do to the others)."""
-    rows = _empty_rows(lse, masks, empty)
-    if rows is None:
-        return
-    b, h, _ = rows
-    if empty == "nan":
-        grad_v[b, h // shape.group] = torch.nan
-        return
-    total = torch.zeros(shape.batch * shape.n_groups, shape.n_k, shape.dim_v, dtype=lse.dtype)
-    for part in range(0, b.numel(), 256):
-        at = tuple(x[part : part + 256] for x in rows)
-        weights = _uniform_weights(*at, shape, seed, p, lse.dtype)
-        contribution = weights.unsqueeze(2) * grad_out[at].to(lse.dtype).unsqueeze(1)  # [rows, Tk, Dv]
-        total.index_add_(0, at[0] * shape.n_groups + at[1] // shape.group, contribution)
-    grad_v.add_(total.view(grad_v.shape))

@@ -75,12 +75,16 @@ class Masks:
         value = expression.evaluate(expr, env)
         return value if value.dtype == torch.bool or value.is_floating_point() else value.float()
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Addends of everything for the queries start..stop: [B or 1, H or 1, rows, Tk]."""
-        batch, heads, _, n_k = self.shape
-        b, h = torch.arange(batch).view(-1, 1, 1, 1), torch.arange(heads).view(1, -1, 1, 1)
+    def rows(self, start: int, stop: int, batch: slice = slice(None), heads: slice = slice(None)) -> Tensor:
+        """Addends of everything for the queries start..stop: [batch or 1, heads or 1, rows, Tk]."""
+        n_batch, n_heads, _, n_k = self.shape
+
+        def part(x: Tensor) -> Tensor:  # the slices of a tensor that may be broadcast
+            return x[batch if x.shape[0] > 1 else slice(None), heads if x.shape[1] > 1 else slice(None)]
+
+        b, h = torch.arange(n_batch)[batch].view(-1, 1, 1, 1), torch.arange(n_heads)[heads].view(1, -1, 1, 1)
         q, k = torch.arange(start, stop).view(1, 1, -1, 1), torch.arange(n_k).view(1, 1, 1, -1)
-        found = [] if self.bias is None else [self.bias[:, :, start:stop]]
+        found = [] if self.bias is None else [part(self.bias)[:, :, start:stop]]
         if self.rest is not None:
             found.append(self._evaluate(self.rest, b, h, q, k))
         total = addend(*combine_masks(found, self.dtype), self.dtype)
@@ -88,7 +92,7 @@ class Masks:
             total = torch.zeros((), dtype=self.dtype)
         total = total.view((1,) * (4 - total.dim()) + tuple(total.shape))
         if self.key is not None:
-            total = total + self.key.unsqueeze(2)
+            total = total + part(self.key).unsqueeze(2)
         total = total.expand(total.shape[0], total.shape[1], stop - start, n_k)
         return total.masked_fill(k > q, -torch.inf) if self.causal else total
 

@@ -201,7 +201,7 @@ def _keys_to_score(
     rule: Rule, k: Tensor, codebook: Tensor | None, key_mean: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """The keys by which a rule scores tiles, [B, Hkv, Tk, D] of dtype `dtype`."""
-    if not rule.needs_codebook:
+    if codebook is None:
         return rule.tile_keys(k, codebook, key_mean).to(dtype)
     keys = torch.empty(k.shape, dtype=dtype)
 

@@ -1,8 +1,9 @@
-"""The work of tile attention on the CPU: which items there are, in which order, where their rows lie, and what masks add to them.
+"""The work of tile attention on the CPU: which items there are, in which order, where their rows lie, what masks add.
 
-An item is one query tile of one key head of one batch row, with the query heads of the group stacked as its rows. A segment is a run
-of key heads of one batch row: what is packed together, small enough to stay in the cache. A chunk is some items of a segment with
-equally long lists, which are computed together. Items do not influence each other, whatever the segments and chunks.
+An item is one query tile of one key head of one batch row, with the query heads of the group stacked as its rows. A segment is
+a run of key heads of one batch row: what is packed together, small enough to stay in the cache. A chunk is some items of a
+segment with equally long lists, which are computed together. Items do not influence each other, whatever the segments and
+chunks.
 """
 
 from __future__ import annotations
@@ -54,6 +55,12 @@ class Shape:
     @property
     def n_key_tiles(self) -> int:
         return -(-self.n_k // self.tile_k)
+
+
+def shape_of(q: Tensor, k: Tensor, v: Tensor, tile_q: int, tile_k: int) -> Shape:
+    """Sizes of a call with q [B, H, Tq, D], k [B, Hkv, Tk, D] and v [B, Hkv, Tk, Dv]."""
+    batch, n_heads, n_q, dim = q.shape
+    return Shape(batch, n_heads, k.shape[1], n_q, k.shape[2], dim, v.shape[3], tile_q, tile_k)
 
 
 @dataclass(frozen=True)
@@ -374,7 +381,8 @@ class Work:
     def dropout(self, chunk: Chunk, seed: Tensor, p: float) -> Tensor:
         """[N, rows, keys] of 0 and 1 / (1 - p)."""
         shape = self.shape
-        keep = attention_dropout(seed, p, *self.indices(chunk, 0, chunk.size[1]), (shape.n_heads, shape.n_q, shape.n_k))
+        b, h, q, k = self.indices(chunk, 0, chunk.size[1])
+        keep = attention_dropout(seed, p, b, h, q, k, (shape.n_heads, shape.n_q, shape.n_k))
         return keep.view(chunk.size[0], shape.rows, -1).to(self.masks.dtype).mul_(1 / (1 - p) if p < 1 else 0.0)
 
     def add_bias_grad(self, bias_grad: Tensor, grad: Tensor, chunk: Chunk) -> None:

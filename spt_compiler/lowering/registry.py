@@ -28,7 +28,12 @@ REFERENCE = "reference"
 # Modules that register lowerings, by device type, and the modules whose functions are the references (an op named
 # "route_v1" is defined by the function "route").
 _LOWERING_MODULES: dict[str, tuple[str, ...]] = {
-    "cpu": ("spt_compiler.lowering.cpu_attention", "spt_compiler.lowering.cpu_selection", "spt_compiler.lowering.cpu_ffn"),
+    "cpu": (
+        "spt_compiler.lowering.cpu_selection",
+        "spt_compiler.lowering.cpu_attention",
+        "spt_compiler.lowering.cpu_key_attention",
+        "spt_compiler.lowering.cpu_ffn",
+    ),
     "cuda": ("spt_compiler.lowering.triton_attention", "spt_compiler.lowering.triton_ffn"),
 }
 _REFERENCE_MODULES = ("spt_compiler.ops.reference", "spt_compiler.ops.reference_ffn")

@@ -62,9 +62,7 @@ def _template_folder() -> Any:
     sibling = Path(__file__).resolve().parents[2] / "templates"
     if (sibling / "_macros.jinja").is_file():
         return sibling
-    raise SPTError(
-        "expected the kernel templates as package data spt_compiler.templates; reinstall the package", stage="lower"
-    )
+    raise SPTError("expected the kernel templates as package data spt_compiler.templates; reinstall the package", stage="lower")
 
 
 def _load_template(name: str) -> str | None:
@@ -123,9 +121,7 @@ def _helpers_used(body: str) -> str:
 
 def template_names() -> list[str]:
     """Names of all kernel templates, without their ending."""
-    return sorted(
-        f.name.removesuffix(".py.jinja") for f in _template_folder().iterdir() if f.name.endswith(".py.jinja")
-    )
+    return sorted(f.name.removesuffix(".py.jinja") for f in _template_folder().iterdir() if f.name.endswith(".py.jinja"))
 
 
 def _check_constant(name: str, value: Any) -> None:
@@ -139,9 +135,7 @@ def _check_constant(name: str, value: Any) -> None:
             _check_constant(name, item)
     elif isinstance(value, str):
         if not _WORD.match(value):
-            raise SPTError(
-                f"template constant {name} holds text that is not a plain word: {value!r:.60}", stage="lower"
-            )
+            raise SPTError(f"template constant {name} holds text that is not a plain word: {value!r:.60}", stage="lower")
     elif value is not None and not isinstance(value, (bool, int, float, Expression)):
         raise SPTError(f"template constant {name} has type {type(value).__name__}", stage="lower")
 

@@ -593,7 +593,7 @@ def transpose_lists(tiles: Tensor, counts: Tensor, n_key_tiles: int) -> dict[str
             "n_key_tiles": n_key_tiles,
             "k_max": k_max,
         },
-        {"BLOCK_I": 64, "BLOCK_T": 64},
+        {"BLOCK_I": 32, "BLOCK_T": 64},
     )
     anyone = (counts < 0).any(-1).to(torch.int8)
     return {"marks_ptr": marks, "starts_ptr": starts, "ends_ptr": ends, "rows_ptr": rows, "anyone_ptr": anyone}

@@ -68,7 +68,8 @@ def select_tiles(
 
     Args:
         q, k, bias, expr, expr_in, softcap: see the module. q and k may differ in dtype.
-        codebook: [Hkv, P, C, D/P] of centred keys.  key_mean: [Hkv, D].  Both None for rules that need none.
+        codebook: [Hkv, P, C, D/P] of centred keys.  key_mean: [Hkv, D].  None for rule "mean", which reads none, and where there
+            is none yet: rule "pq" then scores the keys as they are.
         budget: [1] fp32, a density read as data; K = max(1, ceil(min(budget, max_density) * Tk / tile_k)) tiles are kept, more
             only where more are forced. Negative: everything (count -1).
         max_density: bounds the storage, k_max = min(nK, max(ceil(max_density * Tk / tile_k), ceil(tile_q / tile_k) + 2)).
@@ -425,11 +426,13 @@ for _op in (tile_attention_backward, key_attention_backward):
 # ---------------------------------------------------------------------------------------------------------------------
 
 # torch.library.register_autocast wants one fixed dtype; the ops replaced follow the dtype of the region. So this registers the
-# rule directly: q, k, v and a float bias are cast as torch casts the arguments of scaled_dot_product_attention.
+# rule directly: q, k, v and a float bias are cast as torch casts the arguments of scaled_dot_product_attention. The other ops
+# cast nothing, but must not let the region reach the arithmetic inside them, which is fp32.
 _AUTOCAST = torch.library.Library("spt", "FRAGMENT")
 
 
-def _register_autocast(name: str, device_type: str) -> None:
+def _register_autocast(name: str, device_type: str, n_cast: int) -> None:
+    """Casts the first `n_cast` arguments of an op, and keeps autocast out of its body."""
     key = "Autocast" + torch._C._dispatch_key_for_device(device_type)
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     op = getattr(torch.ops.spt, name).default
@@ -442,11 +445,20 @@ def _register_autocast(name: str, device_type: str) -> None:
             return x.to(dtype) if eligible else x
 
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return op(*(cast(x) for x in args[:4]), *args[4:])
+            return op(*(cast(x) for x in args[:n_cast]), *args[n_cast:])
 
     _AUTOCAST.impl(name, kernel, key, with_keyset=True)
 
 
-for _name in ("tile_attention_v1", "key_attention_v1"):
+_N_CAST = {
+    "tile_attention_v1": 4,
+    "key_attention_v1": 4,
+    "tile_attention_backward_v1": 0,
+    "key_attention_backward_v1": 0,
+    "select_tiles_v1": 0,
+    "select_keys_v1": 0,
+    "stats_attention_v1": 0,
+}
+for _name, _n_cast in _N_CAST.items():
     for _device_type in ("cpu", "cuda"):
-        _register_autocast(_name, _device_type)
+        _register_autocast(_name, _device_type, _n_cast)

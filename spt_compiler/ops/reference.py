@@ -90,12 +90,12 @@ def attention_dropout(seed: Tensor, p: float, b: Tensor, h: Tensor, q: Tensor, k
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def axes(batch: int, heads: int, n_q: int, n_k: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Index tensors b, h, q, k (int64), shaped to broadcast to [B, H, Tq, Tk]."""
-    sizes = (batch, heads, n_q, n_k)
-    return tuple(
-        torch.arange(n, device=device).view([-1 if i == axis else 1 for i in range(4)]) for axis, n in enumerate(sizes)
+def axes(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Index tensors b, h, q, k (int64) of shape [B, H, Tq, Tk], shaped to broadcast to it."""
+    b, h, q, k = (
+        torch.arange(n, device=device).view([-1 if i == axis else 1 for i in range(4)]) for axis, n in enumerate(shape)
     )
+    return b, h, q, k
 
 
 def mask_at(expr: str, expr_in: list[Tensor], b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
@@ -138,7 +138,7 @@ def _masks(
 ) -> tuple[Tensor | None, Tensor]:
     """(added or None, allowed), allowed of shape [B, H, Tq, Tk]."""
     shape = (*q.shape[:3], k.shape[2])
-    added, allowed = combine_masks([bias, mask_at(expr, expr_in, *axes(*shape, q.device))], dtype)
+    added, allowed = combine_masks([bias, mask_at(expr, expr_in, *axes(shape, q.device))], dtype)
     if allowed is None:
         allowed = torch.ones((), dtype=torch.bool, device=q.device)
     return added, allowed.expand(shape)
@@ -392,7 +392,7 @@ def _probabilities(q, k, bias, kept, expr, expr_in, seed, p, scale, softcap, emp
         prob = torch.where(nothing, math.nan if empty == "nan" else 1 / max(shape[-1], 1), prob)
     factor = None
     if p > 0 and seed is not None:
-        keep = attention_dropout(seed, p, *axes(*shape, q.device), shape[1:])
+        keep = attention_dropout(seed, p, *axes(shape, q.device), shape[1:])
         factor = keep.to(dtype) * (1 / (1 - p) if p < 1 else 0.0)
     slope = None if softcap is None else 1 - (raw / softcap).tanh().square()
     return prob, factor, lse, live, slope

@@ -342,13 +342,19 @@ class Parts:
 
 @dataclass(frozen=True)
 class Branch:
-    """The output of a low-rank branch, B(A(x)) times a number, before it is added to its projection."""
+    """The output of a low-rank branch, B(A(x)) times a number, before it is added to its projection.
 
+    Attributes:
+        own: the call of B as a projection of its own, which it is if nobody adds it to another one. a_out, b, scaling: as
+        in `Lora`. nodes: the calls that make it. x: what A reads, without dropout and casts.
+    """
+
+    own: Projection
     a_out: Node
     b: Node
     scaling: float
     nodes: tuple[Node, ...]
-    x: Node  # what A reads, without dropout and casts
+    x: Node
 
 
 @dataclass(frozen=True)
@@ -420,18 +426,21 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         return _linear_state(node, found)
     if _is_grouped(node):
         return Projection(node, nodes=(node,), refused=Reject("its weights are stacked by expert (mixture of experts)"))
-    above = [found[a] for a in node.all_input_nodes if a in found]
+    if any(isinstance(found.get(a), Branch) for a in node.all_input_nodes):
+        state = _branch_state(node, found)
+        if state is not None:
+            return state
+    above = [s.own if isinstance(s, Branch) else s for a in node.all_input_nodes if (s := found.get(a)) is not None]
     if not above:
         if _pointwise_convolution(node):
             return Projection(node, nodes=(node,), refused=Reject("a 1x1 convolution in place of a linear layer"))
         return None
     first = found.get(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
+    first = first.own if isinstance(first, Branch) else first
     if isinstance(first, (Projection, Parts)):
         piece = _piece(node, first)
         if piece is not None:
             return piece
-    if isinstance(first, Branch) or any(isinstance(s, Branch) for s in above):
-        return _branch_state(node, found)
     if target is operator.getitem and isinstance(first, Parts):
         return None
     merged = _merged(above)
@@ -463,7 +472,7 @@ def _linear_state(node: Node, found: dict[Node, State]) -> State | None:
         thin, full = shape(below)[-1], shape(below.args[0])[-1]
         if isinstance(thin, int) and isinstance(full, int) and thin < full and len(node.args) == 2:
             source, _ = _source_of_branch(below.args[0])
-            return Branch(x, w, 1.0, (node,), source)
+            return Branch(Projection(node, nodes=(node,)), x, w, 1.0, (node,), source)
     return Projection(node, nodes=(node,))
 
 
@@ -643,6 +652,8 @@ class _Reader:
         if node in self.memo:
             return self.memo[node]
         state = self.found.get(node)
+        if isinstance(state, Branch):
+            state = state.own
         if isinstance(state, Projection):
             self.nodes.update(dict.fromkeys(state.nodes))
             result: Any = self.pre_activation(state)
@@ -745,6 +756,11 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
         return hidden.refused
     if not is_weight(w_out):
         return Reject("the out-projection's weight is no parameter ({})", describe(w_out))
+    if any(isinstance(found.get(u), Branch) for u in node.users):
+        return None  # the first half of a low-rank branch on an out-projection, which is refused with its own reason
+    adapter = _adapter_below(node, found)
+    if adapter is not None:
+        return Reject("a low-rank adapter on the out-projection ({}) reads the hidden activation", adapter.name)
     reader = _Reader(context, found)
     try:
         expr = reader.read(node.args[0])
@@ -802,6 +818,19 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
     read = (source, *weights, w_out, *((b_out,) if b_out is not None else ()), *reader.parameters)
     core = (*(p.linear for p in projections), node)
     return Candidate(node, nodes, read, captured, core)  # type: ignore[arg-type]
+
+
+def _adapter_below(node: Node, found: dict[Node, State]) -> Node | None:
+    """The first half of a low-rank branch that reads the same hidden activation as the out-projection `node`."""
+    hidden, _ = _source_of_branch(node.args[0])
+    stack = [u for u in hidden.users if u is not node]
+    while stack:
+        user = stack.pop()
+        if user.target in (F.dropout, "to"):
+            stack.extend(user.users)
+        elif user.target is F.linear and any(isinstance(found.get(u), Branch) for u in user.users):
+            return user
+    return None
 
 
 def _width_of(p: Projection) -> Any:

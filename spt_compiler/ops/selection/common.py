@@ -26,7 +26,7 @@ class Rule:
         key_scores: (q, k, codebook, key_mean, scale, softcap) -> [B, H, Tq, Tk] scores to which the bias is added; None where
             the rule does not work on single keys.
         nearest: ties go to the key nearest to the query's position; else to the lower index.
-        needs_codebook: the rule reads a codebook.
+        needs_codebook: the rule cannot do without a codebook.
     """
 
     name: str

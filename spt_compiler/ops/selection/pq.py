@@ -14,9 +14,11 @@ from spt_compiler.ops.selection.common import Rule
 
 
 def tile_keys(k: Tensor, codebook: Tensor | None, key_mean: Tensor | None) -> Tensor:
-    """k [B, Hkv, Tk, D] rounded to codebook [Hkv, P, C, D/P] about key_mean [Hkv, D]; fp32 (fp64 for fp64 input)."""
-    assert codebook is not None
-    return pq.reconstruct(codebook, k, key_mean)
+    """k [B, Hkv, Tk, D] rounded to codebook [Hkv, P, C, D/P] about key_mean [Hkv, D]; fp32 (fp64 for fp64 input).
+
+    Without a codebook (a site without state) the keys as they are.
+    """
+    return k if codebook is None else pq.reconstruct(codebook, k, key_mean)
 
 
 def key_scores(
@@ -29,4 +31,4 @@ def key_scores(
     return scores if softcap is None else softcap * (scores / softcap).tanh()
 
 
-RULE = Rule("pq", tile_keys, key_scores, nearest=False, needs_codebook=True)
+RULE = Rule("pq", tile_keys, key_scores, nearest=False, needs_codebook=False)
