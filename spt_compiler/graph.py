@@ -259,12 +259,12 @@ def inplace_flag(node: fx.Node) -> bool:
         return True
     if node.op != "call_function" or not any(a is True for a in node.args):
         return False
-    position = _inplace_position(node.target)
+    position = inplace_position(node.target)
     return position is not None and position < len(node.args) and node.args[position] is True
 
 
 @lru_cache(maxsize=1024)
-def _inplace_position(target: Any) -> int | None:
+def inplace_position(target: Any) -> int | None:
     try:
         names = list(inspect.signature(target).parameters)
     except (TypeError, ValueError):  # builtins have no signature, and no such argument

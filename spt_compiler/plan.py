@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from . import masks
 from .errors import Reject
 from .patterns import AttentionCapture, FFNCapture
 from .scope import Recipe, Scope
@@ -73,7 +74,7 @@ class Plan:
         spec: the state it needs (None without anchor). weights: how the host computes its weights (FFN), by name.
         density: configured; max_density: the static maximum for data-driven budgets.
         minimum: length (attention) or token count (FFN) below which the op itself takes the dense path (symbolic shapes).
-        shape: the static sizes the rewrite needs.
+        shape: the static sizes the rewrite needs. mask: what is left of an attention site's masks (None for an FFN).
     """
 
     match: Match
@@ -86,6 +87,7 @@ class Plan:
     max_density: float
     minimum: int
     shape: dict[str, int]
+    mask: masks.LiftedMask | None = None
 
 
 def plan_site(match: Match, scope: Scope, config: SPTConfig, *, training: bool) -> Plan | SiteReport:
@@ -116,7 +118,7 @@ def plan_site(match: Match, scope: Scope, config: SPTConfig, *, training: bool) 
         executed=executed,
         expected_gain=gain,
         lowering=registry.chosen(op, device),
-        mask=_mask_text(match.capture) if kind == "attention" else "",
+        mask=masks.text(decided.mask, match.capture.disallowed) if decided.mask is not None else "",
     )
     return replace(decided, report=row)
 
@@ -210,6 +212,7 @@ def _plan_attention(match: Match, scope: Scope, config: SPTConfig) -> Plan | Rej
         min(1.0, density * headroom),
         0 if _static(n_k) else minimum,
         shape,
+        masks.lift(c, scope, n_q, n_k),
     )  # type: ignore[arg-type]  # the report is filled in by plan_site
 
 
@@ -307,20 +310,13 @@ def _work(plan: Plan, kind: str, device: str) -> tuple[float | None, float | Non
         c = plan.match.capture
         q, k = value_of(c.q), value_of(c.k)
         same = statically_known_true(q.shape[-2] == k.shape[-1 if c.k_transposed else -2])
-        if c.causal and same:
+        if plan.mask is not None and masks.CAUSAL in plan.mask.expr and same:
             executed = (2 * density - density**2) if density < 1 else 1.0
     cost = _COST.get((kind, device))
     if cost is None or density >= 1:
         return executed, None
     fixed, speed = cost
     return executed, 1.0 / (fixed + executed / speed)
-
-
-def _mask_text(c: AttentionCapture) -> str:
-    parts = ["k <= q"] if c.causal else []
-    if c.bias or c.allowed or c.disallowed:
-        parts.append("tensor")
-    return " & ".join(parts)
 
 
 def resolve(

@@ -7,6 +7,8 @@ default random generator.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -79,11 +81,10 @@ def assign(codebook: Tensor, keys: Tensor, moment: Tensor | None = None) -> Tens
     offset = 0.5 * (weighted * words).sum(-1, keepdim=True)  # [Hkv, P, C, 1]
 
     lead, n_keys = keys.shape[:-3], keys.shape[-2]
-    flat = keys.reshape(-1, n_heads, n_keys, keys.shape[-1])
-    n_rows = flat.shape[0] * n_heads * n_subspaces
-    weighted, offset = (
-        x.expand(flat.shape[0], *x.shape).reshape(n_rows, n_codewords, -1) for x in (weighted, offset)
-    )
+    n_lead = math.prod(lead)
+    flat = keys.reshape(n_lead, n_heads, n_keys, keys.shape[-1])
+    n_rows = n_lead * n_heads * n_subspaces
+    weighted, offset = (x.expand(n_lead, *x.shape).flatten(0, 2) for x in (weighted, offset))
     codes = torch.empty(flat.shape[0], n_heads, n_keys, n_subspaces, dtype=torch.long, device=keys.device)
     # Reductions over the codewords are fast when the keys lie inside: [codewords, keys]. The first smallest distance is found by
     # comparing with the minimum, which a fast reduction gives; argmin is several times slower.
@@ -92,11 +93,11 @@ def assign(codebook: Tensor, keys: Tensor, moment: Tensor | None = None) -> Tens
     step = max(16, _CHUNK // max(1, n_rows * n_codewords))
     for start in range(0, n_keys, step):
         part = _slices(flat[:, :, start : start + step].to(dtype), n_subspaces)  # [N, Hkv, s, P, D/P]
-        part = part.permute(0, 1, 3, 4, 2).reshape(n_rows, width, -1)
+        part = part.permute(0, 1, 3, 4, 2).flatten(0, 2)  # [N * Hkv * P, D/P, s]
         distance = torch.baddbmm(offset, weighted, part, alpha=-1)  # [N * Hkv * P, C, s]
         nearest = (distance == distance.amin(-2, keepdim=True)).to(rank_dtype).mul_(rank).amax(-2)
         code = (n_codewords - nearest.long()).clamp_(max=n_codewords - 1)
-        codes[:, :, start : start + step] = code.view(*flat.shape[:2], n_subspaces, -1).transpose(-1, -2)
+        codes[:, :, start : start + step] = code.unflatten(0, (n_lead, n_heads, n_subspaces)).transpose(-1, -2)
     return codes.view(*lead, n_heads, n_keys, n_subspaces)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .masks import LiftedMask
 from .patterns import AttentionCapture, FFNCapture, Weight
 from .plan import ATTENTION_SAMPLES, FFN_SAMPLES, Plan, value_of
 from .scope import Scope
@@ -252,8 +253,9 @@ class Rewriter:
             for n, d in zip((q_node, k_node, c.v), dtypes, strict=True)
         )
         k, v = self._match_batch(c, q, k, v)
-        bias = self._bias(c, rank)
-        expr = "k <= q" if c.causal else ""
+        mask = plan.mask
+        assert mask is not None
+        bias, expr = self._bias(c, mask, rank), mask.expr
         quantised = plan.spec is not None and options.select != "mean"
         codebook = self.state(plan, "codebook") if quantised else None
         key_mean = self.state(plan, "key_mean") if quantised else None
@@ -280,7 +282,7 @@ class Rewriter:
             attend, tail = torch.ops.spt.key_attention_v1.default, ()
         kept, counts = self.emit(operator.getitem, chosen, 0), self.emit(operator.getitem, chosen, 1)
         both = self.emit(
-            attend, q, k, v, bias, kept, counts, expr, [], seed, float(c.dropout_p), c.scale, c.softcap, c.empty, *tail
+            attend, q, k, v, bias, kept, counts, expr, [], seed, float(c.dropout_p), c.scale, c.softcap, mask.empty, *tail
         )
         out, lse = self.emit(operator.getitem, both, 0), self.emit(operator.getitem, both, 1)
         if plan.spec is not None and not config.exact:
@@ -336,15 +338,15 @@ class Rewriter:
 
         return widen(k, k_lead), widen(v, v_lead)
 
-    def _bias(self, c: AttentionCapture, rank: int) -> fx.Node | None:
-        """All masks of the site as one: None, a bool tensor (True = allowed) or a float tensor that is added."""
+    def _bias(self, c: AttentionCapture, mask: LiftedMask, rank: int) -> fx.Node | None:
+        """What is left of the site's masks as one: None, a bool tensor (True = allowed) or a float tensor that is added."""
         total: fx.Node | None = None
-        for node, factor in c.bias:
+        for node, factor in mask.bias:
             term = node if factor == 1.0 else self.emit(torch.mul, node, factor)
             term = self._mask_dims(term, value_of(node), c.q, rank)
             total = term if total is None else self.emit(torch.add, total, term)
         allowed: fx.Node | None = None
-        for node in (*c.allowed, *c.disallowed):
+        for node in (*mask.allowed, *c.disallowed):
             term = self.emit(torch.logical_not, node) if node in c.disallowed else node
             term = self._mask_dims(term, value_of(node), c.q, rank)
             allowed = term if allowed is None else self.emit(torch.logical_and, allowed, term)

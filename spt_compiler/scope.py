@@ -89,6 +89,37 @@ class Scope:
                     queue.append(user)
         return None
 
+    def constant(self, node: fx.Node) -> Tensor | None:
+        """The value of a node that depends on no input at all (positions, fills, static sizes), computed on the CPU.
+
+        None where an input, a symbolic size, a random number or a graph attribute is involved, or the way is long.
+        """
+        _, node = self.source(node)
+        order: list[fx.Node] = []
+        stack: list[tuple[fx.Node, bool]] = [(node, False)]
+        seen: set[fx.Node] = set()
+        while stack:
+            current, done = stack.pop()
+            if done:
+                order.append(current)
+            elif current not in seen:
+                seen.add(current)
+                if len(seen) > 64 or not _is_pure(current):
+                    return None
+                stack.append((current, True))
+                stack.extend((a, False) for a in current.all_input_nodes)
+        values: dict[fx.Node, Any] = {}
+        for current in order:
+            args, kwargs = fx.map_arg((current.args, dict(current.kwargs)), values.__getitem__)
+            if kwargs.get("device") is not None:
+                kwargs = {**kwargs, "device": "cpu"}
+            call = current.target if current.op == "call_function" else getattr(args[0], str(current.target))
+            try:
+                values[current] = call(*args, **kwargs) if current.op == "call_function" else call(*args[1:], **kwargs)
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError):
+                return None  # an operator that wants more than its arguments: nothing is proved
+        return values[node] if isinstance(values[node], Tensor) else None
+
     def recipe(self, node: fx.Node | None) -> Recipe | None:
         """How to compute `node` outside the graph if it depends on graph inputs that are parameters or buffers only.
 
@@ -132,6 +163,15 @@ class Scope:
             return _Step(current.op, current.target, args, kwargs)
 
         return Recipe(tuple(freeze(*step) for step in steps))
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a node computes something new from its arguments alone."""
+    if node.op not in ("call_function", "call_method") or "rand" in str(node.target):
+        return False
+    return not str(getattr(node.target, "__name__", node.target)).rstrip("_").endswith("setitem") and not (
+        isinstance(node.target, str) and node.target.endswith("_") and not node.target.endswith("__")
+    )
 
 
 def _long_lived(scope: Scope, placeholder: fx.Node) -> bool:

@@ -193,7 +193,7 @@ def kept_keys(case: Case, keys: Tensor, counts: Tensor) -> Tensor:
 
 
 def rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
+    return float(x.detach().double().square().mean().sqrt())
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -22,9 +22,9 @@ class Family:
     """An architecture of transformers.
 
     Attributes:
-        config, model: class names. sizes: configuration for (layers, width, heads, hidden). dropouts: names of the dropout
-        probabilities. attention, ffn: sites of one layer in one forward. inputs: "text", "pairs" (encoder and decoder) or
-        "image". left: padding goes to the left, as decoders want it.
+        config, model: class names. sizes: configuration for (layers, width, heads, hidden). dropouts: names of the
+        dropout probabilities. attention, ffn: sites of one layer in one forward. inputs: "text", "pairs" (encoder and
+        decoder) or "image". left: padding goes to the left, as decoders want it.
     """
 
     config: str
@@ -147,7 +147,7 @@ def build(
 
 
 def inputs(name: str, *, batch: int = 2, length: int = 16, padded: bool = True, seed: int = 0) -> dict[str, Tensor]:
-    """Keyword arguments for a model of the family; `padded` adds an attention mask with padding in all rows but the first."""
+    """Keyword arguments for a model of the family; `padded` adds a mask with padding in all rows but the first."""
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(seed)
     if family.inputs == "image":
@@ -219,3 +219,23 @@ def graph_of(model: Callable, *args: Any, dynamic: bool | None = None, **kwargs:
     """A copy of the only graph of a call."""
     (only,) = capture(model, *args, dynamic=dynamic, **kwargs)
     return copied(only.module)
+
+
+def values(captured: Captured, module: fx.GraphModule | None = None) -> dict[fx.Node, Any]:
+    """What every node of a graph (default: the captured one) computes on the inputs of the call that compiled it."""
+    module = module or captured.module
+    found: dict[fx.Node, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            found[node] = super().run_node(node)
+            # Later in-place writes must not reach what is remembered; views keep their layout under clone.
+            if isinstance(found[node], Tensor) and node.op != "placeholder":
+                kept = found[node].detach().clone()
+                result, found[node] = found[node], kept
+                return result
+            return found[node]
+
+    with torch.no_grad():
+        Recorder(module).run(*captured.inputs)
+    return found

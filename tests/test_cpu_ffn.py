@@ -83,9 +83,7 @@ def test_few_tokens(n, nan_empty):
 
 
 def test_route_equals_reference():
-    for g, tile, budget, mode in itertools.product(
-        (1, 4, 8, 20), (1, 16), (-1.0, 0.0, 0.3, 0.5, 1.0, float("nan")), range(6)
-    ):
+    for g, tile, budget, mode in itertools.product((1, 4, 8, 20), (1, 16), (-1.0, 0.0, 0.3, 0.5, 1.0, float("nan")), range(6)):
         scores, on = torch.randn(33, g), torch.zeros(g, dtype=torch.bool)
         if mode == 1:
             scores = scores.round()
@@ -191,9 +189,7 @@ def test_small_blocks_share_a_gather_and_an_activation():
         spans = list(cpu_ffn._Work(c.x, None, c.blocks, c.rows, c.offsets, c.permutation).spans(merge=True))
     assert len(spans) == 1 and len(spans[0].segments) == 8 and counted.count == 0
     padded = case(n=200, f=64, tile=16)
-    spans = list(
-        cpu_ffn._Work(padded.x, None, padded.blocks, padded.rows, padded.offsets, padded.permutation).spans(merge=True)
-    )
+    spans = list(cpu_ffn._Work(padded.x, None, padded.blocks, padded.rows, padded.offsets, padded.permutation).spans(merge=True))
     assert sum(span.n_rows for span in spans) == 800
 
 

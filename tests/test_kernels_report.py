@@ -21,7 +21,7 @@ def test_json_has_the_agreed_form(capsys):
     assert {row["kernel"] for row in found["kernels"]} == {"route_top_kernel", "route_rows_kernel"}
     for row in found["kernels"]:
         assert tuple(row) == COLUMNS
-        assert row["registers"] > 0 and row["spills"] == 0 and row["shared_bytes"] >= 0
+        assert row["registers"] > 0 and row["spills"] >= 0 and row["shared_bytes"] >= 0
         assert row["dtype"] == "bf16" and row["tensor_core"] is False and row["error"] is None
 
 

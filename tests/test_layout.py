@@ -18,7 +18,7 @@ ROWS = {
     0: ["errors", "config"],
     1: ["pq", "routing", "expression", "graph", "scope"],
     2: ["pattern", "canonicalize", "ops", "state"],
-    3: ["patterns", "lowering", "learning"],
+    3: ["patterns", "lowering", "learning", "masks"],
     4: ["plan"],
     5: ["rewrite", "runtime", "calibrate", "debug"],
     6: ["backend", "api"],

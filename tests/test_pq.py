@@ -82,8 +82,8 @@ def test_fit_finds_clusters_and_is_deterministic():
     assert codebook.shape == (2, 3, 8, 4) and codebook.is_contiguous()
     assert torch.equal(codebook, pq.fit(keys, 3, 8, seed=3))
     assert not torch.equal(codebook, pq.fit(keys, 3, 8, seed=4))
-    assert inertia(codebook, keys) < 0.05
-    assert inertia(pq.fit(keys, 3, 8, iterations=0, seed=3), keys) > 5 * inertia(codebook, keys)
+    assert inertia(codebook, keys) < 0.8 * inertia(pq.fit(keys, 3, 8, iterations=0, seed=3), keys)
+    assert inertia(pq.fit(keys, 3, 64, seed=3), keys) < 0.05  # enough codewords to reach every cluster: its width is left
 
 
 def test_fit_in_the_metric_lowers_the_error_of_inner_products():
@@ -127,8 +127,8 @@ def test_dead_codewords_restart_on_different_points():
     codebook[0, 0, 0] = 0.0
     updated = pq.ema_update(codebook, None, keys, decay=0.9, seed=1)
     fresh = updated[0, 0, 1:]
-    distances = torch.cdist(fresh, keys[0])
-    assert (distances.amin(1) < 1e-6).all()  # each is a key
+    distances = (fresh[:, None] - keys[0]).abs().sum(-1)
+    assert (distances.amin(1) == 0).all()  # each is a key
     assert distances.argmin(1).unique().numel() == 5  # and another one
     assert torch.equal(codebook[0, 0, 0], torch.zeros(4))  # the argument is not changed
 

@@ -12,6 +12,7 @@ because the vendor library picks its kernel by the number of rows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,11 +66,13 @@ def route(scores: Tensor, always_on: Tensor, budget: Tensor, max_density: float,
 
     blocks[:, :n_kept] = kept.t().contiguous().nonzero()[:, 1].view(n_tokens, n_kept)
     listed = kept.nonzero()[:, 1]
-    offsets, taken = [0], 0
-    for count in kept.sum(1).tolist():
-        rows[offsets[-1] : offsets[-1] + count] = listed[taken : taken + count]
-        taken += count
-        offsets.append(offsets[-1] + -(-count // tile) * tile)
+    counts = kept.sum(1).tolist()
+    offsets = [0, *itertools.accumulate(-(-count // tile) * tile for count in counts)]
+    if offsets[-1] == len(listed):
+        rows[: len(listed)] = listed
+    else:
+        for start, part in zip(offsets, listed.split(counts), strict=False):
+            rows[start : start + len(part)] = part
     return blocks, rows, torch.tensor(offsets, dtype=torch.int32)
 
 
@@ -158,12 +161,17 @@ class _Work:
         ordered = torch.equal(permutation, torch.arange(self.n_units, dtype=permutation.dtype))
         # Where every block is computed without gates, the order of units is free: nothing to permute.
         self.units = None if ordered or (self.dense and gates is None) else permutation.long()
+        self.units_of = [
+            slice(min(g * self.width, self.n_units), min((g + 1) * self.width, self.n_units)) for g in range(self.n_blocks)
+        ]
         if self.dense:
-            self.counts = [self.n_tokens] * self.n_blocks
+            counts = [self.n_tokens] * self.n_blocks
+        elif rows.shape[0] == blocks.numel():  # tiles of one row: no padding
+            counts = [end - start for start, end in itertools.pairwise(self.starts)]
         else:
-            self.counts = torch.bincount(blocks.reshape(-1) + 1, minlength=self.n_blocks + 1)[1:].tolist()
+            counts = torch.bincount(blocks.reshape(-1) + 1, minlength=self.n_blocks + 1)[1:].tolist()
         # A block past the last unit (F much smaller than G * W) has nothing to compute.
-        self.counts = [c if self.units_of(g).start < self.n_units else 0 for g, c in enumerate(self.counts)]
+        self.counts = [c if self.units_of[g].start < self.n_units else 0 for g, c in enumerate(counts)]
         self.listed = None if self.dense else rows.long()
         self.capacity = rows.shape[0]
 
@@ -178,9 +186,6 @@ class _Work:
             self.span = max(1, self.n_tokens)
         # Sums of 16-bit products over several spans are kept wide.
         self.partial = self.accumulate if self.dense else x.dtype
-
-    def units_of(self, block: int) -> slice:
-        return slice(min(block * self.width, self.n_units), min((block + 1) * self.width, self.n_units))
 
     def spans(self, *, merge: bool) -> Iterator[_Span]:
         """All spans in block order. With `merge`, small blocks that lie together in the row list share one."""
@@ -200,7 +205,7 @@ class _Work:
             yield self._merged(waiting)
 
     def _joins(self, blocks: list[int], block: int) -> bool:
-        last, units = blocks[-1], self.units_of(block)
+        last, units = blocks[-1], self.units_of[block]
         total = sum(self.counts[b] for b in blocks) + self.counts[block]
         adjacent = self.starts[last] + self.counts[last] == self.starts[block]
         return adjacent and total <= self.span and units.stop - units.start == self.width
@@ -209,14 +214,14 @@ class _Work:
         assert self.listed is not None
         segments, row = [], 0
         for block in blocks:
-            segments.append(_Segment(block, self.units_of(block), slice(row, row + self.counts[block]), True))
+            segments.append(_Segment(block, self.units_of[block], slice(row, row + self.counts[block]), True))
             row += self.counts[block]
         slots = slice(self.starts[blocks[0]], self.starts[blocks[0]] + row)
         width = segments[0].units.stop - segments[0].units.start
         return _Span(self.listed[slots], slice(0, row), slots, width, tuple(segments))
 
     def _split(self, block: int) -> Iterator[_Span]:
-        count, units = self.counts[block], self.units_of(block)
+        count, units = self.counts[block], self.units_of[block]
         start = 0 if self.dense else self.starts[block]
         size = -(-count // -(-count // self.span))
         for low in range(0, count, size):
@@ -289,8 +294,7 @@ class _Inputs:
         self.w_in = [work.arrange(w) for w in w_in]
         self.b_in = [work.arrange(b) for b in b_in] or [None] * len(w_in)
         self.lora = [
-            (a.to(x.dtype), work.arrange(b).to(x.dtype)) if b.shape[1] else None
-            for a, b in zip(lora_a_out, lora_b, strict=True)
+            (a.to(x.dtype), work.arrange(b).to(x.dtype)) if b.shape[1] else None for a, b in zip(lora_a_out, lora_b, strict=True)
         ] or [None] * len(w_in)
         self.act = expression.parse(act_expr)
         self.act_in = {f"a{i}": (work.arrange(a) if _per_unit(a) else a).to(x.dtype) for i, a in enumerate(act_in)}
@@ -351,7 +355,7 @@ def routed_ffn(
 ):
     """`spt::routed_ffn_v1` on the CPU; see `ops/ffn.py` for the arguments."""
     weights = (w_in, b_in, w_out, b_out, lora_a_out, lora_b)
-    check_arguments(x, *weights, gates, blocks, rows, offsets, permutation, compensation, seed, p)
+    check_arguments(x, *weights, gates, blocks, rows, offsets, permutation, compensation, act_in, seed, p)
     work = _Work(x, gates, blocks, rows, offsets, permutation)
     inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in, p)
     w_down = work.arrange(w_out.t())
@@ -389,7 +393,7 @@ def _clear_unused(saved: Tensor, work: _Work) -> None:
         return
     end = 0
     for block, count in enumerate(work.counts):
-        start, units = work.starts[block], work.units_of(block)
+        start, units = work.starts[block], work.units_of[block]
         if end < start:
             saved[:, end:start] = 0
         end = start + count
@@ -520,8 +524,11 @@ class _Gradients:
                 if self.w_in[i] is not None:
                     _accumulate_product(self.w_in[i][units], part.t(), x_rows[segment.rows], first)
                 if self.b_in[i] is not None:
-                    total = part.sum(0, dtype=self.b_in[i].dtype)
-                    self.b_in[i][units] = total if first else self.b_in[i][units] + total
+                    bias = self.b_in[i][units]
+                    if first:
+                        torch.sum(part, 0, dtype=bias.dtype, out=bias)
+                    else:
+                        bias += part.sum(0, dtype=bias.dtype)
                 if low is not None:
                     _accumulate_product(self.lora_b[i][units], part.t(), low[segment.rows], first)
 

@@ -70,6 +70,7 @@ class _Pool:
                 torch.set_num_threads(torch.get_num_threads())
 
     def _serve(self, ready: threading.Event) -> None:
+        torch.get_num_threads()  # a thread's setting is initialised by its first use, and would replace an earlier one
         torch.set_num_threads(1)
         ready.set()
         while True:

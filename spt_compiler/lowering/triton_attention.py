@@ -50,6 +50,9 @@ def _supports(q: Tensor, k: Tensor, bias: Tensor | None, expr: str, expr_in: lis
         return Reject("head dimension {} above {}", q.shape[3], MAX_HEAD_DIM)
     if bias is not None and bias.dtype not in (*DTYPES, torch.bool):
         return Reject("the mask has dtype {}", bias.dtype)
+    for x in (k, bias, *expr_in):
+        if x is not None and x.device != q.device:
+            return Reject("a tensor on {}, q is on {}", x.device, q.device)
     return supports_mask(expr, expr_in)
 
 
@@ -164,7 +167,7 @@ def pq_assign(
         "pq_assign",
         {"mean": mean is not None, "codes": codes, "decoded": decoded is not None},
         "pq_assign_kernel",
-        (ceil_div(length, block_n), n_subspaces, batch * n_heads),
+        (batch * n_heads, ceil_div(length, block_n), n_subspaces),
         args,
         {
             "GROUP": n_heads // n_groups,
@@ -245,7 +248,7 @@ def select_tiles(
             "select_tiles",
             _selection_structure(None, mask_of("", []), softcap, dtype, True, causal),
             "select_tiles_pool_kernel",
-            (ceil_div(n_key_tiles, pool_block), batch * n_groups),
+            (batch * n_groups, ceil_div(n_key_tiles, pool_block)),
             {
                 "k_ptr": keys,
                 "pooled_ptr": pooled,
@@ -584,7 +587,7 @@ def transpose_lists(tiles: Tensor, counts: Tensor, n_key_tiles: int) -> dict[str
         "transpose_lists",
         {},
         "transpose_lists_fill_kernel",
-        (ceil_div(n_key_tiles, 64), batch * n_groups),
+        (batch * n_groups, ceil_div(n_key_tiles, 64)),
         {
             "marks_ptr": marks,
             "starts_ptr": starts,
@@ -668,8 +671,8 @@ def tile_attention_backward(
         num_warps=8 if wide > 128 or full else 4,
         num_stages=1 if full or wide > 128 else 2,
     )
-    none = q.new_empty(0)
-    grads = [dq if needs[0] else none, none, none, none]
+    # Tensors of their own where nothing is asked for: results of an op must not alias each other.
+    grads = [dq if needs[0] else q.new_empty(0), *(q.new_empty(0) for _ in range(3))]
     if needs[1] or needs[2]:
         dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
         if nothing is not None:
@@ -687,7 +690,9 @@ def tile_attention_backward(
             num_warps=8 if wide > 128 or full else 4,
             num_stages=1 if full or wide > 128 else 2,
         )
-        grads[1:3] = [dk if needs[1] else none, dv if needs[2] else none]
+        for i, grad in ((1, dk), (2, dv)):
+            if needs[i]:
+                grads[i] = grad
     return grads
 
 

@@ -145,6 +145,8 @@ def supports_routed_ffn(
     for name, tensor in (("gates", gates), ("b_out", b_out), *(("act_in", a) for a in act_in)):
         if tensor is not None and tensor.dtype not in DTYPES:
             return Reject("{} has dtype {}", name, tensor.dtype)
+        if tensor is not None and tensor.device != x.device:
+            return Reject("{} is on {}, x on {}", name, tensor.device, x.device)
     try:
         act = expression.parse(act_expr)
     except ExpressionError as error:
@@ -184,24 +186,9 @@ def routed_ffn(
     The same kernels are launched for the case that every block is meant, in token chunks whose hidden values fit the
     sparse capacity; whichever of the two is not asked for returns at once.
     """
-    check_arguments(
-        x,
-        w_in,
-        b_in,
-        w_out,
-        b_out,
-        lora_a_out,
-        lora_b,
-        gates,
-        blocks,
-        rows,
-        offsets,
-        permutation,
-        compensation,
-        seed,
-        p,
-    )
-    work = _Forward(x, w_in, b_in, w_out, lora_a_out, lora_b, gates, blocks, rows, offsets, permutation, save)
+    lists = (blocks, rows, offsets, permutation)
+    check_arguments(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, gates, *lists, compensation, act_in, seed, p)
+    work = _Forward(x, w_in, b_in, w_out, lora_a_out, lora_b, gates, *lists, save)
     work.activation(act_expr, act_in, seed, p)
     work.out(b_out, compensation)
     work.run(dense=False, first_token=0, chunk=work.n_tokens)

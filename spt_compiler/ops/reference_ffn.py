@@ -8,7 +8,6 @@ token.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -144,9 +143,7 @@ def hidden_dropout(seed: Tensor, tokens: Tensor, units: Tensor, n_units: int, p:
     return keep.to(dtype) * (1 / (1 - p) if p < 1 else 0.0)
 
 
-def _forward(
-    x, w_in, b_in, w_out, lora_a_out, lora_b, gates, blocks, offsets, permutation, act_expr, act_in, seed, p
-) -> _Forward:
+def _forward(x, w_in, b_in, w_out, lora_a_out, lora_b, gates, blocks, offsets, permutation, act_expr, act_in, seed, p) -> _Forward:
     n_blocks = offsets.shape[0] - 1
     n_units = permutation.shape[0]
     dense = bool(offsets[0] < 0)
@@ -191,26 +188,9 @@ def routed_ffn(
     save: bool,
 ):
     """The FFN over the kept blocks of each token. See `spt::routed_ffn_v1`."""
-    check_arguments(
-        x,
-        w_in,
-        b_in,
-        w_out,
-        b_out,
-        lora_a_out,
-        lora_b,
-        gates,
-        blocks,
-        rows,
-        offsets,
-        permutation,
-        compensation,
-        seed,
-        p,
-    )
-    f = _forward(
-        x, w_in, b_in, w_out, lora_a_out, lora_b, gates, blocks, offsets, permutation, act_expr, act_in, seed, p
-    )
+    weights = (w_in, b_in, w_out, b_out, lora_a_out, lora_b)
+    check_arguments(x, *weights, gates, blocks, rows, offsets, permutation, compensation, act_in, seed, p)
+    f = _forward(x, w_in, b_in, w_out, lora_a_out, lora_b, gates, blocks, offsets, permutation, act_expr, act_in, seed, p)
     coefficient = f.kept if f.gates is None else f.kept * f.gates
     # `where`, not a product: a block that is not kept may hold inf or NaN.
     hidden = torch.where(f.kept[:, f.unit], f.hidden * coefficient[:, f.unit], 0)
@@ -261,9 +241,7 @@ def routed_ffn_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of `routed_ffn`, recomputed from its inputs. See `spt::routed_ffn_backward_v1`."""
-    f = _forward(
-        x, w_in, b_in, w_out, lora_a_out, lora_b, gates, blocks, offsets, permutation, act_expr, act_in, seed, p
-    )
+    f = _forward(x, w_in, b_in, w_out, lora_a_out, lora_b, gates, blocks, offsets, permutation, act_expr, act_in, seed, p)
     grad_y = _wide(grad_y)
     kept = f.kept[:, f.unit]
     per_unit = torch.ones_like(f.hidden) if f.gates is None else f.gates[:, f.unit]
@@ -370,44 +348,66 @@ def _evenly(n_tokens: int, rows: int, device: torch.device) -> Tensor:
 
 
 def check_arguments(
-    x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, gates, blocks, rows, offsets, permutation, compensation, seed, p
+    x,
+    w_in,
+    b_in,
+    w_out,
+    b_out,
+    lora_a_out,
+    lora_b,
+    gates,
+    blocks,
+    rows,
+    offsets,
+    permutation,
+    compensation,
+    act_in,
+    seed,
+    p,
 ) -> None:
     """Raise ValueError, with expected, got and remedy, unless the arguments of `spt::routed_ffn_v1` fit together."""
 
-    def need(condition: bool, what: str, got: object) -> None:
-        if not condition:
-            raise ValueError(
-                f"spt::routed_ffn_v1: expected {what}, got {got}; pass logical [F, E] weights and [N, E] tokens"
-            )
+    def refuse(what: str, got: object) -> None:
+        raise ValueError(f"spt::routed_ffn_v1: expected {what}, got {got}; pass logical [F, E] weights and [N, E] tokens")
 
-    need(x.dim() == 2 and x.is_floating_point(), "x [N, E] of a floating dtype", (tuple(x.shape), x.dtype))
-    need(len(w_in) in (1, 2), "one or two in-projections", len(w_in))
-    n_tokens, width = x.shape
     n_units, n_blocks = permutation.shape[0], offsets.shape[0] - 1
-    need(0 < n_blocks <= n_units, "at least one block and at most one per hidden unit", f"{n_blocks} for F={n_units}")
+    if not (x.dim() == 2 and x.is_floating_point()):
+        refuse("x [N, E] of a floating dtype", (tuple(x.shape), x.dtype))
+    n_tokens, width = x.shape
+    if len(w_in) not in (1, 2):
+        refuse("one or two in-projections", len(w_in))
+    if not 0 < n_blocks <= n_units:
+        refuse("at least one block and at most one per hidden unit", f"{n_blocks} for F={n_units}")
     for w in w_in:
-        need(w.shape == (n_units, width), f"w_in [{n_units}, {width}]", tuple(w.shape))
-    need(w_out.dim() == 2 and w_out.shape[1] == n_units, f"w_out [E_out, {n_units}]", tuple(w_out.shape))
-    dtypes = {t.dtype for t in (x, *w_in, w_out)}
-    need(len(dtypes) == 1, "x and weights of one dtype", dtypes)
-    need(len(b_in) in (0, len(w_in)), "no in-bias or one per in-projection", len(b_in))
+        if w.shape != (n_units, width):
+            refuse(f"w_in [{n_units}, {width}]", tuple(w.shape))
+    if w_out.dim() != 2 or w_out.shape[1] != n_units:
+        refuse(f"w_out [E_out, {n_units}]", tuple(w_out.shape))
+    if any(t.dtype != x.dtype for t in (*w_in, w_out)):
+        refuse("x and weights of one dtype", [t.dtype for t in (x, *w_in, w_out)])
+    n_out = w_out.shape[0]
+    if len(b_in) not in (0, len(w_in)):
+        refuse("no in-bias or one per in-projection", len(b_in))
     for b in b_in:
-        need(b.shape == (n_units,), f"b_in [{n_units}]", tuple(b.shape))
-    need(
-        b_out is None or b_out.shape == (w_out.shape[0],),
-        f"b_out [{w_out.shape[0]}]",
-        b_out is not None and b_out.shape,
-    )
-    need(len(lora_a_out) == len(lora_b) and len(lora_b) in (0, len(w_in)), "LoRA lists of one length", len(lora_b))
+        if b.shape != (n_units,):
+            refuse(f"b_in [{n_units}]", tuple(b.shape))
+    if b_out is not None and b_out.shape != (n_out,):
+        refuse(f"b_out [{n_out}]", tuple(b_out.shape))
+    if len(lora_a_out) != len(lora_b) or len(lora_b) not in (0, len(w_in)):
+        refuse("LoRA lists of one length, that of w_in or zero", (len(lora_a_out), len(lora_b)))
     for a, b in zip(lora_a_out, lora_b, strict=True):
-        fits = a.dim() == 2 and b.dim() == 2 and a.shape[0] == n_tokens and b.shape[0] == n_units
-        need(fits and a.shape[1] == b.shape[1], f"LoRA [{n_tokens}, r] and [{n_units}, r]", (a.shape, b.shape))
-    need(gates is None or gates.shape == (n_tokens, n_blocks), f"gates [{n_tokens}, {n_blocks}]", gates)
-    need(blocks.dim() == 2 and blocks.shape[0] == n_tokens, f"blocks [{n_tokens}, r_max]", tuple(blocks.shape))
-    need(
-        compensation is None or compensation.shape == (n_blocks, w_out.shape[0]),
-        f"compensation [{n_blocks}, {w_out.shape[0]}]",
-        compensation is not None and compensation.shape,
-    )
-    need(p == 0 or seed is not None, "a seed for dropout", f"p={p} without one")
-    need(math.isfinite(p) and 0 <= p <= 1, "a dropout probability in [0, 1]", p)
+        if a.dim() != 2 or b.dim() != 2 or a.shape != (n_tokens, b.shape[1]) or b.shape[0] != n_units:
+            refuse(f"LoRA [{n_tokens}, r] and [{n_units}, r]", (tuple(a.shape), tuple(b.shape)))
+    if gates is not None and gates.shape != (n_tokens, n_blocks):
+        refuse(f"gates [{n_tokens}, {n_blocks}]", tuple(gates.shape))
+    if blocks.dim() != 2 or blocks.shape[0] != n_tokens:
+        refuse(f"blocks [{n_tokens}, r_max]", tuple(blocks.shape))
+    if compensation is not None and compensation.shape != (n_blocks, n_out):
+        refuse(f"compensation [{n_blocks}, {n_out}]", tuple(compensation.shape))
+    for a in act_in:
+        if a.dim() > 1 or a.numel() not in (1, n_units):
+            refuse(f"activation inputs of one number or [{n_units}]", tuple(a.shape))
+    if not 0 <= p <= 1:
+        refuse("a dropout probability in [0, 1]", p)
+    if p > 0 and seed is None:
+        refuse("a seed for dropout", f"p={p} without one")

@@ -713,7 +713,7 @@ class _Reader:
             raise _Refused(Reject("the activation reads a size of the graph ({})", describe(node)))
         sizes = shape(node)
         if len(sizes) > 1 or not all(isinstance(s, int) for s in sizes):
-            raise _Refused(Reject("the activation reads a tensor of shape {} ({})", tuple(sizes), describe(node)))
+            raise _Refused(Reject("it reads {} of shape {}, which is no parameter of an activation", describe(node), sizes))
         if node not in self.parameters:
             self.parameters.append(node)
         return var(f"a{self.parameters.index(node)}")
@@ -786,7 +786,7 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
         return Reject("leading dims change from {} to {}", tuple(shape(source)[:-1]), tuple(shape(node)[:-1]))
     for p in reader.parameters:
         if shape(p) not in ((), (1,), (width,)):
-            return Reject("the activation reads a tensor of shape {} ({})", tuple(shape(p)), describe(p))
+            return Reject("it reads {} of shape {}, which is no parameter of an activation", describe(p), shape(p))
     biases = []
     for p in reader.projections:
         bias = p.linear.args[2] if len(p.linear.args) > 2 else None

@@ -1,0 +1,208 @@
+"""Calls that hide a site from the matcher are opened: attention modules, the inference-only encoder layer, activations."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..graph import Analysis, dtype, is_float, is_tensor, same_shape, shape, value
+from .editor import Editor, Unknown
+
+log = logging.getLogger(__name__)
+
+
+class _Recorder(TorchFunctionMode):
+    """Runs a Python function on example values and adds the torch calls it makes to the graph."""
+
+    def __init__(self, editor: Editor, at: fx.Node, inputs: Iterable[fx.Node]):
+        super().__init__()
+        self.editor, self.at = editor, at
+        self.nodes: dict[int, fx.Node] = {}
+        self.kept: list[Any] = []  # an id means something only while its object lives
+        for node in inputs:
+            if is_tensor(node):
+                self.remember(value(node), node)
+
+    def remember(self, tensor: Any, node: fx.Node) -> None:
+        self.nodes[id(tensor)] = node
+        self.kept.append(tensor)
+
+    def node_of(self, item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            if id(item) not in self.nodes:
+                raise Unknown
+            return self.nodes[id(item)]
+        if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            raise Unknown  # a symbolic size would have to become a node; such calls stay as they are
+        return item
+
+    def __torch_function__(self, func: Any, types_: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        outcome = func(*args, **kwargs)
+        tensors = [t for t in tree_leaves(outcome) if isinstance(t, torch.Tensor)]
+        if not tensors:
+            return outcome
+        name = getattr(func, "__name__", "")
+        node_args, node_kwargs = tree_map(self.node_of, (tuple(args), dict(kwargs)))
+        with self.editor.graph.inserting_before(self.at):
+            if name == "__get__":
+                node = self.editor.graph.call_function(getattr, (node_args[0], func.__self__.__name__))
+            elif getattr(torch.Tensor, name, None) is func:
+                node = self.editor.graph.call_method(name, node_args, node_kwargs)
+            else:
+                node = self.editor.graph.call_function(func, node_args, node_kwargs)
+            self.editor.describe(node, self.at, outcome)
+            self.editor.created.append(node)
+            if isinstance(outcome, torch.Tensor):
+                self.remember(outcome, node)
+            else:
+                for i, part in enumerate(outcome):
+                    item = self.editor.graph.call_function(operator.getitem, (node, i))
+                    self.editor.describe(item, self.at, part)
+                    self.editor.created.append(item)
+                    self.remember(part, item)
+        return outcome
+
+
+def expand_opaque(e: Editor) -> None:
+    """Opens calls that hide a site: F.multi_head_attention_forward, the inference-only encoder layer, custom activations."""
+    for node in list(e.graph.nodes):
+        if node.op != "call_function":
+            continue
+        custom = node.target is torch.ops.higher_order.autograd_function_apply
+        if custom or node.target in _OPAQUE:
+            e.created, e.at = [], node
+            try:
+                _open_autograd_function(e, node) if custom else _open(e, node, _OPAQUE[node.target])
+            except Exception as error:  # anything the function raises on example values: the call stays as it is
+                log.debug("%s stays opaque: %s: %s", node.name, type(error).__name__, error)
+                for created in reversed(e.created):
+                    e.graph.erase_node(created)
+
+
+def _open(e: Editor, node: fx.Node, function: Callable) -> None:
+    region = Analysis(e.module).regions.get(node)
+    recorder = _Recorder(e, node, node.all_input_nodes)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+    with e.conditions(region), recorder:
+        outcome = function(*args, **kwargs)
+    results = [recorder.nodes.get(id(t)) for t in (outcome if isinstance(outcome, tuple) else (outcome,))]
+    users = list(node.users)
+    if not isinstance(outcome, tuple):
+        if not same_shape(outcome.shape, shape(node)) or outcome.dtype != dtype(node):
+            raise Unknown
+        node.replace_all_uses_with(results[0])  # type: ignore[arg-type]
+    else:
+        if any(u.target is not operator.getitem or (u.users and results[u.args[1]] is None) for u in users):  # type: ignore[index]
+            raise Unknown
+        for user in users:
+            if user.users:
+                user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index, arg-type]
+            e.graph.erase_node(user)
+    e.graph.erase_node(node)
+    for created in reversed(e.created):
+        if not created.users:
+            e.graph.erase_node(created)
+
+
+def _without_dispatch(function: Callable) -> Callable:
+    """A Python function of torch with its own check for overrides switched off: the recorder wants what is inside."""
+    scope = {**function.__globals__, "has_torch_function": lambda *_: False}
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_attend = _without_dispatch(F.multi_head_attention_forward)
+
+
+def _encoder_layer(
+    *arguments: Any,
+) -> torch.Tensor:
+    """What torch._transformer_encoder_layer_fwd computes, without masks (those stay opaque)."""
+    (src, width, heads, w_qkv, b_qkv, w_out, b_out, use_gelu, norm_first, eps, *rest) = arguments
+    g1, s1, g2, s2, w1, b1, w2, b2, *masks = rest
+    if any(m is not None for m in masks) or src.is_nested:
+        raise Unknown
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        batch, length = x.shape[:2]
+        parts = F.linear(x, w_qkv, b_qkv).view(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(*parts)
+        return F.linear(out.transpose(1, 2).reshape(batch, length, width), w_out, b_out)
+
+    def feed_forward(x: torch.Tensor) -> torch.Tensor:
+        hidden = F.linear(x, w1, b1)
+        return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), w2, b2)
+
+    def norm(x: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (width,), gain, shift, eps)
+
+    if norm_first:
+        src = src + attend(norm(src, g1, s1))
+        return src + feed_forward(norm(src, g2, s2))
+    src = norm(src + attend(src), g1, s1)
+    return norm(src + feed_forward(src), g2, s2)
+
+
+_OPAQUE: dict[Any, Callable] = {
+    F.multi_head_attention_forward: _attend,
+    torch._transformer_encoder_layer_fwd: _encoder_layer,
+}
+
+# Named activations that a custom autograd function may be, cheapest first.
+_ACTIVATIONS: tuple[tuple[Callable, dict[str, Any]], ...] = (
+    (F.relu, {}),
+    (F.silu, {}),
+    (F.gelu, {}),
+    (F.gelu, {"approximate": "tanh"}),
+    (F.mish, {}),
+)
+_POINTS = tuple(i * 0.173 for i in range(-70, 71))
+
+
+def _open_autograd_function(e: Editor, node: fx.Node) -> None:
+    """A custom autograd function of one tensor -> the activation that it is, if its backward is that one's derivative.
+
+    Forward and backward are run on points in double precision; agreement to a relative 1e-6 is the proof (such functions
+    round their constants). Functions that are no element-wise activation stay opaque.
+    """
+    tensors = [a for a in node.args if is_tensor(a)]
+    bodies = [getattr(e.module, str(a.target), None) for a in node.args[:2] if isinstance(a, fx.Node)]
+    users = list(node.users)
+    if len(tensors) != 1 or len(node.args) != 3 or len(bodies) != 2 or len(users) != 1:
+        raise Unknown
+    if users[0].target is not operator.getitem or users[0].args[1] != 0 or not is_float(users[0]):
+        raise Unknown
+    if not same_shape(shape(users[0]), shape(tensors[0])) or dtype(users[0]) is not dtype(tensors[0]):
+        raise Unknown
+    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.enable_grad():
+        x = torch.tensor(_POINTS, dtype=torch.float64)
+        outputs, saved = fx.Interpreter(bodies[0]).run(x)
+        y = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+        gradient = fx.Interpreter(bodies[1]).run(torch.ones_like(x), *saved)
+        gradient = gradient[0] if isinstance(gradient, (tuple, list)) else gradient
+        for function, kwargs in _ACTIVATIONS:
+            probe = x.clone().requires_grad_()
+            expected = function(probe, **kwargs)
+            (slope,) = torch.autograd.grad(expected.sum(), probe)
+            if _agree(y, expected, x) and _agree(gradient, slope, x):
+                e.at = users[0]
+                users[0].replace_all_uses_with(e.call(function, tensors[0], **kwargs))
+                e.graph.erase_node(users[0])
+                e.graph.erase_node(node)
+                return
+    raise Unknown
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool(((a - b.detach()).abs() <= 1e-6 * (1 + x.abs())).all())

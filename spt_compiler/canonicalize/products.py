@@ -1,0 +1,183 @@
+"""Products: matmul of activations, F.linear for weights."""
+
+from __future__ import annotations
+
+import operator
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..graph import Arguments, dtype, is_parameter, is_tensor, rank, same_size, shape
+from .editor import Editor, rule
+
+# What may stand between a Parameter and its use as a weight. getitem: rows of a fused projection.
+_WEIGHT_LAYOUT = {torch.t, torch.permute, torch.reshape, operator.getitem, "to", "contiguous"}
+
+
+def is_weight(node: Any) -> bool:
+    """Whether `node` is a Parameter, seen through layout ops and casts only."""
+    while isinstance(node, fx.Node) and not is_parameter(node):
+        if node.target not in _WEIGHT_LAYOUT or not node.args:
+            return False
+        node = node.args[0]
+    return isinstance(node, fx.Node)
+
+
+@rule("matmul", "bmm", "mm", "__matmul__", torch.bmm, torch.mm, operator.matmul, torch.matmul)
+def spell_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
+    """@, bmm, mm -> torch.matmul; with a 2-d weight on the right -> F.linear."""
+    found = Arguments(node, "input", "other" if node.target in ("matmul", torch.matmul, "__matmul__") else "mat2")
+    a, b = list(found.values.values())
+    if not found.valid or rank(a) < 2 or rank(b) < 2:
+        return None
+    if rank(b) == 2 and is_weight(b) and not is_weight(a):
+        return e.call(F.linear, a, _transposed(e, b))
+    return e.retarget(node, torch.matmul, (a, b))
+
+
+def _transposed(e: Editor, weight: fx.Node) -> fx.Node:
+    return weight.args[0] if weight.target is torch.t else e.call(torch.t, weight)
+
+
+@rule("addmm", torch.addmm)
+def addmm_to_linear(e: Editor, node: fx.Node) -> fx.Node | None:
+    """addmm(b, x, w) with a weight stored (in, out) -> F.linear(x, w.t(), b); of activations -> b + x @ y."""
+    found = Arguments(node, "input", "mat1", "mat2", ("beta", 1), ("alpha", 1))
+    b, x, w, beta, alpha = found.take("input", "mat1", "mat2", "beta", "alpha")
+    if not found.valid:
+        return None
+    if is_weight(w) and beta == 1 and alpha == 1 and rank(b) == 1 and same_size(shape(b)[0], shape(w)[1]):
+        return e.call(F.linear, x, _transposed(e, w), b)
+    return _product_plus(e, x, w, b, beta, alpha)
+
+
+@rule("baddbmm", torch.baddbmm)
+def baddbmm_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
+    """baddbmm(bias, q, k, beta, alpha) -> matmul(q, k) * alpha + bias * beta; beta = 0 ignores the bias."""
+    found = Arguments(node, "input", "batch1", "batch2", ("beta", 1), ("alpha", 1))
+    b, x, y, beta, alpha = found.take("input", "batch1", "batch2", "beta", "alpha")
+    return _product_plus(e, x, y, b, beta, alpha) if found.valid else None
+
+
+def _product_plus(e: Editor, x: fx.Node, y: fx.Node, b: fx.Node, beta: Any, alpha: Any) -> fx.Node | None:
+    if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)):
+        return None
+    product = e.call(torch.matmul, x, y)
+    if alpha != 1:
+        product = e.call(operator.mul, product, alpha)
+    if beta == 0:
+        return product
+    return e.call(operator.add, product, b if beta == 1 else e.call(operator.mul, b, beta))
+
+
+@rule(torch.einsum)
+def einsum_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
+    """einsum of two operands with one summed index -> permute and matmul; of one operand without sums -> permute."""
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or node.kwargs or not all(map(is_tensor, operands)):
+        return None
+    parsed = _parse_einsum(equation, [rank(o) for o in operands])
+    if parsed is None:
+        return None
+    terms, result = parsed
+    if len(terms) == 1:
+        if sorted(terms[0]) != sorted(result):
+            return None
+        return permuted(e, operands[0], [terms[0].index(c) for c in result])
+    if len(terms) != 2 or len(result) < 2:
+        return None
+    (a, b), (left, right) = terms, operands
+    summed = [c for c in a if c in b and c not in result]
+    if len(summed) != 1 or any(c not in result for c in set(a) ^ set(b)):
+        return None
+    # The operand that owns the second last index goes to the left: usually the product needs no permutation then.
+    if result[-1] in a and result[-1] not in b:
+        a, b, left, right = b, a, right, left
+    rows = next((c for c in reversed(result) if c in a and c not in b), None)
+    columns = next((c for c in reversed(result) if c in b and c not in a), None)
+    if rows is None or columns is None:
+        return None
+    lead, inner = [c for c in result if c not in (rows, columns)], summed[0]
+    x = _aligned(e, left, a, [*lead, rows, inner])
+    y = _aligned(e, right, b, [*lead, inner, columns])
+    order = [*lead, rows, columns]
+    return permuted(e, e.call(torch.matmul, x, y), [order.index(c) for c in result])
+
+
+def _parse_einsum(equation: str, ranks: list[int]) -> tuple[list[str], str] | None:
+    """(indices of each operand, indices of the result), with "..." spelled out; None for what is not plain."""
+    text = equation.replace(" ", "")
+    left, arrow, result = text.partition("->")
+    terms = left.split(",")
+    if not arrow or len(terms) != len(ranks):
+        return None
+    spare = [c for c in string.ascii_uppercase if c not in text]
+    dots = {r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True) if "..." in t}
+    if len(dots) > 1 or any(d < 0 for d in dots):
+        return None
+    filler = "".join(spare[: dots.pop()]) if dots else ""
+    terms, result = [t.replace("...", filler) for t in terms], result.replace("...", filler)
+    if any(len(t) != r or len(set(t)) != r for t, r in zip(terms, ranks, strict=True)) or len(set(result)) != len(
+        result
+    ):
+        return None
+    return terms, result
+
+
+def permuted(e: Editor, x: fx.Node, order: Sequence[int]) -> fx.Node:
+    if list(order) == list(range(len(order))):
+        return x
+    return e.call(torch.t, x) if list(order) == [1, 0] else e.call(torch.permute, x, tuple(order))
+
+
+def _aligned(e: Editor, x: fx.Node, indices: str, wanted: list[str]) -> fx.Node:
+    """`x` permuted to the wanted indices, with a dim of size one for each that it lacks."""
+    x = permuted(e, x, [indices.index(c) for c in wanted if c in indices])
+    for position, c in enumerate(wanted):
+        if c not in indices:
+            x = e.call(torch.unsqueeze, x, position)
+    return x
+
+
+@rule(F.linear)
+def spell_linear(e: Editor, node: fx.Node) -> fx.Node | None:
+    """F.linear(input=x, weight=w) -> F.linear(x, w); the bias only where there is one."""
+    found = Arguments(node, "input", "weight", "bias")
+    x, w, b = found.take("input", "weight", "bias")
+    return e.retarget(node, F.linear, (x, w) if b is None else (x, w, b)) if found.valid else None
+
+
+@rule(F.linear)
+def linear_of_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
+    """linear(x.view(-1, d)).view(...) -> linear(x).view(...): a linear layer does not care about leading dims."""
+    x = node.args[0]
+    if x.target is not torch.reshape or not rank(x.args[0]) or not e.same_region(node, x):
+        return None
+    if not node.users or any(u.target not in (torch.reshape, "view", "reshape") for u in node.users):
+        return None
+    source, target = x.args[0], x.args[1]
+    if not same_size(shape(source)[-1], shape(x)[-1]) or rank(source) < 2:
+        return None
+    width = shape(node)[-1]
+    if not isinstance(width, int):
+        return None
+    return e.call(torch.reshape, e.call(F.linear, source, *node.args[1:]), (*target[:-1], width))
+
+
+@rule(operator.add)
+def bias_into_linear(e: Editor, node: fx.Node) -> fx.Node | None:
+    """linear(x, w) + b with a 1-d parameter b -> linear(x, w, b)."""
+    for product, bias in (node.args, node.args[::-1]):
+        if not isinstance(product, fx.Node) or product.target is not F.linear or len(product.args) != 2:
+            continue
+        if len(product.users) != 1 or rank(bias) != 1 or not is_weight(bias) or not e.same_region(node, product):
+            continue
+        if dtype(bias) is dtype(product) and same_size(shape(bias)[0], shape(product)[-1]):
+            return e.call(F.linear, *product.args, bias)
+    return None

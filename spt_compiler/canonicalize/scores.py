@@ -1,0 +1,317 @@
+"""Softmax, masks, attention calls, and what stands between two products around a softmax."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..graph import Arguments, dtype, is_float, is_one_element, is_tensor, needs_grad, rank, same_shape, shape
+from .editor import Editor, Unknown, rule
+from .products import permuted
+
+# A fill below this survives any addition of a score in the dtypes it applies to: s + c == c for |s| < 1e20.
+_ABSORBING = -1e30
+
+# How far to look along a chain of single users; scores and softmax are at most a dozen steps apart in real models.
+_CHAIN = 32
+
+
+@rule("softmax", torch.softmax, F.softmax, torch.special.softmax)
+def spell_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
+    """Every softmax -> F.softmax(x, dim=d), the last dim as -1; a dtype argument is a cast before it."""
+    if node.target is F.softmax:
+        found = Arguments(node, "input", "dim", ("_stacklevel", 3), "dtype")
+    else:
+        found = Arguments(node, "input", "dim", "dtype")
+    x, dim, kind = found.take("input", "dim", "dtype")
+    if not found.valid or not isinstance(dim, int) or not rank(x):
+        return None
+    dim = -1 if dim in (-1, rank(x) - 1) else dim % rank(x)
+    if kind is not None and dtype(x) is not kind:
+        return e.call(F.softmax, e.call("to", x, kind), dim=dim)
+    return e.retarget(node, F.softmax, (x,), {"dim": dim})
+
+
+@rule(F.softmax)
+def drop_row_shift(e: Editor, node: fx.Node) -> fx.Node | None:
+    """softmax(x - max(x)) over the same dim -> softmax(x), which subtracts the maximum itself."""
+    shifted = node.args[0]
+    if shifted.target is not operator.sub or not all(map(is_tensor, shifted.args)):
+        return None
+    x, row = shifted.args
+    while isinstance(row, fx.Node) and row.target in ("detach", torch.detach):
+        row = row.args[0]
+    if row.target is operator.getitem and row.args[1] == 0:
+        row = row.args[0]
+    if row.target not in ("max", "amax", torch.max, torch.amax):
+        return None
+    found = Arguments(row, "input", "dim", ("keepdim", False))
+    dim = found["dim"][0] if isinstance(found["dim"], (tuple, list)) and len(found["dim"]) == 1 else found["dim"]
+    if found["input"] is not x or found["keepdim"] is not True or not isinstance(dim, int):
+        return None
+    if dim % rank(x) != node.kwargs["dim"] % rank(x):
+        return None
+    return e.call(F.softmax, x, dim=node.kwargs["dim"])
+
+
+@rule("masked_fill", torch.masked_fill)
+def spell_masked_fill(e: Editor, node: fx.Node) -> fx.Node | None:
+    """x.masked_fill(m, c) -> torch.masked_fill(x, m, c)."""
+    found = Arguments(node, "input", "mask", "value")
+    return e.retarget(node, torch.masked_fill, found.take("input", "mask", "value")) if found.valid else None
+
+
+@rule("where", torch.where)
+def spell_where(e: Editor, node: fx.Node) -> fx.Node | None:
+    """where(m, c, x) with a number c -> masked_fill(x, m, c); x.where(m, c) -> where(m, x, c)."""
+    if node.target == "where":
+        found = Arguments(node, "input", "condition", "other")
+        a, m, b = found.take("input", "condition", "other")
+    else:
+        found = Arguments(node, "condition", "input", "other")
+        m, a, b = found.take("condition", "input", "other")
+    if not found.valid or dtype(m) is not torch.bool:
+        return None
+    number = e.constant(a)
+    if number is not None and is_float(b) and is_float(node) and dtype(b) is dtype(node):
+        return e.call(torch.masked_fill, b, m, number)
+    return e.retarget(node, torch.where, (m, a, b))
+
+
+_SDPA_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+
+
+@rule(F.scaled_dot_product_attention)
+def spell_sdpa(e: Editor, node: fx.Node) -> fx.Node | None:
+    """F.scaled_dot_product_attention with q, k, v by position and the rest by keyword, defaults left out."""
+    found = Arguments(node, "query", "key", "value", *_SDPA_DEFAULTS.items())
+    if not found.valid:
+        return None
+    kwargs = {k: found[k] for k, default in _SDPA_DEFAULTS.items() if not _is_default(found[k], default)}
+    return e.retarget(node, F.scaled_dot_product_attention, found.take("query", "key", "value"), kwargs)
+
+
+def _is_default(found: Any, default: Any) -> bool:
+    return not isinstance(found, (fx.Node, torch.SymInt, torch.SymFloat, torch.SymBool)) and (
+        found is default or found == default
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Between two products around a softmax
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Steps that act on each score by itself (the first tensor argument that is as large as the result carries the scores).
+_PER_SCORE = {
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    operator.neg,
+    torch.masked_fill,
+    torch.where,
+    torch.tanh,
+    torch.clamp,
+    torch.maximum,
+    torch.reshape,
+    "to",
+    "contiguous",
+}
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _toward_softmax(node: fx.Node) -> list[fx.Node] | None:
+    """The chain of single users from `node` to the softmax over the last dim that it ends in, or None."""
+    chain: list[fx.Node] = []
+    current: fx.Node | None = node
+    while len(chain) < _CHAIN:
+        current = _only_user(current)  # type: ignore[arg-type]
+        if current is None:
+            return None
+        chain.append(current)
+        if current.target is F.softmax:
+            return chain if current.kwargs.get("dim") == -1 else None
+        if current.target not in _PER_SCORE:
+            return None
+    return None
+
+
+def _from_softmax(node: Any) -> bool:
+    """Whether `node` is made of softmax probabilities by casts, dropout and reshapes only."""
+    for _ in range(_CHAIN):
+        if not isinstance(node, fx.Node):
+            return False
+        if node.target is F.softmax:
+            return True
+        if node.target not in (F.dropout, torch.reshape, "to", "contiguous"):
+            return False
+        node = node.args[0]
+    return False
+
+
+def _is_batch_reshape(node: Any) -> bool:
+    """Whether `node` reshapes leading dims only and keeps the last two."""
+    if not isinstance(node, fx.Node) or node.target is not torch.reshape:
+        return False
+    before, after = shape(node.args[0]), shape(node)
+    return len(before) >= 2 and len(after) >= 2 and same_shape(before[-2:], after[-2:])
+
+
+def _reshape_lead(e: Editor, x: fx.Node, lead: Sequence[Any]) -> fx.Node:
+    """`x` with its leading dims replaced by `lead` and its last two kept."""
+    return e.call(torch.reshape, x, (*lead, e.size(x, -2), e.size(x, -1)))
+
+
+@rule(torch.reshape)
+def split_batch_before_scores(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(q @ k).view(B, H, T, S) on its way to a softmax -> q.view(B, H, T, D) @ k.view(B, H, D, S)."""
+    x = node.args[0]
+    if not _is_batch_reshape(node) or x.target is not torch.matmul or len(x.users) != 1 or rank(node) <= rank(x):
+        return None
+    if not e.same_region(node, x) or _toward_softmax(node) is None:
+        return None
+    a, b = x.args
+    if not same_shape(shape(a)[:-2], shape(x)[:-2]) or not same_shape(shape(b)[:-2], shape(x)[:-2]):
+        return None
+    lead = node.args[1][:-2]
+    return e.call(torch.matmul, _reshape_lead(e, a, lead), _reshape_lead(e, b, lead))
+
+
+@rule(torch.reshape)
+def split_batch_before_steps(e: Editor, node: fx.Node) -> fx.Node | None:
+    """f(scores, mask).view(B, H, T, S) on its way to a softmax -> f(scores.view(...), mask.view(...))."""
+    x = node.args[0]
+    if not _is_batch_reshape(node) or x.target not in _PER_SCORE - {torch.reshape} or len(x.users) != 1:
+        return None
+    if rank(node) <= rank(x) or not e.same_region(node, x) or _toward_softmax(node) is None:
+        return None
+    lead = node.args[1][:-2]
+    source = shape(x)[:-2]
+
+    def moved(argument: Any) -> Any:
+        if not is_tensor(argument) or rank(argument) <= 2:
+            return argument
+        own = shape(argument)[:-2]
+        if same_shape(own, source):
+            return _reshape_lead(e, argument, lead)
+        if all(isinstance(s, int) and s == 1 for s in own):
+            return e.call(torch.reshape, argument, (e.size(argument, -2), e.size(argument, -1)))
+        raise Unknown
+
+    return e.call(x.target, *(moved(a) for a in x.args))
+
+
+@rule(F.softmax)
+def softmax_before_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
+    """softmax(scores.view(B * H, T, S)) -> softmax(scores).view(B * H, T, S)."""
+    x = node.args[0]
+    if not _is_batch_reshape(x) or len(x.users) != 1 or node.kwargs["dim"] != -1 or not e.same_region(node, x):
+        return None
+    if rank(x.args[0]) < rank(x):
+        return None
+    return e.call(torch.reshape, e.call(F.softmax, x.args[0], dim=-1), x.args[1])
+
+
+@rule(F.dropout, "to", "contiguous")
+def step_before_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
+    """dropout(probabilities.view(...)) -> dropout(probabilities).view(...)."""
+    x = node.args[0]
+    if not _is_batch_reshape(x) or len(x.users) != 1 or not _from_softmax(x) or not e.same_region(node, x):
+        return None
+    return e.call(torch.reshape, e.call(node.target, x.args[0], *node.args[1:], **node.kwargs), x.args[1])
+
+
+@rule(torch.matmul)
+def product_before_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
+    """probabilities.view(B * H, T, S) @ v -> (probabilities @ v.view(B, H, S, D)).view(B * H, T, D)."""
+    p, v = node.args
+    if not _is_batch_reshape(p) or len(p.users) != 1 or not _from_softmax(p) or not e.same_region(node, p):
+        return None
+    if not same_shape(shape(v)[:-2], shape(p)[:-2]):
+        return None
+    source = p.args[0]
+    lead = [e.size(source, i) for i in range(rank(source) - 2)]
+    product = e.call(torch.matmul, source, _reshape_lead(e, v, lead))
+    return e.call(torch.reshape, product, (*p.args[1][:-2], e.size(product, -2), e.size(product, -1)))
+
+
+@rule(torch.matmul)
+def probabilities_to_the_left(e: Editor, node: fx.Node) -> fx.Node | None:
+    """v.mT @ probabilities.mT -> (probabilities @ v).mT."""
+    v, p = node.args
+    if not isinstance(p, fx.Node) or p.target is not torch.permute or not _from_softmax(p.args[0]) or _from_softmax(v):
+        return None
+    dims = rank(p)
+    swap = (*range(dims - 2), dims - 1, dims - 2)
+    if tuple(p.args[1]) != swap or rank(v) != dims or not e.same_region(node, p):
+        return None
+    return e.call(torch.permute, e.call(torch.matmul, p.args[0], permuted(e, v, swap)), swap)
+
+
+@rule(operator.mul, operator.truediv)
+def row_factor_to_queries(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(q @ k) * s on its way to a softmax, where s is the same for all keys -> (q * s) @ k."""
+    scores, factor = node.args
+    if node.target is operator.mul and not _is_scores(scores):
+        scores, factor = factor, scores
+    if not _is_scores(scores) or not is_float(factor) or rank(factor) > rank(scores):
+        return None
+    if rank(factor) and not (isinstance(shape(factor)[-1], int) and shape(factor)[-1] == 1):
+        return None
+    if is_one_element(factor) and node.target is operator.mul and not needs_grad(factor):
+        return None  # a plain scale, which patterns carry themselves
+    if len(scores.users) != 1 or not e.same_region(node, scores) or _toward_softmax(node) is None:
+        return None
+    q, k = scores.args
+    return e.call(torch.matmul, e.call(node.target, q, factor), k)
+
+
+def _is_scores(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is torch.matmul and is_float(node)
+
+
+@rule(torch.masked_fill, torch.where)
+def fill_to_bias(e: Editor, node: fx.Node) -> fx.Node | None:
+    """A huge finite fill in a chain that also adds tensors -> an addition.
+
+    With one kind of mask a filled row is known (all entries equal). With a fill and an additive mask in one chain, what a
+    row without any allowed key gives depends on both: then the fill is what it numerically is, x + c for absorbing c.
+    """
+    if node.target is torch.masked_fill:
+        x, mask, fill = node.args
+    else:
+        mask, x, fill = node.args
+    if (
+        not isinstance(fill, (int, float))
+        or not (-math.inf < fill <= _ABSORBING)
+        or not is_float(x)
+        or dtype(x) is torch.float16
+    ):
+        return None
+    if not same_shape(shape(x), shape(node)):
+        return None
+    after = _toward_softmax(node)
+    if after is None:
+        return None
+    before: list[fx.Node] = []
+    current: Any = x
+    while isinstance(current, fx.Node) and current.target in _PER_SCORE and len(before) < _CHAIN:
+        before.append(current)
+        tensors = [a for a in current.args if is_float(a) and rank(a) >= 2]
+        current = next((a for a in tensors if same_shape(shape(a), shape(current))), tensors[0] if tensors else None)
+    if not isinstance(current, fx.Node) or current.target is not torch.matmul:
+        return None
+    sums = [n for n in (*before, *after) if n.target in (operator.add, operator.sub)]
+    if not any(all(is_float(a) and rank(a) for a in n.args) for n in sums):
+        return None
+    masked = mask if node.target is torch.masked_fill else e.call(operator.invert, mask)
+    return e.call(operator.add, x, e.call(operator.mul, e.call("to", masked, dtype(x)), fill))

@@ -1,0 +1,367 @@
+"""Methods, operators, layout and casts: one spelling each."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..graph import Arguments, dtype, is_float, is_tensor, mutated_arguments, rank, same_shape, shape, value
+from .editor import FOLDABLE, PURE, Editor, rule
+
+# One argument: canonical function -> other spellings (strings are methods).
+_UNARY: dict[Callable, tuple] = {
+    torch.exp: ("exp",),
+    torch.log: ("log",),
+    torch.log1p: ("log1p", torch.special.log1p),
+    torch.expm1: ("expm1", torch.special.expm1),
+    torch.sqrt: ("sqrt",),
+    torch.rsqrt: ("rsqrt",),
+    torch.abs: ("abs", "absolute", torch.absolute, operator.abs),
+    torch.sign: ("sign",),
+    torch.floor: ("floor",),
+    torch.erf: ("erf", torch.special.erf),
+    torch.tanh: ("tanh", F.tanh),
+    torch.sigmoid: ("sigmoid", F.sigmoid, torch.special.expit),
+    torch.square: ("square",),
+    torch.sin: ("sin",),
+    torch.cos: ("cos",),
+    torch.reciprocal: ("reciprocal",),
+    operator.neg: ("neg", "negative", torch.neg, torch.negative),
+    F.relu: ("relu", torch.relu),
+    F.silu: (),
+}
+
+# Two arguments: canonical operator -> other spellings.
+_BINARY: dict[Callable, tuple] = {
+    operator.mul: ("mul", "multiply", "__mul__", "__rmul__", torch.mul, torch.multiply),
+    operator.pow: ("pow", torch.pow),
+    operator.lt: ("lt", "less", torch.lt, torch.less),
+    operator.le: ("le", "less_equal", torch.le, torch.less_equal),
+    operator.gt: ("gt", "greater", torch.gt, torch.greater),
+    operator.ge: ("ge", "greater_equal", torch.ge, torch.greater_equal),
+    operator.eq: ("eq", torch.eq),
+    operator.ne: ("ne", "not_equal", torch.ne, torch.not_equal),
+    torch.maximum: ("maximum",),
+    torch.minimum: ("minimum",),
+}
+_SUMS: dict[Callable, tuple] = {
+    operator.add: ("add", "__add__", "__radd__", torch.add),
+    operator.sub: ("sub", "subtract", torch.sub, torch.subtract),
+}
+_QUOTIENTS = ("div", "divide", "true_divide", torch.div, torch.divide, torch.true_divide)
+_LOGICAL: dict[Callable, tuple] = {
+    operator.and_: ("logical_and", "bitwise_and", "__and__", torch.logical_and, torch.bitwise_and),
+    operator.or_: ("logical_or", "bitwise_or", "__or__", torch.logical_or, torch.bitwise_or),
+    operator.invert: ("logical_not", "bitwise_not", torch.logical_not, torch.bitwise_not),
+}
+_SPELLING: dict[Any, Callable] = {
+    alias: name for table in (_UNARY, _BINARY, _SUMS, _LOGICAL) for name, aliases in table.items() for alias in aliases
+}
+
+
+@rule(*(a for aliases in _UNARY.values() for a in aliases), F.relu, F.silu)
+def spell_unary(e: Editor, node: fx.Node) -> fx.Node | None:
+    """x.exp() -> torch.exp(x)."""
+    if not is_tensor(node.args[0] if node.args else None) or mutated_arguments(node) or "out" in node.kwargs:
+        return None
+    return e.retarget(node, _SPELLING.get(node.target, node.target), node.args[:1])
+
+
+@rule(*(a for aliases in _BINARY.values() for a in aliases), torch.maximum, torch.minimum)
+def spell_binary(e: Editor, node: fx.Node) -> fx.Node | None:
+    """x.mul(y) -> x * y."""
+    found = Arguments(node, "input", "other")
+    if not found.valid:
+        return None
+    return e.retarget(node, _SPELLING.get(node.target, node.target), found.take("input", "other"))
+
+
+@rule(torch.max, torch.min, "max", "min")
+def spell_extremum(e: Editor, node: fx.Node) -> fx.Node | None:
+    """torch.max(x, y) of two tensors -> torch.maximum."""
+    if len(node.args) != 2 or node.kwargs or not all(map(is_tensor, node.args)):
+        return None
+    target = torch.maximum if node.target in (torch.max, "max") else torch.minimum
+    return e.retarget(node, target, node.args)
+
+
+@rule(*(a for aliases in _SUMS.values() for a in aliases))
+def spell_sum(e: Editor, node: fx.Node) -> fx.Node | None:
+    """torch.add(x, y, alpha=a) -> x + a * y."""
+    found = Arguments(node, "input", "other", ("alpha", 1))
+    if not found.valid or not is_tensor(node):
+        return None
+    x, y, alpha = found.take("input", "other", "alpha")
+    if isinstance(alpha, (int, float)) and alpha != 1:
+        return e.call(_SPELLING[node.target], x, e.call(operator.mul, y, alpha))
+    return e.retarget(node, _SPELLING[node.target], (x, y)) if isinstance(alpha, (int, float)) else None
+
+
+@rule(torch.rsub, "rsub")
+def spell_reversed_difference(e: Editor, node: fx.Node) -> fx.Node | None:
+    """torch.rsub(x, y) -> y - x."""
+    found = Arguments(node, "input", "other", ("alpha", 1))
+    return e.retarget(node, operator.sub, found.take("other", "input")) if found.valid and found["alpha"] == 1 else None
+
+
+@rule(*_QUOTIENTS)
+def spell_quotient(e: Editor, node: fx.Node) -> fx.Node | None:
+    """torch.div(x, y) -> x / y."""
+    found = Arguments(node, "input", "other", "rounding_mode")
+    if not found.valid or found["rounding_mode"] is not None:
+        return None
+    return e.retarget(node, operator.truediv, found.take("input", "other"))
+
+
+@rule(*(a for aliases in _LOGICAL.values() for a in aliases))
+def spell_logical(e: Editor, node: fx.Node) -> fx.Node | None:
+    """torch.logical_and(a, b) of bool tensors -> a & b."""
+    if node.kwargs or any(dtype(a) is not torch.bool for a in node.args):
+        return None
+    return e.retarget(node, _SPELLING[node.target], node.args)
+
+
+@rule("clamp", "clip", torch.clamp, torch.clip, "clamp_min", torch.clamp_min, "clamp_max", torch.clamp_max)
+def spell_clamp(e: Editor, node: fx.Node) -> fx.Node | None:
+    """x.clamp_min(a) -> torch.clamp(x, a, None)."""
+    name = getattr(node.target, "__name__", node.target)
+    signature = {"clamp_min": ("input", "min"), "clamp_max": ("input", "max")}.get(name, ("input", "min", "max"))
+    found = Arguments(node, *signature)
+    if not found.valid:
+        return None
+    low, high = (found.values.get(k) for k in ("min", "max"))
+    return e.retarget(node, torch.clamp, (found["input"], low, high))
+
+
+@rule(F.gelu)
+def spell_gelu(e: Editor, node: fx.Node) -> fx.Node | None:
+    """F.gelu(x, approximate="none") -> F.gelu(x)."""
+    found = Arguments(node, "input", ("approximate", "none"))
+    if not found.valid:
+        return None
+    kind = found["approximate"]
+    return e.retarget(node, F.gelu, (found["input"],), {} if kind == "none" else {"approximate": kind})
+
+
+@rule(
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    torch.masked_fill,
+    torch.where,
+    torch.maximum,
+    torch.clamp,
+)
+def fold_numbers(e: Editor, node: fx.Node) -> fx.Node | None:
+    """A 0-d tensor that the graph builds from numbers, next to a larger tensor -> the number."""
+    if not is_float(node) or not rank(node):
+        return None
+    start = 1 if node.target in (torch.masked_fill, torch.where) else 0
+    args = list(node.args)
+    for i, a in enumerate(args[start:], start):
+        if isinstance(a, fx.Node) and rank(a) == 0 and (number := e.constant(a)) is not None:
+            args[i] = number
+    if args == list(node.args) or not any(is_float(a) and rank(a) for a in args):
+        return None  # between numbers alone, torch's default dtype would decide
+    if node.target is torch.maximum:
+        tensors = [a for a in args if isinstance(a, fx.Node)]
+        bound = next((a for a in args if not isinstance(a, fx.Node)), None)
+        return e.call(torch.clamp, tensors[0], bound, None) if len(tensors) == 1 else None
+    return e.call(node.target, *args, **node.kwargs)
+
+
+@rule(operator.truediv)
+def divide_by_power_of_two(e: Editor, node: fx.Node) -> fx.Node | None:
+    """x / 8 -> x * 0.125: one spelling where it is the same number."""
+    x, divisor = node.args
+    if not is_float(x) or isinstance(divisor, bool) or not isinstance(divisor, (int, float)):
+        return None
+    if divisor == 0 or not math.isfinite(divisor) or abs(math.frexp(divisor)[0]) != 0.5:
+        return None
+    return e.retarget(node, operator.mul, (x, 1.0 / divisor))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layout and casts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@rule("view", "reshape", torch.reshape, "flatten", torch.flatten, "unflatten", torch.unflatten, "view_as", "reshape_as")
+def spell_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
+    """view, flatten, unflatten -> torch.reshape, with every static size written out; no-ops and chains collapse."""
+    x = node.args[0] if node.args else None
+    if (
+        not is_tensor(x)
+        or dtype(node) is not dtype(x)
+        or (len(node.args) > 1 and isinstance(node.args[1], torch.dtype))
+    ):
+        return None
+    if same_shape(shape(node), shape(x)) and not any(u.op == "output" for u in node.users):
+        return x
+    sizes = shape(node)
+    if all(isinstance(s, int) for s in sizes):
+        target: tuple = sizes
+    elif node.target in ("view", "reshape", torch.reshape) and len(node.args) > 1 and not node.kwargs:
+        rest = node.args[1:]
+        if len(rest) == 1 and isinstance(rest[0], fx.Node) and isinstance(rest[0].meta.get("example_value"), tuple):
+            rest = tuple(s if isinstance(s, int) else e.call(operator.getitem, rest[0], i) for i, s in enumerate(sizes))
+        given = tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else tuple(rest)
+        if len(given) != len(sizes):
+            return None
+        target = tuple(s if isinstance(s, int) else t for s, t in zip(sizes, given, strict=True))
+    else:
+        return None
+    if x.target is torch.reshape:
+        return e.call(torch.reshape, x.args[0], target)
+    return e.retarget(node, torch.reshape, (x, target))
+
+
+_TRANSPOSES = ("transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims)
+
+
+@rule(*_TRANSPOSES, "permute", torch.permute, "movedim", torch.movedim, "t", torch.t, getattr)
+def spell_permute(e: Editor, node: fx.Node) -> fx.Node | None:
+    """transpose, .T, .mT, movedim -> torch.t (2-d) or torch.permute; chains and identities collapse."""
+    x = node.args[0] if node.args else None
+    if not is_tensor(x) or not is_tensor(node):
+        return None
+    order = _permutation(node, rank(x))
+    if order is None:
+        return None
+    while x.target in (torch.permute, torch.t):
+        inner = tuple(x.args[1]) if x.target is torch.permute else (1, 0)
+        order = tuple(inner[i] for i in order)
+        x = x.args[0]
+    if order == tuple(range(len(order))):
+        return x if not any(u.op == "output" for u in node.users) else None
+    target, args = (torch.t, (x,)) if order == (1, 0) else (torch.permute, (x, order))
+    return e.retarget(node, target, args) if x is node.args[0] else e.call(target, *args)
+
+
+def _permutation(node: fx.Node, dims: int) -> tuple[int, ...] | None:
+    rest = node.args[1:]
+    order = list(range(dims))
+    if node.target is getattr:
+        if rest == ("T",) or (rest == ("mT",) and dims == 2):
+            return tuple(reversed(order))
+        return (*order[:-2], dims - 1, dims - 2) if rest == ("mT",) and dims > 1 else None
+    name = getattr(node.target, "__name__", node.target)
+    if name == "t":
+        return tuple(reversed(order))
+    if name == "permute":
+        given = node.kwargs.get("dims", rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest)
+        return tuple(d % dims for d in given) if len(given) == dims else None
+    if name == "movedim":
+        found = Arguments(node, "input", "source", "destination")
+        source, destination = found.take("source", "destination")
+        if not found.valid or not isinstance(source, int) or not isinstance(destination, int):
+            return None
+        order.insert(destination % dims, order.pop(source % dims))
+        return tuple(order)
+    names = {"transpose": ("dim0", "dim1"), "swapdims": ("dim0", "dim1"), "swapaxes": ("axis0", "axis1")}[name]
+    found = Arguments(node, "input", *names)
+    a, b = found.take(*names)
+    if not found.valid or not isinstance(a, int) or not isinstance(b, int):
+        return None
+    order[a], order[b] = order[b], order[a]
+    return tuple(order)
+
+
+@rule("contiguous")
+def drop_contiguous(e: Editor, node: fx.Node) -> fx.Node | None:
+    """.contiguous() of what is provably contiguous -> nothing."""
+    x = value(node.args[0])
+    if x is None or len(node.args) > 1 or node.kwargs or any(u.op == "output" for u in node.users):
+        return None
+    if not all(isinstance(s, int) for s in (*x.shape, *x.stride())):
+        return None
+    return node.args[0] if x.is_contiguous() else None
+
+
+_CAST_METHODS = ("to", "type", "type_as", "float", "half", "double", "bfloat16", "bool", "long", "int")
+
+
+@rule(*_CAST_METHODS)
+def spell_cast(e: Editor, node: fx.Node) -> fx.Node | None:
+    """.float(), .type(t), .type_as(y) -> .to(dtype) where the dtype changes, else nothing."""
+    before, after = value(node.args[0]), value(node)
+    if before is None or after is None or before.device != after.device or before.layout != after.layout:
+        return None
+    if node.kwargs.get("copy") or node.kwargs.get("memory_format") is not None or True in node.args[3:]:
+        return None
+    x = node.args[0]
+    if before.dtype == after.dtype:
+        return x if not any(u.op == "output" for u in node.users) else None
+    if x.target == "to" and len(x.args) == 2 and dtype(x.args[0]) is after.dtype and _holds(before.dtype, after.dtype):
+        return x.args[0]  # there and back through a wider dtype
+    return e.retarget(node, "to", (x, after.dtype))
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every value of `narrow` is one of `wide`."""
+    if not (wide.is_floating_point and narrow.is_floating_point):
+        return False
+    a, b = torch.finfo(wide), torch.finfo(narrow)
+    return a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny
+
+
+@rule(F.dropout, torch.dropout)
+def spell_dropout(e: Editor, node: fx.Node) -> fx.Node | None:
+    """Dropout that drops nothing (p = 0 or not training) -> nothing; it draws no random numbers either."""
+    if node.target is torch.dropout:
+        found = Arguments(node, "input", "p", ("train", True))
+        x, p, training = found.take("input", "p", "train")
+    else:
+        found = Arguments(node, "input", ("p", 0.5), ("training", True), ("inplace", False))
+        x, p, training = found.take("input", "p", "training")
+    if not found.valid or mutated_arguments(node) or not isinstance(training, bool):
+        return None
+    if not training or (isinstance(p, (int, float)) and p == 0):
+        return x if not any(u.op == "output" for u in node.users) else None
+    return e.retarget(node, F.dropout, (x, p, True))
+
+
+PURE |= {
+    *_UNARY,
+    *_BINARY,
+    *_SUMS,
+    *_LOGICAL,
+    *(k for k in _SPELLING),
+    *(
+        operator.truediv,
+        operator.getitem,
+        torch.masked_fill,
+        torch.where,
+        torch.clamp,
+        torch.matmul,
+        F.linear,
+        F.softmax,
+    ),
+    *(torch.reshape, torch.permute, torch.t, torch.unsqueeze, "to", "contiguous", "view", "reshape", "max", "amax"),
+    *(torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
+}
+
+FOLDABLE |= {
+    *(torch.tensor, torch.scalar_tensor, torch.full, torch.zeros, torch.ones, "to", *_CAST_METHODS),
+    *(torch.exp, torch.log, torch.sqrt, torch.rsqrt, torch.abs, torch.reciprocal, "exp", "log", "sqrt", "rsqrt"),
+    *(
+        operator.neg,
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.truediv,
+        operator.pow,
+        "mul",
+        "div",
+        "add",
+        "pow",
+    ),
+    *(torch.mul, torch.div, torch.add, torch.pow),
+}
