@@ -7,6 +7,7 @@ default random generator.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 # Assignments are made for this many distances at a time, so that a long batch never holds [S, P, C] at once.
-_CHUNK = 1 << 21
+_CHUNK = 1 << 19
 
 
 def default_subspaces(head_dim: int) -> int:
@@ -61,6 +62,7 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+@torch.no_grad()
 def assign(codebook: Tensor, keys: Tensor, moment: Tensor | None = None) -> Tensor:
     """Nearest codeword of every slice of every key.
 
@@ -78,26 +80,26 @@ def assign(codebook: Tensor, keys: Tensor, moment: Tensor | None = None) -> Tens
     words = codebook.to(dtype)
     weighted = words if moment is None else words @ moment.to(dtype)
     # |k - c|^2 without the term of k alone, which is the same for every codeword, and halved.
-    offset = 0.5 * (weighted * words).sum(-1, keepdim=True)  # [Hkv, P, C, 1]
+    offset = 0.5 * (weighted * words).sum(-1, keepdim=True).flatten(0, 1)  # [Hkv * P, C, 1]
+    weighted = weighted.flatten(0, 1)
 
-    lead, n_keys = keys.shape[:-3], keys.shape[-2]
-    n_lead = math.prod(lead)
-    flat = keys.reshape(n_lead, n_heads, n_keys, keys.shape[-1])
-    n_rows = n_lead * n_heads * n_subspaces
-    weighted, offset = (x.expand(n_lead, *x.shape).flatten(0, 2) for x in (weighted, offset))
+    lead, n_keys, n_rows = keys.shape[:-3], keys.shape[-2], n_heads * n_subspaces
+    flat = keys.reshape(math.prod(lead), n_heads, n_keys, keys.shape[-1])
     codes = torch.empty(flat.shape[0], n_heads, n_keys, n_subspaces, dtype=torch.long, device=keys.device)
     # Reductions over the codewords are fast when the keys lie inside: [codewords, keys]. The first smallest distance is found by
     # comparing with the minimum, which a fast reduction gives; argmin is several times slower.
     rank_dtype = torch.uint8 if n_codewords < 256 else torch.int32
     rank = torch.arange(n_codewords, 0, -1, device=keys.device, dtype=rank_dtype).unsqueeze(1)
-    step = max(16, _CHUNK // max(1, n_rows * n_codewords))
-    for start in range(0, n_keys, step):
-        part = _slices(flat[:, :, start : start + step].to(dtype), n_subspaces)  # [N, Hkv, s, P, D/P]
-        part = part.permute(0, 1, 3, 4, 2).flatten(0, 2)  # [N * Hkv * P, D/P, s]
-        distance = torch.baddbmm(offset, weighted, part, alpha=-1)  # [N * Hkv * P, C, s]
-        nearest = (distance == distance.amin(-2, keepdim=True)).to(rank_dtype).mul_(rank).amax(-2)
-        code = (n_codewords - nearest.long()).clamp_(max=n_codewords - 1)
-        codes[:, :, start : start + step] = code.unflatten(0, (n_lead, n_heads, n_subspaces)).transpose(-1, -2)
+    step = max(16, min(n_keys, _CHUNK // (n_rows * n_codewords)))
+    memory = torch.empty(n_rows * n_codewords * min(step, n_keys), dtype=dtype, device=keys.device)
+    for row, start in itertools.product(range(flat.shape[0]), range(0, n_keys, step)):
+        part = _slices(flat[row, :, start : start + step].to(dtype), n_subspaces)  # [Hkv, s, P, D/P]
+        part = part.permute(0, 2, 3, 1).flatten(0, 1)  # [Hkv * P, D/P, s]
+        distance = memory[: n_rows * n_codewords * part.shape[2]].view(n_rows, n_codewords, part.shape[2])
+        torch.baddbmm(offset, weighted, part, alpha=-1, out=distance)
+        nearest = (distance == distance.amin(1, keepdim=True)).to(rank_dtype).mul_(rank).amax(1)
+        code = nearest.long().neg_().add_(n_codewords).clamp_(max=n_codewords - 1)  # [Hkv * P, s]
+        codes[row, :, start : start + step] = code.unflatten(0, (n_heads, n_subspaces)).transpose(1, 2)
     return codes.view(*lead, n_heads, n_keys, n_subspaces)
 
 

@@ -19,7 +19,7 @@ def run_interpreted(name: str, cache: Path, *options: str) -> None:
     """Runs `tests/<name>.py` by pytest, in a subprocess that interprets kernels; fails with its output."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "SPT_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"{name}.py"), *options]
-    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 

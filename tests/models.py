@@ -207,9 +207,15 @@ def capture(model: Callable, *args: Any, dynamic: bool | None = None, **kwargs: 
     torch._dynamo.reset()
     found: list[Captured] = []
 
-    def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable:
-        found.append(Captured(module, list(example_inputs)))
-        return module.forward
+    def backend(module: fx.GraphModule, _: list[Any]) -> Callable:
+        captured = Captured(module, [])
+        found.append(captured)
+
+        def run(*arguments: Any) -> Any:  # sizes are numbers here, and symbols while compiling
+            captured.inputs = captured.inputs or list(arguments)
+            return module.forward(*arguments)
+
+        return run
 
     torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
     return found

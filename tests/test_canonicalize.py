@@ -49,7 +49,7 @@ def canonical(
     assert str(module.graph) == before, "canonicalising twice changed something"
     for node in module.graph.nodes:
         if node.op in ("call_function", "call_method"):
-            assert "example_value" in node.meta or not node.users or node.target is torch._C._set_grad_enabled, node
+            assert "example_value" in node.meta or not node.users or "autocast" in node.name, node
 
     def run(graph: fx.GraphModule) -> tuple:
         torch.manual_seed(0)
@@ -68,7 +68,8 @@ def canonical(
 
 def calls(module: fx.GraphModule) -> list[str]:
     """Names of the calls of a graph, in order."""
-    return [describe(n).strip(".") for n in module.graph.nodes if n.op in ("call_function", "call_method")]
+    names = [describe(n).strip(".") for n in module.graph.nodes if n.op in ("call_function", "call_method")]
+    return [n for n in names if n != "log_api_usage_once"]
 
 
 Q, K, V = numbers(2, 3, 5, 4), numbers(2, 3, 7, 4, seed=1), numbers(2, 3, 7, 6, seed=2)
@@ -105,7 +106,7 @@ SPELLINGS = {
         lambda q, k: torch.where(q > 0, -1e9, q),
         lambda q, k: torch.where(torch.gt(q, 0), torch.tensor(-1e9, dtype=torch.float64), q),
         lambda q, k: q.masked_fill(q.gt(0), torch.tensor(-1e9)),
-        lambda q, k: (q * 1).masked_fill_(q > 0, -1e9) if False else q.masked_fill(q > 0, value=-1e9),
+        lambda q, k: q.masked_fill(q > 0, value=-1e9),
     ],
     "scaling": [
         lambda q, k: q / 8,
@@ -147,7 +148,6 @@ def test_one_spelling_each(name):
     for i, function in enumerate(SPELLINGS[name]):
         module = canonical(function, Q, K)
         forms.setdefault(tuple(calls(module)), []).append(i)
-    # An explicit comparison builds the mask of `masked_fill`; nothing else may differ.
     assert len(forms) == 1, forms
 
 
@@ -278,41 +278,31 @@ def test_numbers_alone_are_left_to_torch():
 
 
 def test_symbolic_sizes_stay_symbolic():
+    """One dynamic graph serves two sizes after canonicalisation: nothing was burnt in, no guard was added."""
+
     def function(q, k):
         b, h, t, d = q.shape
         scores = torch.bmm(q.reshape(b * h, t, d), k.reshape(b * h, -1, d).transpose(1, 2))
         p = scores.view(b, h, t, -1).softmax(-1)
         return torch.bmm(p.view(b * h, t, -1), k.reshape(b * h, -1, d)).view(b, h, t, d)
 
-    module = canonical(function, Q, K, dynamic=True)
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    sizes = [
-        s for n in placeholders if isinstance(n.meta["example_value"], Tensor) for s in n.meta["example_value"].shape
-    ]
-    assert any(isinstance(s, torch.SymInt) for s in sizes)
-    # It also runs on other sizes: nothing was burnt in.
-    q, k = numbers(3, 2, 9, 8), numbers(3, 2, 4, 8, seed=1)
-    named = {n.meta["example_value"]: n for n in placeholders if isinstance(n.meta["example_value"], torch.SymInt)}
-    if not named:  # sizes that arrive with their tensors
-        pytest.skip("this torch passes no sizes as inputs")
-    hints = {
-        str(s): v
-        for x, y in zip(("q", "k"), (q, k), strict=True)
-        for s, v in zip(_sizes(placeholders, x), y.shape, strict=True)
-    }
-    arguments = [
-        hints[str(n.meta["example_value"])] if isinstance(n.meta["example_value"], torch.SymInt) else None
-        for n in placeholders
-    ]
-    tensors = iter((q, k))
-    arguments = [next(tensors) if a is None else a for a in arguments]
-    (got,) = module(*arguments)
-    torch.testing.assert_close(got, function(q, k))
+    compiled = []
 
+    def backend(module, _):
+        module = models.copied(module)
+        canonicalize(module)
+        compiled.append(module)
+        return module.forward
 
-def _sizes(placeholders, name: str) -> list:
-    tensors = [n.meta["example_value"] for n in placeholders if isinstance(n.meta["example_value"], Tensor)]
-    return list(tensors[0 if name == "q" else 1].shape)
+    torch._dynamo.reset()
+    fast = torch.compile(function, backend=backend, dynamic=True)
+    for sizes in ((2, 3, 5, 7, 4), (3, 2, 9, 4, 8)):
+        b, h, t, s, d = sizes
+        q, k = numbers(b, h, t, d), numbers(b, h, s, d, seed=1)
+        torch.testing.assert_close(fast(q, k), function(q, k))
+    assert len(compiled) == 1
+    (softmax,) = (n for n in compiled[0].graph.nodes if n.target is F.softmax)
+    assert softmax.meta["example_value"].dim() == 4 and softmax.args[0].target is torch.matmul
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,11 +320,13 @@ def old_bart(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.bmm(p, v3).view(b, h, t, -1)
 
 
+ALIBI = numbers(6, 1, 7, seed=9)
+
+
 def bloom(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """A bias of batch * heads inside of baddbmm, a 4-d mask outside."""
     b, h, t, d = q.shape
-    bias = numbers(b * h, 1, 7)
-    scores = bias.baddbmm(q.reshape(b * h, t, d), k.reshape(b * h, 7, d).mT, beta=1.0, alpha=0.5).view(b, h, t, 7)
+    scores = ALIBI.baddbmm(q.reshape(b * h, t, d), k.reshape(b * h, 7, d).mT, beta=1.0, alpha=0.5).view(b, h, t, 7)
     p = F.softmax(scores + mask, -1).view(b * h, t, 7)
     return torch.bmm(p, v.reshape(b * h, 7, -1)).view(b, h, t, -1)
 
@@ -432,7 +424,7 @@ def flagged(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("function", [augmented, statement, flagged])
 def test_writes_that_nobody_else_sees_become_functional(function):
-    names = {n.target for n in canonical(function, Q).graph.nodes}
+    names = {n.target for n in canonical(function, Q).graph.nodes if n.op in ("call_function", "call_method")}
     assert not any(
         str(getattr(n, "__name__", n)).endswith("_") or str(getattr(n, "__name__", n)).startswith("i") for n in names
     )

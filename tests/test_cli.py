@@ -85,9 +85,7 @@ def test_mistakes_become_one_line(capsys):
 def test_doctor(capsys):
     status = cli.main(["doctor", "--json"])
     rows = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
-    assert {"python", "torch", "devices", "C++ compiler", "templates", "kernel cache", "backend", "compile"} <= set(
-        rows
-    )
+    assert {"python", "torch", "devices", "C++ compiler", "templates", "kernel cache", "backend", "compile"} <= set(rows)
     assert status == (1 if any(row["state"] == "FAILED" for row in rows.values()) else 0)
     assert rows["compile"]["state"] == "ok", rows["compile"]["detail"]
 
@@ -172,10 +170,7 @@ def test_rich_table_escapes_markup():
 
 def test_formats():
     assert console.format_seconds(0.0123) == "12.3 ms" and console.format_seconds(2.5) == "2.50 s"
-    assert (
-        console.format_bytes(3 * 2**20) == "3.0 MiB"
-        and console.format_bytes(None) == console.format_seconds(None) == "-"
-    )
+    assert console.format_bytes(3 * 2**20) == "3.0 MiB" and console.format_bytes(None) == console.format_seconds(None) == "-"
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------
@@ -493,3 +488,53 @@ def test_worker_does_not_outlive_its_parent(tmp_path, start):
     before = training.newest_checkpoint(tmp_path / "out" / "dense")
     time.sleep(3)
     assert before is not None and training.newest_checkpoint(tmp_path / "out" / "dense") == before
+
+
+# ---- bench --------------------------------------------------------------------------------------------------------
+
+
+def test_bench_table():
+    from spt_compiler.cli import bench
+
+    memory = {"peak_bytes": 2**21, "saved_bytes": 2**20}
+    turns = {name: {"step": 1.0, "forward": 0.5, "backward": 0.25} for name in ("dense", "spt")}
+    results = {
+        "passes": {"ours": 0.1, "inductor": 10.0, "share": 0.01},
+        "wrapper": {
+            "layers": 12,
+            "goal_us": 50,
+            "model": {"wrapper_us": 40.4, "maintenance_us": 3.0},
+            "blocks": {"wrapper_us": 60.0, "maintenance_us": 3.0},
+        },
+        "finetune": {"turns": {**turns, "ratio": 0.5}, "memory": {"dense": memory, "spt": memory}, "conditions": "here"},
+    }
+    rows = {name: value for name, value, _ in bench.table_rows(results)}
+    assert rows["our stages / Inductor's compilation"] == "1.0% (100.0 ms of 10.00 s)"
+    assert rows["wrapper per step, 12 layers, one graph"] == "40 us (+ 3 us upkeep)"
+    assert rows["step time, spt against dense"] == "1.00 s against 1.00 s: 0.50"
+    assert rows["peak memory, spt against dense"] == "2.0 MiB against 2.0 MiB: 1.00"
+    assert bench.table_rows({"passes": {"skipped": "no C++ compiler"}})[0][1] == "no C++ compiler"
+
+
+def test_wrapper_clock_splits_a_call():
+    from spt_compiler.benchmarks.wrapper import _Clock
+
+    class Graph:
+        def __init__(self):
+            self.inner = lambda value: time.sleep(0.02) or value + 1
+
+        def __call__(self, value):
+            time.sleep(0.005)
+            self._maintain(value)
+            return self.inner(value)
+
+        def _maintain(self, value):
+            time.sleep(0.01)
+
+    clock, graph = _Clock(), Graph()
+    with clock.installed(Graph):
+        assert graph(1) == 2 and graph(2) == 3
+    assert clock.calls == 2 and clock.inner >= 0.04 and clock.maintenance >= 0.02
+    assert clock.total - clock.inner - clock.maintenance >= 0.01
+    graph(1)
+    assert clock.calls == 2  # taken out again

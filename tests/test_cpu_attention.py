@@ -79,7 +79,7 @@ def test_equals_the_reference(mask, tiles, kind, nan_empty):
         counts[:, :, ::2] = -1
     upstream = torch.randn(2, 100, 4, 20, dtype=torch.float64).transpose(1, 2)
     expected = forward_and_backward(tiles, reference, case, index, counts, upstream)
-    check(forward_and_backward(tiles, lowering(tiles), case, index, counts, upstream), expected, 1e-12)
+    check(forward_and_backward(tiles, lowering(tiles), case, index, counts, upstream), expected, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_sizes(sizes, mask, tiles, nan_empty, two_threads):
     index, counts = tile_lists(case) if tiles else key_lists(case)
     upstream = torch.randn(*case.q.shape[:3], 20, dtype=torch.float64)
     expected = forward_and_backward(tiles, reference, case, index, counts, upstream)
-    check(forward_and_backward(tiles, lowering(tiles), case, index, counts, upstream), expected, 1e-12)
+    check(forward_and_backward(tiles, lowering(tiles), case, index, counts, upstream), expected, 1e-10)
 
 
 @pytest.mark.parametrize("tiles", [True, False])
@@ -110,7 +110,7 @@ def test_bias_gradients_of_every_broadcast(tiles, bias_shape, two_threads):
     index, counts = tile_lists(case) if tiles else key_lists(case)
     upstream = torch.randn(2, 4, 100, 20, dtype=torch.float64)
     expected = forward_and_backward(tiles, reference, case, index, counts, upstream)
-    check(forward_and_backward(tiles, lowering(tiles), case, index, counts, upstream), expected, 1e-12)
+    check(forward_and_backward(tiles, lowering(tiles), case, index, counts, upstream), expected, 1e-10)
 
 
 @pytest.mark.parametrize("tiles", [True, False])

@@ -88,8 +88,8 @@ def test_a_mask_that_is_code_is_not_built():
 
     def spy(config, mode=None):
         def inner(gm, inputs):
-            from torch._functorch.aot_autograd import make_boxed_func
             from torch._dynamo.backends.common import aot_autograd
+            from torch._functorch.aot_autograd import make_boxed_func
 
             def look(graph, _):
                 seen.extend(tuple(n.meta["val"].shape) for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))

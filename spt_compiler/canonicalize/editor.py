@@ -110,8 +110,8 @@ class Editor:
             return False
         if a.requires_grad and not b.requires_grad:
             return False
-        if new not in self.created and any(u.op == "output" for u in old.users):
-            return False  # a returned value stays a tensor of its own
+        if new not in self.created and self.is_returned_twice(old, new):
+            return False
         if self._written:
             touched = {storage(old), storage(new), *(storage(i) for c in self.created for i in c.all_input_nodes)}
             if None in self._written or touched & self._written:
@@ -196,6 +196,12 @@ class Editor:
             yield
 
     # ---- questions ----------------------------------------------------------------------------------------------
+
+    def is_returned_twice(self, node: fx.Node, other: fx.Node) -> bool:
+        """Whether one tensor would be returned in two places, or an input itself, if `other` took the place of `node`."""
+        if not any(u.op == "output" for u in node.users):
+            return False
+        return other.op in ("placeholder", "get_attr") or any(u.op == "output" for u in other.users)
 
     def same_region(self, *nodes: fx.Node) -> bool:
         """Whether all nodes run under the same grad and autocast modes: only then may work move from one to the other."""

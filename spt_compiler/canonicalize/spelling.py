@@ -203,7 +203,7 @@ def spell_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
         or (len(node.args) > 1 and isinstance(node.args[1], torch.dtype))
     ):
         return None
-    if same_shape(shape(node), shape(x)) and not any(u.op == "output" for u in node.users):
+    if same_shape(shape(node), shape(x)) and not e.is_returned_twice(node, x):
         return x
     sizes = shape(node)
     if all(isinstance(s, int) for s in sizes):
@@ -240,7 +240,7 @@ def spell_permute(e: Editor, node: fx.Node) -> fx.Node | None:
         order = tuple(inner[i] for i in order)
         x = x.args[0]
     if order == tuple(range(len(order))):
-        return x if not any(u.op == "output" for u in node.users) else None
+        return None if e.is_returned_twice(node, x) else x
     target, args = (torch.t, (x,)) if order == (1, 0) else (torch.permute, (x, order))
     return e.retarget(node, target, args) if x is node.args[0] else e.call(target, *args)
 
@@ -278,7 +278,7 @@ def _permutation(node: fx.Node, dims: int) -> tuple[int, ...] | None:
 def drop_contiguous(e: Editor, node: fx.Node) -> fx.Node | None:
     """.contiguous() of what is provably contiguous -> nothing."""
     x = value(node.args[0])
-    if x is None or len(node.args) > 1 or node.kwargs or any(u.op == "output" for u in node.users):
+    if x is None or len(node.args) > 1 or node.kwargs or e.is_returned_twice(node, node.args[0]):
         return None
     if not all(isinstance(s, int) for s in (*x.shape, *x.stride())):
         return None
@@ -298,7 +298,7 @@ def spell_cast(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     x = node.args[0]
     if before.dtype == after.dtype:
-        return x if not any(u.op == "output" for u in node.users) else None
+        return None if e.is_returned_twice(node, x) else x
     if x.target == "to" and len(x.args) == 2 and dtype(x.args[0]) is after.dtype and _holds(before.dtype, after.dtype):
         return x.args[0]  # there and back through a wider dtype
     return e.retarget(node, "to", (x, after.dtype))
@@ -324,7 +324,7 @@ def spell_dropout(e: Editor, node: fx.Node) -> fx.Node | None:
     if not found.valid or mutated_arguments(node) or not isinstance(training, bool):
         return None
     if not training or (isinstance(p, (int, float)) and p == 0):
-        return x if not any(u.op == "output" for u in node.users) else None
+        return None if e.is_returned_twice(node, x) else x
     return e.retarget(node, F.dropout, (x, p, True))
 
 
@@ -333,7 +333,8 @@ PURE |= {
     *_BINARY,
     *_SUMS,
     *_LOGICAL,
-    *(k for k in _SPELLING),
+    *_SPELLING,
+    *(torch.tensor, torch.scalar_tensor, torch.full, torch.zeros, torch.ones),
     *(
         operator.truediv,
         operator.getitem,

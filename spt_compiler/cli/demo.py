@@ -20,7 +20,7 @@ SIZES = {
     "vocab_size": 256, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 8, "max_position_embeddings": 4096,
 }  # fmt: skip
-LENGTH, PRETRAIN_STEPS, STEPS = 2048, 30, 30
+LENGTH, PRETRAIN_STEPS, STEPS = 2048, 40, 30
 QUICK_SIZES = {**SIZES, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
 QUICK_LENGTH, QUICK_STEPS = 256, 8
 
@@ -69,25 +69,21 @@ def run(args: argparse.Namespace) -> int:
 
     pretrain = Run(
         name="pretrain", model=str(out / "start"), data=str(out / "english.safetensors"), out=str(out / "pretrain"),
-        backend="none", steps=pretrain_steps, length=length, eval_batches=2, seed=args.seed,
+        backend="none", steps=pretrain_steps, length=max(length // 2, 2), eval_batches=2, seed=args.seed,
         threads=1 if args.quick else 0,  # a model this small only waits for a second thread
     )  # fmt: skip
     dense = dataclasses.replace(
         pretrain, name="dense", model=str(out / "pretrain" / "model"), data=str(out / "code.safetensors"),
-        out=str(out / "dense"), backend=inner, steps=steps, eval_every=max(1, steps // 3), eval_batches=4,
+        out=str(out / "dense"), backend=inner, steps=steps, length=length, eval_every=max(1, steps // 3), eval_batches=4,
         learning_rate=5e-4, explain=True, seed=args.seed + 1,
     )  # fmt: skip
-    sparse = dataclasses.replace(
-        dense, name="spt", out=str(out / "spt"), backend="spt", options={**options, "inner": inner}
-    )
+    sparse = dataclasses.replace(dense, name="spt", out=str(out / "spt"), backend="spt", options={**options, "inner": inner})
     try:
         [english] = compare.train_variants(context, [pretrain], console)[0].values()
         # A quick run shows that everything works: its times mean nothing, so all of it runs at once.
         source = out / ("pretrain" if args.quick else "spt") / "model"
         exact = workers.Job("exact    ", 1, check_exact, (str(source), sparse.data, min(length, 512), sparse.options))
-        results, [check] = compare.train_variants(
-            context, [dense, sparse], console, beside=[exact], together=args.quick
-        )
+        results, [check] = compare.train_variants(context, [dense, sparse], console, beside=[exact], together=args.quick)
     except workers.Interrupted:
         console.line(f"interrupted; what was written is in {out}")
         return 130
@@ -119,9 +115,7 @@ def prepare(architecture: str, sizes: dict, length: int, seed: int, out: str, *,
     report({"event": "note", "text": "model and texts"})
     torch.manual_seed(seed)
     names = {"intermediate_size": "n_inner", "max_position_embeddings": "n_positions"}  # GPT-2 says it so
-    config = models.config_for(
-        architecture, {**sizes, **{names[k]: v for k, v in sizes.items() if k in names}, **_NO_DROPOUT}
-    )
+    config = models.config_for(architecture, {**sizes, **{names[k]: v for k, v in sizes.items() if k in names}, **_NO_DROPOUT})
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "start")
     english = training.byte_tokens(training.english_bytes())
     cut = len(english) * 9 // 10

@@ -34,9 +34,7 @@ CODE_MODULES = (
     "netrc numbers opcode optparse os pathlib pdb pickle pickletools pkgutil platform plistlib poplib pprint profile "
     "pstats pyclbr pydoc queue random reprlib runpy sched secrets selectors shelve shlex shutil site smtplib socket"
 ).split()
-HELD_OUT_MODULES = (
-    "abc ssl statistics string subprocess tarfile tempfile textwrap threading timeit trace zipfile".split()
-)
+HELD_OUT_MODULES = "abc ssl statistics string subprocess tarfile tempfile textwrap threading timeit trace zipfile".split()
 
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
@@ -135,9 +133,7 @@ def write_data(path: Path, train: Tensor, heldout: Tensor, length: int) -> None:
 
     for name, tokens in (("training", train), ("held-out", heldout)):
         if len(tokens) < length + 1:
-            raise SPTError(
-                f"the {name} text has {len(tokens)} tokens, expected at least {length + 1}: more text or less --seq"
-            )
+            raise SPTError(f"the {name} text has {len(tokens)} tokens, expected at least {length + 1}: more text or less --seq")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({"train": train.contiguous(), "heldout": heldout.contiguous()}, temporary)
@@ -164,7 +160,7 @@ def heldout_batches(tokens: Tensor, run: Run) -> Iterator[Tensor]:
 
 
 class PeakMemory:
-    """Peak resident memory of this process (device memory on a GPU), from `start()` on.
+    """Peak resident memory of this process (device memory on a GPU) between each `start()` and `stop()`; `peak`, bytes.
 
     Linux lets a process reset its own high-water mark; elsewhere the peak counts from the start of the process, the
     compiler's own memory included, and `whole_process` is True.
@@ -173,8 +169,11 @@ class PeakMemory:
     def __init__(self, device: str):
         self.device = device
         self.whole_process = False
+        self.peak: int | None = None
+        self._running = False
 
     def start(self) -> None:
+        self._running = True
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
             return
@@ -188,8 +187,14 @@ class PeakMemory:
         except OSError:
             self.whole_process = True
 
-    def peak(self) -> int | None:
-        """Bytes."""
+    def stop(self) -> None:
+        """What follows (an evaluation, a checkpoint) is not counted until the next `start()`."""
+        if self._running:
+            self._running = False
+            now = self._high_water()
+            self.peak = now if self.peak is None else max(self.peak, now or 0)
+
+    def _high_water(self) -> int | None:
         if self.device.startswith("cuda"):
             return int(torch.cuda.max_memory_allocated())
         try:
@@ -229,9 +234,7 @@ def saved_bytes(loss: Tensor, model: torch.nn.Module) -> int:
             continue
         seen.add(node)
         # Nodes of Python functions (compiled graphs, custom ops) list what they keep; those of C++ name each part.
-        names = (
-            ["saved_tensors"] if hasattr(node, "saved_tensors") else [n for n in dir(node) if n.startswith("_saved_")]
-        )
+        names = ["saved_tensors"] if hasattr(node, "saved_tensors") else [n for n in dir(node) if n.startswith("_saved_")]
         for name in names:
             try:
                 add(getattr(node, name))
@@ -324,14 +327,20 @@ def train(run: Run, report: Callable[[dict[str, Any]], None], should_stop: Calla
         report({"event": "step", "done": step + 1, "loss": value})
         stop = should_stop()
         done = step + 1
-        if not stop and evaluation_is_due(done):
+        evaluates = not stop and evaluation_is_due(done)
+        saves = stop or (run.checkpoint_every > 0 and done % run.checkpoint_every == 0 and done < run.steps)
+        if (evaluates or saves) and step >= measured_from:
+            memory.stop()
+        if evaluates:
             history.heldout.append((done, evaluate()))
-        if stop or (run.checkpoint_every and done % run.checkpoint_every == 0 and done < run.steps):
+        if saves:
             path = save_checkpoint(run, model, optimizer, history)
             if stop:
                 return {"name": run.name, "finished": False, "checkpoint": str(path), "history": _plain(history)}
+        if (evaluates or saves) and step >= measured_from:
+            memory.start()
 
-    peak = memory.peak() if len(history.losses) > measured_from else None
+    memory.stop()
     report({"event": "note", "text": "evaluating"})
     heldout = evaluate()
     if not history.heldout or history.heldout[-1][0] != run.steps:
@@ -345,7 +354,7 @@ def train(run: Run, report: Callable[[dict[str, Any]], None], should_stop: Calla
         "history": _plain(history),
         "step_seconds": median_step(history),
         "tokens_per_step": run.batch * run.length,
-        "peak_bytes": peak,
+        "peak_bytes": memory.peak,
         "peak_is_whole_process": memory.whole_process,
         "saved_bytes": saved,
         "train_loss": statistics.fmean(history.losses[-max(1, min(10, run.steps // 4)) :]) if history.losses else None,
@@ -444,9 +453,7 @@ def exact_check(folder: str, data: str, length: int, options: dict[str, Any], se
     for name, gradient in gradients.items():
         other = gradients_exact.get(name)
         missing = other is None or other.shape != gradient.shape
-        errors[name] = (
-            float("inf") if missing else ((gradient - other).norm() / gradient.norm().clamp_min(floor)).item()
-        )
+        errors[name] = float("inf") if missing else ((gradient - other).norm() / gradient.norm().clamp_min(floor)).item()
     worst = max(errors, key=lambda name: errors[name])
     passed = difference <= 1e-4 and errors[worst] <= 1e-3 and gradients.keys() == gradients_exact.keys()
     return {"logits": difference, "gradient": errors[worst], "parameter": worst, "passed": passed}

@@ -33,7 +33,7 @@ class _Rows:
         self.q = q[b, self.heads, start:stop].to(masks.dtype)  # [group, rows, D]
         self.k = k[b, g, : self.n_seen].to(masks.dtype)
         self.keep = listed(keys[b, self.heads, start:stop], counts[b, self.heads, start:stop], shape.n_k)[..., : self.n_seen]
-        self.masks, self.shape, self.seed, self.p = masks, shape, seed, p
+        self.masks, self.shape, self.seed, self.p = masks.part(slice(b, b + 1), self.heads), shape, seed, p
 
     def probabilities(self, scale: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """prob [group, rows, n] before dropout, lse [group, rows] (natural), slope of the cap or None."""
@@ -44,7 +44,7 @@ class _Rows:
             scores = ((self.q * (scale / softcap)) @ self.k.t()).tanh_()
             slope = scores.square().neg_().add_(1)
             scores.mul_(softcap * LOG2E)
-        added = masks.rows(self.start, self.stop, slice(self.b, self.b + 1), self.heads)[0, ..., : self.n_seen]
+        added = masks.rows(self.start, self.stop)[0, ..., : self.n_seen]
         if masks.key is not None or masks.general or masks.causal:
             scores.add_(base2(added))
         scores.masked_fill_(~self.keep, -torch.inf)

@@ -6,7 +6,7 @@ does not depend on the query: padding), and a rest that has to be evaluated at (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Masks:
         key: [B or 1, H or 1, Tk] addends (-inf: not allowed) of all masks that do not depend on the query; or None.
         bias: 4-d tensor that depends on the query; or None.
         rest: the part of the expression that depends on the query, besides `causal`; or None.  expr_in: the tensors it reads.
+        first: batch row and head that index 0 stands for in `rest`.
     """
 
     shape: tuple[int, int, int, int]
@@ -51,6 +52,17 @@ class Masks:
     bias: Tensor | None
     rest: expression.Expression | None
     expr_in: list[Tensor]
+    first: tuple[int, int] = (0, 0)
+
+    def part(self, batch: slice, heads: slice) -> Masks:
+        """The masks of some batch rows and heads, to be used with `rows` and `nothing` alone."""
+
+        def cut(x: Tensor | None) -> Tensor | None:  # what is broadcast stays
+            whole = slice(None)
+            return None if x is None else x[batch if x.shape[0] > 1 else whole, heads if x.shape[1] > 1 else whole]
+
+        shape = (batch.stop - batch.start, heads.stop - heads.start, *self.shape[2:])
+        return replace(self, shape=shape, key=cut(self.key), bias=cut(self.bias), first=(batch.start, heads.start))
 
     @property
     def general(self) -> bool:
@@ -75,16 +87,13 @@ class Masks:
         value = expression.evaluate(expr, env)
         return value if value.dtype == torch.bool or value.is_floating_point() else value.float()
 
-    def rows(self, start: int, stop: int, batch: slice = slice(None), heads: slice = slice(None)) -> Tensor:
-        """Addends of everything for the queries start..stop: [batch or 1, heads or 1, rows, Tk]."""
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Addends of everything for the queries start..stop: [B or 1, H or 1, rows, Tk]."""
         n_batch, n_heads, _, n_k = self.shape
-
-        def part(x: Tensor) -> Tensor:  # the slices of a tensor that may be broadcast
-            return x[batch if x.shape[0] > 1 else slice(None), heads if x.shape[1] > 1 else slice(None)]
-
-        b, h = torch.arange(n_batch)[batch].view(-1, 1, 1, 1), torch.arange(n_heads)[heads].view(1, -1, 1, 1)
+        b = torch.arange(n_batch).add_(self.first[0]).view(-1, 1, 1, 1)
+        h = torch.arange(n_heads).add_(self.first[1]).view(1, -1, 1, 1)
         q, k = torch.arange(start, stop).view(1, 1, -1, 1), torch.arange(n_k).view(1, 1, 1, -1)
-        found = [] if self.bias is None else [part(self.bias)[:, :, start:stop]]
+        found = [] if self.bias is None else [self.bias[:, :, start:stop]]
         if self.rest is not None:
             found.append(self._evaluate(self.rest, b, h, q, k))
         total = addend(*combine_masks(found, self.dtype), self.dtype)
@@ -92,7 +101,7 @@ class Masks:
             total = torch.zeros((), dtype=self.dtype)
         total = total.view((1,) * (4 - total.dim()) + tuple(total.shape))
         if self.key is not None:
-            total = total + part(self.key).unsqueeze(2)
+            total = total + self.key.unsqueeze(2)
         total = total.expand(total.shape[0], total.shape[1], stop - start, n_k)
         return total.masked_fill(k > q, -torch.inf) if self.causal else total
 

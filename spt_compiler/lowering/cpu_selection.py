@@ -27,7 +27,7 @@ from spt_compiler.ops.reference import (
     wanted_count,
 )
 from spt_compiler.ops.selection import pq, pq_match
-from spt_compiler.ops.selection.common import Rule, forced_tiles, max_keys, max_tiles
+from spt_compiler.ops.selection.common import forced_tiles, max_keys, max_tiles
 
 # Logits of tiles, or of keys, held at a time (elements).
 _PANEL = 1 << 19
@@ -197,19 +197,13 @@ class _Scorer:
         return (F.pad(mass, beyond), F.pad(visible, beyond)) if beyond[1] else (mass, visible)
 
 
-def _keys_to_score(
-    rule: Rule, k: Tensor, codebook: Tensor | None, key_mean: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """The keys by which a rule scores tiles, [B, Hkv, Tk, D] of dtype `dtype`."""
-    if codebook is None:
-        return rule.tile_keys(k, codebook, key_mean).to(dtype)
-    keys = torch.empty(k.shape, dtype=dtype)
-
-    def score(first: int, stop: int) -> None:
-        keys[:, :, first:stop] = rule.tile_keys(k[:, :, first:stop].to(dtype), codebook, key_mean)
-
-    cpu_threads.run([functools.partial(score, *part) for part in cpu_threads.ranges(k.shape[2], cpu_threads.width())])
-    return keys
+def _blocks(batch: int, n_groups: int, group: int) -> list[tuple[slice, slice, slice]]:
+    """Batch rows, key heads and query heads of parts that may run side by side: nothing is shared between heads."""
+    if batch >= cpu_threads.width():
+        cuts = [(cut, (0, n_groups)) for cut in cpu_threads.ranges(batch, cpu_threads.width())]
+    else:
+        cuts = [((0, batch), cut) for cut in cpu_threads.ranges(n_groups, cpu_threads.width())]
+    return [(slice(*rows), slice(*keys), slice(keys[0] * group, keys[1] * group)) for rows, keys in cuts]
 
 
 def _choose_fast(mass: Tensor, visible: Tensor, forced: Tensor, wanted: int, width: int) -> tuple[Tensor, Tensor]:
@@ -267,22 +261,26 @@ def select_tiles(
     dtype = compute_dtype(q, k)
     wanted = int(wanted_count(budget, max_density, n_k, tile_k))
     masks = split(bias, expr, expr_in, (batch, n_heads, n_q, n_k), dtype)
-    scorer = _Scorer(q, _keys_to_score(chosen, k, codebook, key_mean, dtype), masks, tile_q, tile_k, scale, softcap)
-    mass = torch.empty(*rows, scorer.n_tiles, dtype=dtype)
-    visible = torch.empty(*rows, scorer.n_tiles, dtype=torch.bool)
+    tiles = torch.empty(*rows, width, dtype=torch.int32)
+    counts = torch.empty(rows, dtype=torch.int32)
 
-    def score(first: int, stop: int) -> None:
-        mass[:, :, first:stop], visible[:, :, first:stop] = scorer.mass(first, stop)
+    def part(at: slice, key_heads: slice, heads: slice) -> None:
+        words, mean = (None if x is None else x[key_heads] for x in (codebook, key_mean))
+        keys = chosen.tile_keys(k[at, key_heads].to(dtype), words, mean).to(dtype)
+        scorer = _Scorer(q[at, heads], keys, masks.part(at, heads), tile_q, tile_k, scale, softcap)
+        per_tile = tile_q * (n_k if masks.general else scorer.n_tiles) * scorer.batch * scorer.n_heads
+        step = max(1, _PANEL // max(1, per_tile))
+        found = [scorer.mass(first, min(first + step, rows[2])) for first in range(0, rows[2], step)]
+        mass, visible = (torch.cat(x, dim=2) for x in zip(*found, strict=True))
+        forced = forced_mask(visible, expr, n_q, n_k, tile_q, tile_k)
+        if wanted >= min(forced_tiles(tile_q, tile_k), scorer.n_tiles):
+            tiles[at, key_heads], counts[at, key_heads] = _choose_fast(mass, visible, forced, wanted, width)
+        else:
+            some = torch.tensor([wanted])
+            tiles[at, key_heads], counts[at, key_heads] = choose_tiles(mass, visible, forced, some, width, everything)
 
-    per_tile = tile_q * (n_k if masks.general else scorer.n_tiles) * batch * n_heads
-    step = max(1, min(_PANEL // per_tile, -(-rows[2] // cpu_threads.width())))
-    # The last query tiles see most: they go first, so that no thread is left alone with them.
-    firsts = reversed(range(0, rows[2], step))
-    cpu_threads.run([functools.partial(score, first, min(first + step, rows[2])) for first in firsts])
-    forced = forced_mask(visible, expr, n_q, n_k, tile_q, tile_k)
-    if wanted >= min(forced_tiles(tile_q, tile_k), scorer.n_tiles):
-        return _choose_fast(mass, visible, forced, wanted, width)
-    return choose_tiles(mass, visible, forced, torch.tensor([wanted]), width, everything)
+    cpu_threads.run([functools.partial(part, *block) for block in _blocks(batch, n_groups, n_heads // n_groups)])
+    return tiles, counts
 
 
 @register("select_keys_v1", "cpu", "cpu")
@@ -306,7 +304,6 @@ def select_keys(
     chosen = check_rule(rule, "token", codebook)
     batch, n_heads, n_q, _ = q.shape
     n_groups, n_k = k.shape[1:3]
-    group = n_heads // n_groups
     width = max_keys(n_k, max_density)
     everything = everything_by_data(budget, n_k, min_keys)
     if bool(everything) or batch * n_q * n_k == 0:
@@ -316,31 +313,34 @@ def select_keys(
     dtype = compute_dtype(q, k)
     masks = split(bias, expr, expr_in, (batch, n_heads, n_q, n_k), dtype)
     wanted = wanted_count(budget, max_density, n_k, 1)
-    if chosen.nearest:
-        q_codes, k_codes = pq_match.codes(q.to(dtype), k.to(dtype), codebook, key_mean)
-        n_codewords = codebook.shape[2]
+    keys = torch.empty(batch, n_heads, n_q, width, dtype=torch.int32)
+    counts = torch.empty(batch, n_heads, n_q, dtype=torch.int32)
 
-        def one_hot(codes: Tensor) -> Tensor:  # equal codes are counted by one GEMM of one-hot vectors
-            return F.one_hot(codes, n_codewords).flatten(-2).to(dtype)
+    def part(at: slice, key_heads: slice, heads: slice) -> None:
+        words, mean = (None if x is None else x[key_heads] for x in (codebook, key_mean))
+        some_masks = masks.part(at, heads)
+        left, right = q[at, heads], k[at, key_heads].to(dtype)
+        if chosen.nearest:  # equal codes are counted by one GEMM of one-hot vectors
+            codes = pq_match.codes(left.to(dtype), right, words, mean)
+            left, right = (F.one_hot(x, words.shape[2]).flatten(-2).to(dtype) for x in codes)
+        else:
+            right = pq.tile_keys(right, words, mean).to(dtype)
+        n_batch, n_some = left.shape[:2]
+        step = max(1, _PANEL // max(1, n_batch * n_some * n_k))
+        for start in range(0, n_q, step):
+            stop = min(start + step, n_q)
+            rows = left[:, :, start:stop].to(dtype).reshape(n_batch, right.shape[1], -1, left.shape[3])
+            scores = (rows @ right.transpose(-1, -2)).view(n_batch, n_some, stop - start, n_k)
+            if not chosen.nearest:
+                scores.mul_(scale)
+                scores = scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+            added = some_masks.rows(start, stop)
+            allowed = (added > -torch.inf).expand(scores.shape)
+            if masks.key is not None or masks.general:
+                scores.add_(added.masked_fill(added == -torch.inf, 0))
+            nearest = torch.arange(start, stop) + n_k - n_q if chosen.nearest else None
+            lists = choose_keys(scores, allowed, nearest, wanted, width, everything)
+            keys[at, heads, start:stop], counts[at, heads, start:stop] = lists
 
-        k_side, left = one_hot(k_codes).transpose(-1, -2), q_codes
-    else:
-        k_side, left = pq.tile_keys(k.to(dtype), codebook, key_mean).to(dtype).transpose(-1, -2), q
-
-    step = max(1, _PANEL // (batch * n_heads * n_k))
-    found = []
-    for start in range(0, n_q, step):
-        stop = min(start + step, n_q)
-        part = left[:, :, start:stop]
-        rows = one_hot(part) if chosen.nearest else part.to(dtype) * scale
-        rows = rows.reshape(batch, n_groups, group * (stop - start), rows.shape[-1])
-        scores = (rows @ k_side).view(batch, n_heads, stop - start, n_k)
-        if not chosen.nearest and softcap is not None:
-            scores = softcap * (scores / softcap).tanh()
-        added = masks.rows(start, stop)
-        allowed = (added > -torch.inf).expand(scores.shape)
-        if masks.key is not None or masks.general:
-            scores = scores + torch.where(added == -torch.inf, 0, added)
-        nearest = torch.arange(start, stop) + n_k - n_q if chosen.nearest else None
-        found.append(choose_keys(scores, allowed, nearest, wanted, width, everything))
-    return torch.cat([f[0] for f in found], dim=2), torch.cat([f[1] for f in found], dim=2)
+    cpu_threads.run([functools.partial(part, *block) for block in _blocks(batch, n_groups, n_heads // n_groups)])
+    return keys, counts

@@ -249,23 +249,29 @@ class Mask:
         return {"mask": self.expr, "reads": list(self.reads)}
 
 
+@functools.lru_cache(maxsize=1024)
+def _renumbered(expr: str) -> tuple[expression.Expression, tuple[int, ...]]:
+    """The tree with the tensors it reads renumbered t0, t1, ..., and their numbers before."""
+    parsed = expression.parse(expr)
+    used = tuple(sorted(int(name.removeprefix("t")) for name in expression.read_ranks(parsed)))
+    return expression.substitute(parsed, {f"t{i}": f"t{new}" for new, i in enumerate(used)}), used
+
+
 def mask_of(expr: str, expr_in: Sequence[Tensor]) -> Mask:
     """The `Mask` of a mask expression and its tensors t0, t1, ... (renumbered, without those that are not read)."""
     if not expr:
         return Mask(None, (), {})
-    parsed = expression.parse(expr)
-    ranks = expression.read_ranks(parsed)
-    used = [i for i in range(len(expr_in)) if f"t{i}" in ranks]
-    renamed = expression.substitute(parsed, {f"t{i}": f"t{new}" for new, i in enumerate(used)})
-    reads, args = [], {}
+    tree, used = _renumbered(expr)
+    reads: list[dict[str, Any]] = []
+    args: dict[str, Any] = {}
     for new, i in enumerate(used):
         tensor = expr_in[i]
         reads.append({"kind": _kind(tensor), "rank": tensor.dim()})
         args[f"t{new}_ptr"] = byte_view(tensor)
-        for d in range(tensor.dim()):
-            args[f"t{new}_size{d}"] = tensor.shape[d]
-            args[f"t{new}_stride{d}"] = tensor.stride(d)
-    return Mask(renamed, tuple(reads), args)
+        for d, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            args[f"t{new}_size{d}"] = size
+            args[f"t{new}_stride{d}"] = stride
+    return Mask(tree, tuple(reads), args)
 
 
 def supports_mask(expr: str, expr_in: Sequence[Tensor]) -> Reject | None:

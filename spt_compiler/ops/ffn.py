@@ -235,10 +235,7 @@ def _(
     needs,
 ):
     inputs = [x, *w_in, *b_in, w_out, b_out, *lora_a_out, *lora_b, gates, *act_in]
-    return [
-        torch.empty_like(t) if need and t is not None else x.new_empty([0])
-        for t, need in zip(inputs, needs, strict=True)
-    ]
+    return [torch.empty_like(t) if need and t is not None else x.new_empty([0]) for t, need in zip(inputs, needs, strict=True)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -364,9 +361,9 @@ def _autocast(op: torch.library.CustomOpDef, overload: torch._ops.OpOverload, de
 
     def kernel(_keyset, *args):
         dtype = torch.get_autocast_dtype(device_type)
-        args = [to(a, dtype) if i in cast else a for i, a in enumerate(args)]
+        cast_args = [to(a, dtype) if i in cast else a for i, a in enumerate(args)]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return overload(*args)
+            return overload(*cast_args)
 
     op._lib.impl(op._name, kernel, f"Autocast{device_key}", with_keyset=True)
 
