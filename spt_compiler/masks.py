@@ -52,17 +52,15 @@ def lift(capture: Any, scope: Scope, n_q: Any, n_k: Any) -> LiftedMask:
     exprs = [CAUSAL] if capture.causal else []
     allowed: list[fx.Node] = []
     bias: list[tuple[fx.Node, float]] = []
-    empty = capture.empty
     candidates = list(capture.allowed)
-    only_mask = len(capture.bias) == 1 and not capture.allowed and not capture.disallowed
     for node, factor in capture.bias:
-        condition = _additive_condition(node) if only_mask and factor == 1.0 else None
-        if condition is None:
+        condition = _additive_condition(node) if factor == 1.0 else None
+        parts = [] if condition is None else [_expression(c, scope, n_q, n_k) for c in _conjuncts(condition)]
+        if condition is None or not parts or any(p is None or (p and CAUSAL not in p) for p in parts):
+            # With a tensor in it some row may allow nothing, and then the sum of score and fill matters: it stays added.
             bias.append((node, factor))
         else:
-            # All entries of a row masked alike: softmax sees equal scores, whatever they were before.
-            candidates.append(condition)
-            empty = "uniform"
+            candidates.append(condition)  # a causal mask or window: every row sees itself
     for node in candidates:
         for part in _conjuncts(node):
             expr = _expression(part, scope, n_q, n_k)
@@ -70,7 +68,7 @@ def lift(capture: Any, scope: Scope, n_q: Any, n_k: Any) -> LiftedMask:
                 allowed.append(part)
             elif expr and expr not in exprs:
                 exprs.append(expr)
-    return LiftedMask(" & ".join(exprs if len(exprs) < 2 else [f"({e})" for e in exprs]), tuple(allowed), tuple(bias), empty)
+    return LiftedMask(" & ".join(exprs if len(exprs) < 2 else [f"({e})" for e in exprs]), tuple(allowed), tuple(bias), capture.empty)
 
 
 def _value(node: Any) -> Any:
@@ -115,8 +113,8 @@ def _scalar(value: Any) -> float | None:
         return float(value)
     if isinstance(value, fx.Node) and _target(value) is torch.zeros and tuple(_value(value).shape) == ():
         return 0.0
-    if isinstance(value, fx.Node) and _target(value) in (torch.tensor, torch.scalar_tensor) and isinstance(value.args[0], int | float):
-        return float(value.args[0])
+    if isinstance(value, fx.Node) and _target(value) in (torch.tensor, torch.scalar_tensor):
+        return float(value.args[0]) if isinstance(value.args[0], int | float) else None
     return None
 
 

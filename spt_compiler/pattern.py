@@ -75,8 +75,8 @@ class Pattern:
 
     Attributes:
         name: short and unique. kind: "attention" or "ffn". equation: what it matches and what takes its place.
-        anchors: targets of the calls where it is tried; "*text*" stands for every target with such a name. capture: reads the dataflow around one. guards: run in order
-        after `SAFETY`; the first refusal counts.
+        anchors: targets of the calls where it is tried; "*text*" stands for every target with such a name.
+        capture: reads the dataflow around one. guards: run in order after `SAFETY`; the first refusal counts.
     """
 
     name: str

@@ -265,21 +265,22 @@ class Rewriter:
         fixed_q, fixed_k, fixed_v = (self.emit(torch.ops.aten.detach.default, n) for n in (q, k, v))
         fixed_bias = None if bias is None else self.emit(torch.ops.aten.detach.default, bias)
         fixed_codes = None if codebook is None else self.emit(torch.ops.aten.detach.default, codebook)
+        tail: tuple[int, ...] = ()
         if options.granularity == "tile":
-            tiling = (options.tile[0], options.tile[1])
+            tail = tuple(options.tile)
             chosen = self.emit(
                 torch.ops.spt.select_tiles_v1.default,
                 *(fixed_q, fixed_k, fixed_bias, expr, [], fixed_codes, key_mean, budget, plan.max_density),
-                *(*tiling, c.scale, c.softcap, rule, plan.minimum),
+                *(*tail, c.scale, c.softcap, rule, plan.minimum),
             )
-            attend, tail = torch.ops.spt.tile_attention_v1.default, tiling
+            attend = torch.ops.spt.tile_attention_v1.default
         else:
             chosen = self.emit(
                 torch.ops.spt.select_keys_v1.default,
                 *(fixed_q, fixed_k, fixed_bias, expr, [], fixed_codes, key_mean, budget, plan.max_density),
                 *(c.scale, c.softcap, rule, plan.minimum),
             )
-            attend, tail = torch.ops.spt.key_attention_v1.default, ()
+            attend = torch.ops.spt.key_attention_v1.default
         kept, counts = self.emit(operator.getitem, chosen, 0), self.emit(operator.getitem, chosen, 1)
         both = self.emit(
             attend, q, k, v, bias, kept, counts, expr, [], seed, float(c.dropout_p), c.scale, c.softcap, mask.empty, *tail

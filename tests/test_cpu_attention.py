@@ -220,8 +220,9 @@ def test_chunks_and_threads_change_nothing(monkeypatch, two_threads):
     assert all(torch.equal(x, y) for x, y in zip(run(), first, strict=True))  # repeatable, bit for bit
     for module, name in ((cpu_tiles, "PANEL"), (cpu_tiles, "SCRATCH"), (cpu_selection, "_PANEL"), (cpu_key_attention, "_PANEL")):
         monkeypatch.setattr(module, name, 1)
-    for x, y in zip(run(), first, strict=True):
-        assert torch.equal(x, y) if x.dtype == torch.int32 else cases.error(x, y) < 1e-5
+    second = run()
+    assert all(torch.equal(x, y) for x, y in zip(second[:10], first[:10], strict=True))  # lists, and attention over tiles
+    assert all(cases.error(x, y) < 1e-5 for x, y in zip(second[10:15], first[10:15], strict=True))
 
 
 @pytest.mark.parametrize("rule", ["pq", "mean", "pq keys", "pq-match"])

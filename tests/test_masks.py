@@ -70,6 +70,8 @@ CASES = [
 def test_what_is_lifted_and_that_it_is_exact(build, text, eager):
     model, x, lengths = Masked(build, eager), torch.randn(3, 70, 24), torch.tensor([70, 41, 5])
     (site,) = spt_compiler.explain(model, x, lengths, options=SPARSE).sites
+    # An additive mask that depends on data stays added: a row that allows nothing is then no special case.
+    text = "tensor" if eager and "tensor" in text else text
     assert site.status == "replaced" and site.mask == text
     expected = gradients(model, model, x, lengths)
     assert_same(gradients(model, torch.compile(model, backend="spt", options=EXACT), x, lengths), expected)

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     dense = dataclasses.replace(
         pretrain, name="dense", model=str(out / "pretrain" / "model"), data=str(out / "code.safetensors"),
         out=str(out / "dense"), backend=inner, steps=steps, length=length, eval_every=max(1, steps // 3), eval_batches=4,
-        learning_rate=5e-4, explain=True, seed=args.seed + 1,
+        learning_rate=5e-4, explain=True, seed=args.seed + 1, cold=True,
     )  # fmt: skip
     sparse = dataclasses.replace(dense, name="spt", out=str(out / "spt"), backend="spt", options={**options, "inner": inner})
     try:

@@ -56,6 +56,7 @@ class Run:
         checkpoint_every: steps between checkpoints (0: none but at the end and on interruption).
         device, threads, autocast: "cpu" or "cuda"; 0 threads means torch's choice; autocast "none" or "bfloat16".
         explain: list the sites at the end.
+        cold: give Inductor an empty cache, so that compile times compare; for a process of its own only.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Run:
     threads: int = 0
     autocast: str = "none"
     explain: bool = False
+    cold: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -266,6 +268,8 @@ def train(run: Run, report: Callable[[dict[str, Any]], None], should_stop: Calla
 
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
+    if run.cold:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((out / "inductor").resolve())
     data = load_file(run.data)
     checkpoint = newest_checkpoint(out)
     if checkpoint:
@@ -371,6 +375,8 @@ def train(run: Run, report: Callable[[dict[str, Any]], None], should_stop: Calla
             report({"event": "note", "text": "listing the sites"})
             result["sites"] = _sites(model, sample(data["train"], run, 0).to(run.device), run)
             result["metrics"] = _plain(spt_compiler.metrics(model))
+    if run.cold:
+        shutil.rmtree(out / "inductor", ignore_errors=True)
     write_json(out / RESULT_FILE, result)
     return result
 
@@ -542,7 +548,7 @@ def _check_same_run(run: Run, checkpoint: Path) -> None:
         before = json.loads((checkpoint / RUN_FILE).read_text())
     except (OSError, ValueError) as error:
         raise StateError(f"{checkpoint} cannot be read: {error}; remove it to start from the previous one") from None
-    free = {"steps", "out", "model", "data", "eval_every", "eval_batches", "checkpoint_every", "explain", "name"}
+    free = {"steps", "out", "model", "data", "eval_every", "eval_batches", "checkpoint_every", "explain", "name", "cold"}
     now = json.loads(json.dumps(run.to_json()))
     different = [key for key in now if key not in free and before.get(key) != now[key]]
     if different:
