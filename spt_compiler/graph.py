@@ -308,7 +308,7 @@ class Analysis:
                 found.add(node)
             elif node.op in ("call_function", "call_method"):
                 inputs = node.all_input_nodes
-                if inputs and all(i in found or i in constant for i in inputs):
+                if all(i in found or i in constant for i in inputs) and not _is_random(node):
                     (found if any(i in found for i in inputs) else constant).add(node)
         return found
 
@@ -322,6 +322,11 @@ class Analysis:
         if not touched:
             return None
         return next((n for n in nodes if storage(n) in touched or (None in touched and is_tensor(n))), None)
+
+
+def _is_random(node: fx.Node) -> bool:
+    name = describe(node)
+    return any(part in name for part in ("rand", "bernoulli", "normal", "multinomial", "dropout", "empty"))
 
 
 def _regions(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, tuple]]:

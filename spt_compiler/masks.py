@@ -68,7 +68,9 @@ def lift(capture: Any, scope: Scope, n_q: Any, n_k: Any) -> LiftedMask:
                 allowed.append(part)
             elif expr and expr not in exprs:
                 exprs.append(expr)
-    return LiftedMask(" & ".join(exprs if len(exprs) < 2 else [f"({e})" for e in exprs]), tuple(allowed), tuple(bias), capture.empty)
+    return LiftedMask(
+        " & ".join(exprs if len(exprs) < 2 else [f"({e})" for e in exprs]), tuple(allowed), tuple(bias), capture.empty
+    )
 
 
 def _value(node: Any) -> Any:

@@ -378,6 +378,17 @@ def test_workers_return_values_and_failures():
         workers.call(context, [workers.Job("d", 1, dies, ())], out)
 
 
+def lacks(package, *, report, should_stop):
+    raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+
+def test_missing_packages_are_named_with_their_extra():
+    context = __import__("multiprocessing").get_context("fork" if sys.platform == "linux" else "spawn")
+    with pytest.raises(SPTError, match=r"needs transformers: pip install 'spt_compiler\[hf\]'"):
+        workers.call(context, [workers.Job("e", 1, lacks, ("transformers",))], Console(io.StringIO()))
+    assert cli.missing_extra(ModuleNotFoundError("x", name="torch.foo")) is None
+
+
 def spt(*arguments, **kwargs):
     return subprocess.Popen(
         [sys.executable, "-m", "spt_compiler", *map(str, arguments)], text=True, start_new_session=True,
@@ -399,6 +410,16 @@ def test_demo_quick(tmp_path):
         "spt/model/spt_state.safetensors",
     ):
         assert (tmp_path / name).exists(), output
+
+
+@pytest.mark.slow
+def test_demo_without_a_compiler(tmp_path):
+    sizes = ["--steps", 2, "--pretrain-steps", 1, "--seq", 128]
+    process = spt("demo", *sizes, "--out", tmp_path, env={**os.environ, "CXX": "/nonexistent/c++"})
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "no C++ compiler" in output and "inner=aot_eager" in output
+    assert json.loads((tmp_path / "report.json").read_text())["run"]["backend"] == "aot_eager"
 
 
 @pytest.mark.slow

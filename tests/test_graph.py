@@ -193,9 +193,9 @@ def test_edges_carry_argument_positions():
     module = models.graph_of(lambda x, y: torch.cat([x, torch.sub(y, x, alpha=2)], dim=0), torch.ones(2), torch.ones(2))
     view = graph.view(module)
     (cat,), (sub,) = named(module, torch.cat), named(module, torch.sub)
-    x, y = (n for n in module.graph.nodes if n.op == "placeholder")
+    y, x = sub.args
     assert {d["position"] for *_, d in view.in_edges(sub, data=True)} == {0, 1}
-    assert view.get_edge_data(x, sub)[0]["position"] == 1
+    assert view.get_edge_data(x, sub)[0]["position"] == 1 and view.get_edge_data(y, sub)[0]["position"] == 0
     assert {d["position"] for *_, d in view.in_edges(cat, data=True)} == {(0, 0), (0, 1)}
     assert view.nodes[cat]["target"] == "cat" and view.nodes[cat]["shape"] == (4,)
     source = graph.to_dot(view, [[cat]])

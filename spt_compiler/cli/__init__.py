@@ -47,12 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"spt {args.command}: {error}\n")
         return 1
     except ModuleNotFoundError as error:
-        extra = {"transformers": "hf", "peft": "hf", "accelerate": "hf", "matplotlib": "cli", "rich": "cli"}
-        package = (error.name or "").partition(".")[0]
-        if package not in extra:
+        remedy = missing_extra(error)
+        if remedy is None:
             raise
-        sys.stderr.write(f"spt {args.command}: needs {package}: pip install 'spt_compiler[{extra[package]}]'\n")
+        sys.stderr.write(f"spt {args.command}: {remedy}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"spt {args.command}: interrupted\n")
         return 130
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """What to install if `error` names a package of one of our extras; None if it is something else."""
+    extras = {"transformers": "hf", "peft": "hf", "accelerate": "hf", "matplotlib": "cli", "rich": "cli"}
+    package = (error.name or "").partition(".")[0]
+    return f"needs {package}: pip install 'spt_compiler[{extras[package]}]'" if package in extras else None

@@ -41,14 +41,10 @@ def run(args: argparse.Namespace) -> int:
     context = workers.start(["spt_compiler.backend", "torch._inductor.compile_fx"])
     results: dict[str, Any] = {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "options": options, "quick": args.quick}
     if "passes" in parts:
-        [results["passes"]] = workers.call(
-            context, [workers.Job("passes   ", 1, passes.measure, (args.quick,))], console
-        )
+        [results["passes"]] = workers.call(context, [workers.Job("passes   ", 1, passes.measure, (args.quick,))], console)
     if "wrapper" in parts:
         total = 2 * ((10 if args.quick else 60) + 5)
-        [results["wrapper"]] = workers.call(
-            context, [workers.Job("wrapper  ", total, wrapper.measure, (args.quick,))], console
-        )
+        [results["wrapper"]] = workers.call(context, [workers.Job("wrapper  ", total, wrapper.measure, (args.quick,))], console)
     if "finetune" in parts:
         results["finetune"] = _finetune(context, console, args, options, out)
     columns, rows = ("measurement", "value", "goal"), table_rows(results)
@@ -75,9 +71,7 @@ def _finetune(context: Any, console: Console, args: argparse.Namespace, options:
         name="dense", model=str(out / "start"), data=str(out / "code.safetensors"), out=str(out / "dense"),
         backend=inner, steps=8, length=length, eval_batches=1,
     )  # fmt: skip
-    sparse = dataclasses.replace(
-        dense, name="spt", out=str(out / "spt"), backend="spt", options={**options, "inner": inner}
-    )
+    sparse = dataclasses.replace(dense, name="spt", out=str(out / "spt"), backend="spt", options={**options, "inner": inner})
     for one in (dense, sparse):
         (Path(one.out) / training.RESULT_FILE).unlink(missing_ok=True)
     memory, _ = compare.train_variants(context, [dense, sparse], console)
@@ -90,9 +84,7 @@ def _finetune(context: Any, console: Console, args: argparse.Namespace, options:
         "parameters": memory["dense"]["parameters"],
         "turns": turns,
         "memory": {
-            name: {
-                key: result[key] for key in ("peak_bytes", "peak_is_whole_process", "saved_bytes", "compile_seconds")
-            }
+            name: {key: result[key] for key in ("peak_bytes", "peak_is_whole_process", "saved_bytes", "compile_seconds")}
             for name, result in memory.items()
         },
     }
@@ -111,18 +103,14 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     if wrapper:
         for kind, words in (("model", "one graph"), ("blocks", "one graph per layer")):
             value = f"{wrapper[kind]['wrapper_us']:.0f} us (+ {wrapper[kind]['maintenance_us']:.0f} us upkeep)"
-            rows.append(
-                (f"wrapper per step, {wrapper['layers']} layers, {words}", value, f"under {wrapper['goal_us']} us")
-            )
+            rows.append((f"wrapper per step, {wrapper['layers']} layers, {words}", value, f"under {wrapper['goal_us']} us"))
     tuning = results.get("finetune")
     if tuning:
         turns, memory = tuning["turns"], tuning["memory"]
         for part in ("step", "forward", "backward"):
             values = " against ".join(format_seconds(turns[name][part]) for name in ("spt", "dense"))
             ratio = turns["ratio"] if part == "step" else turns["spt"][part] / turns["dense"][part]
-            rows.append(
-                (f"{part} time, spt against dense", f"{values}: {ratio:.2f}", "below 1" if part == "step" else "")
-            )
+            rows.append((f"{part} time, spt against dense", f"{values}: {ratio:.2f}", "below 1" if part == "step" else ""))
         for key, words in (("peak_bytes", "peak memory"), ("saved_bytes", "kept for backward")):
             a, b = memory["spt"][key], memory["dense"][key]
             ratio_text = f": {a / b:.2f}" if a and b else ""

@@ -60,8 +60,7 @@ def site_lines(sites: Sequence[dict[str, Any]]) -> list[str]:
         return ["no candidate site found"]
     kinds = sorted({site["kind"] for site in sites})
     totals = [
-        f"{kind} {sum(s['kind'] == kind and s['status'] == 'replaced' for s in sites)}"
-        f"/{sum(s['kind'] == kind for s in sites)}"
+        f"{kind} {sum(s['kind'] == kind and s['status'] == 'replaced' for s in sites)}/{sum(s['kind'] == kind for s in sites)}"
         for kind in kinds
     ]
     lines = [", ".join(totals)]
@@ -157,9 +156,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path | None = None) -> bytes 
         axes[1].plot(times, losses, label=f"{name}, training", color=color)
         points = [(done, loss) for done, loss in history["heldout"] if 0 < done <= len(times)]
         axes[0].plot(*_columns(points), "o--", color=color, label=f"{name}, held-out")
-        axes[1].plot(
-            *_columns([(times[d - 1], loss) for d, loss in points]), "o--", color=color, label=f"{name}, held-out"
-        )
+        axes[1].plot(*_columns([(times[d - 1], loss) for d, loss in points]), "o--", color=color, label=f"{name}, held-out")
     axes[0].set_xlabel("steps")
     axes[1].set_xlabel("seconds of training, compilation left out")
     axes[0].set_ylabel("loss, nats per token (running mean of 5)")
@@ -178,10 +175,7 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 
 
 def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
-    return [
-        sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1])
-        for i in range(len(values))
-    ]
+    return [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
 
 
 def conditions(run: Run) -> str:
@@ -261,9 +255,9 @@ def _fold(sites: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Sites that differ only in where they are as one row, so that a deep model still fits a screen."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for site in sites:
-        groups.setdefault(
-            tuple(repr(site[k]) for k in ("kind", "status", "density", "executed", "lowering", "reason")), []
-        ).append(site)
+        groups.setdefault(tuple(repr(site[k]) for k in ("kind", "status", "density", "executed", "lowering", "reason")), []).append(
+            site
+        )
     folded = []
     for group in groups.values():
         path = group[0]["path"] + (f" .. {group[-1]['path']} ({len(group)})" if len(group) > 1 else "")

@@ -126,9 +126,7 @@ def format_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any
         return "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
-    return (
-        "\n".join([title, show(columns), rule, *map(show, cells)]) if title else "\n".join(map(show, [columns, *cells]))
-    )
+    return "\n".join([title, show(columns), rule, *map(show, cells)]) if title else "\n".join(map(show, [columns, *cells]))
 
 
 def format_bytes(count: float | None) -> str:

@@ -25,18 +25,14 @@ SIZES = {**demo.SIZES, "num_hidden_layers": 4, "n_inner": 1024}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to train on; its last tenth is held out")
-    parser.add_argument(
-        "--model", metavar="DIR|TYPE", help="model folder (with a tokenizer, else bytes), or architecture"
-    )
+    parser.add_argument("--model", metavar="DIR|TYPE", help="model folder (with a tokenizer, else bytes), or architecture")
     parser.add_argument("--out", default="out/finetune", metavar="DIR", help="where to write (out/finetune)")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run in --out stopped")
     parser.add_argument("--only", choices=("dense", "spt"), help="train one variant alone (both, to compare)")
     parser.add_argument("--steps", type=int, help="optimizer steps (200)")
     parser.add_argument("--seq", type=int, help="tokens per sequence (1024)")
     parser.add_argument("--batch", type=int, help="sequences per step (1)")
-    parser.add_argument(
-        "--lr", type=float, help="learning rate of AdamW (5e-4 from an architecture, 2e-5 from a folder)"
-    )
+    parser.add_argument("--lr", type=float, help="learning rate of AdamW (5e-4 from an architecture, 2e-5 from a folder)")
     parser.add_argument("--checkpoint-every", type=int, help="steps between checkpoints (25)")
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
     parser.add_argument("--autocast", choices=("none", "bfloat16"), help="compute precision (none: float32)")
@@ -101,9 +97,7 @@ def run(args: argparse.Namespace) -> int:
         autocast=settings["autocast"],
         explain=True,
     )
-    sparse = dataclasses.replace(
-        dense, name="spt", out=str(out / "spt"), backend="spt", options={**options, "inner": inner}
-    )
+    sparse = dataclasses.replace(dense, name="spt", out=str(out / "spt"), backend="spt", options={**options, "inner": inner})
     variants = [r for r in (dense, sparse) if settings["only"] in (None, r.name)]
     check = None
     try:
@@ -121,9 +115,7 @@ def run(args: argparse.Namespace) -> int:
         f"{settings['model']} fine-tuned on {text.name}: " + " and ".join(results) + ", from the same start.",
         "Same loop, optimizer, batches, seeds. The last tenth of the text is held out. The sparse model approximates.",
     ]
-    paths = compare.finish(
-        console, out, "spt finetune", intro, results, check, variants[0], time.perf_counter() - began
-    )
+    paths = compare.finish(console, out, "spt finetune", intro, results, check, variants[0], time.perf_counter() - began)
     console.line()
     for path in [*paths, *(out / name / "model" for name in results)]:
         console.line(f"wrote {path}")

@@ -39,9 +39,7 @@ def load(model: str, *, full: bool = False) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         auto = _auto_class(config)
         has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-        return (
-            auto.from_pretrained(folder, local_files_only=True) if has_weights else auto.from_config(config)
-        ), config
+        return (auto.from_pretrained(folder, local_files_only=True) if has_weights else auto.from_config(config)), config
     config = config_for(model, {} if full else _TINY)
     return _auto_class(config).from_config(config), config
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
+from spt_compiler.cli import missing_extra
 from spt_compiler.cli.console import Console, Progress
 from spt_compiler.errors import SPTError
 
@@ -172,6 +173,10 @@ def _work(sender: Any, function: Callable[..., Any], arguments: tuple) -> None:
     except (SPTError, ValueError) as error:
         report({"event": "failed", "text": str(error)})
     except Exception as error:
+        remedy = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
+        if remedy:
+            report({"event": "failed", "text": remedy})
+            return
         traceback.print_exc(file=sys.stderr)
         report({"event": "failed", "text": f"{type(error).__name__}: {error}"})
     finally:

@@ -21,7 +21,7 @@ from torch.fx import Node
 from ..canonicalize import is_weight
 from ..errors import ExpressionError, Reject
 from ..expression import Expression, call, evaluate, substitute, var
-from ..graph import Arguments, describe, is_float, is_tensor, number, rank, same_shape, same_size, shape
+from ..graph import Arguments, describe, dtype, is_float, is_tensor, number, rank, same_shape, same_size, shape
 from ..pattern import Candidate, Context, Pattern
 
 log = logging.getLogger(__name__)
@@ -485,6 +485,12 @@ def _source_of_branch(x: Any) -> tuple[Any, list[Node]]:
     return x, passed
 
 
+def _without_casts(x: Any) -> Any:
+    while isinstance(x, Node) and x.target == "to" and isinstance(x.args[0], Node):
+        x = x.args[0]
+    return x
+
+
 def _branch_state(node: Node, found: dict[Node, State]) -> State | None:
     args = [a for a in node.args if isinstance(a, Node)]
     branches = [(a, s) for a in args if isinstance(s := found.get(a), Branch)]
@@ -527,7 +533,7 @@ def _merged(above: list[State]) -> Hidden | None:
             sources = sources | {state.whole.linear}
         else:
             return None
-    if len(sources) > _MAX_SOURCES or len({_source_of_branch(s.args[0])[0] for s in sources}) > 1:
+    if len(sources) > _MAX_SOURCES or len({_without_casts(s.args[0]) for s in sources}) > 1:
         return None
     return Hidden(sources, nonlinear, refused)
 
@@ -688,6 +694,9 @@ class _Reader:
         build = ELEMENTWISE.get(node.target)
         if build is None:
             raise _Refused(Reject("{} between the projections", describe(node)))
+        for a in (*node.args, *node.kwargs.values()):
+            if isinstance(a, Node) and a in self.found and not same_shape(shape(a), shape(node)):
+                raise _Refused(Reject("{} broadcasts the hidden activation", describe(node)))
         multiplies = factor and node.target is operator.mul
         args = [self.read(a, multiplies) for a in node.args]
         kwargs = {k: self.read(a, False) for k, a in node.kwargs.items()}
@@ -713,7 +722,9 @@ class _Reader:
             raise _Refused(Reject("the activation reads a size of the graph ({})", describe(node)))
         sizes = shape(node)
         if len(sizes) > 1 or not all(isinstance(s, int) for s in sizes):
-            raise _Refused(Reject("it reads {} of shape {}, which is no parameter of an activation", describe(node), sizes))
+            raise _Refused(
+                Reject("it reads {} of shape {}, which is no parameter of an activation", describe(node), sizes)
+            )
         if node not in self.parameters:
             self.parameters.append(node)
         return var(f"a{self.parameters.index(node)}")
@@ -752,12 +763,15 @@ def _is_inverted(node: Node, hidden: Hidden) -> bool:
 def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, State]) -> Candidate | Reject | None:
     w_out = node.args[1]
     b_out = node.args[2] if len(node.args) > 2 else None
-    if hidden.refused is not None:
-        return hidden.refused
-    if not is_weight(w_out):
-        return Reject("the out-projection's weight is no parameter ({})", describe(w_out))
     if any(isinstance(found.get(u), Branch) for u in node.users):
         return None  # the first half of a low-rank branch on an out-projection, which is refused with its own reason
+    source = next(iter(hidden.sources)).args[0]
+    width, model_width, model_out = shape(node.args[0])[-1], shape(source)[-1], shape(node)[-1]
+    if hidden.refused is not None:
+        # A head or a router behind something that is no activation anyway is nothing to report.
+        return hidden.refused if same_size(model_out, model_width) else None
+    if not is_weight(w_out):
+        return Reject("the out-projection's weight is no parameter ({})", describe(w_out))
     adapter = _adapter_below(node, found)
     if adapter is not None:
         return Reject("a low-rank adapter on the out-projection ({}) reads the hidden activation", adapter.name)
@@ -765,13 +779,12 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
     try:
         expr = reader.read(node.args[0])
     except _Refused as refused:
-        return refused.reason
+        return refused.reason if same_size(model_out, model_width) else None
     if len(reader.projections) > 2:
         return Reject("{} projections meet in one activation", len(reader.projections))
-    width, model_out = shape(node.args[0])[-1], shape(node)[-1]
-    first = reader.projections[0].linear
-    source = first.args[0]
-    model_width = shape(source)[-1]
+    source = reader.projections[0].linear.args[0]
+    if any(p.linear.args[0] is not source and dtype(p.linear.args[0]) is not dtype(source) for p in reader.projections):
+        return Reject("the projections read their input in different types")
     sizes = [_width_of(p) for p in reader.projections]
     for label, size in (("hidden width", width), ("model width", model_width), ("output width", model_out)):
         if not isinstance(size, int):
