@@ -569,8 +569,8 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
         return None
     last = rank(source) - 1
     if node.target in _SPLITS:
-        bounds = _split_bounds(node, last, width)
-        return None if bounds is None else Parts(whole, bounds, (node,))
+        pieces = _split_bounds(node, last, width)
+        return None if pieces is None else Parts(whole, pieces, (node,))
     if node.target in ("narrow", torch.narrow):
         found = Arguments(node, "input", "dim", "start", "length")
         dim, start, length = found.take("dim", "start", "length")
