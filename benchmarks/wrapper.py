@@ -29,7 +29,6 @@ def measure(quick: bool, *, report: Any, should_stop: Any) -> dict[str, Any]:
         "attention.min_keys": 0,
         "ffn.min_width": 0,
         "attention.tile": [16, 8],
-        "guard.interval": 0,
     }
     results: dict[str, Any] = {"layers": LAYERS, "goal_us": 50}
     for index, kind in enumerate(("model", "blocks")):

@@ -305,6 +305,7 @@ def layer(x, w_in, w_out, weight, bias, on, budget, permutation, compensation):
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_two_sizes_through_one_compilation(inner):
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()  # a reset leaves the counts of earlier tests
     compiled = torch.compile(layer, backend=inner, fullgraph=True, dynamic=True)
     state = (torch.randn(8, 20), torch.randn(8), torch.zeros(8, dtype=torch.bool), torch.tensor([0.5]))
     state = (*state, torch.randperm(50).int(), torch.randn(8, 20))
