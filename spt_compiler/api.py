@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import calibrate, runtime, state
-from .config import SPTConfig, glob_matches
+from .config import DerivedGlob, SPTConfig, glob_matches
 from .errors import OptionError, SPTError
 from .state import STORE, SiteState
 
@@ -52,13 +52,13 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def _below(glob: str, name: str, block: nn.Module) -> Iterator[str]:
+def _below(glob: str, name: str, block: nn.Module) -> Iterator[DerivedGlob]:
     """Paths relative to `block` whose full path under `name` matches the glob: a graph of a block knows no more."""
     for inner, _ in block.named_modules():
         for kind in ("attention", "ffn"):
             full = f"{name}.{inner}" if inner else name
             if glob_matches(glob, f"{full}/{kind}"):
-                yield f"{inner}/{kind}" if inner else f"*/{kind}"
+                yield DerivedGlob(f"{inner}/{kind}" if inner else f"*/{kind}")
 
 
 def repeated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -191,9 +191,10 @@ class SPTConfig:
         return SPTConfig._build({**self._flat(), **overrides})
 
     def unused_globs(self, names: Iterable[str]) -> list[str]:
-        """The globs of `sites` that match none of the site names `names`."""
+        """The user's globs of `sites` that match none of the site names `names`."""
         names = list(names)
-        return [glob for glob, _ in self.sites if not any(glob_matches(glob, name) for name in names)]
+        users = [glob for glob, _ in self.sites if not isinstance(glob, DerivedGlob)]
+        return [glob for glob in users if not any(glob_matches(glob, name) for name in names)]
 
     def to_options(self) -> dict[str, Any]:
         """Every option as plain JSON values; `SPTConfig.from_options(config.to_options(), env={}) == config`."""
@@ -279,6 +280,10 @@ def is_disabled(env: Mapping[str, str] | None = None) -> bool:
         return _read_bool(text)
     except ValueError as error:
         raise OptionError(f"environment variable SPT_DISABLE: {error}") from None
+
+
+class DerivedGlob(str):
+    """A path below one block that `spt_compiler.compile` made from a user's glob: whether that one hits is judged there."""
 
 
 def glob_matches(glob: str, name: str) -> bool:

@@ -245,12 +245,15 @@ def _outermost() -> bool:
 
 
 def judge() -> None:
-    """Ends the outermost call in progress: warns if nothing matched, enforces `require_matches`."""
+    """Ends the outermost call in progress: warns if nothing or a glob of `sites` matched nothing, enforces `require_matches`."""
     last = _local.recent[-1].config if _local.recent else None
     # A call that raised, or another model's, may have left graphs behind.
     graphs = [g for g in _local.recent if g.config == last]
     _local.recent.clear()
     _local.unjudged = False
+    unused = graphs[0].config.unused_globs([r.name for g in graphs for r in g.reports]) if graphs else []
+    if unused:
+        warnings.warn(f"spt_compiler: sites {unused} match no site of this model; explain() shows their names", stacklevel=4)
     replaced = sum(g.replaced() for g in graphs)
     required = max((g.config.require_matches or 0 for g in graphs), default=0)
     if replaced >= max(required, 1) or not graphs:

@@ -369,6 +369,26 @@ def test_site_overrides_reach_the_sites():
     assert found[("0", "ffn")] == 0.25 and found[("1", "ffn")] == 0.5
 
 
+def glob_warnings(call):
+    """What a call says about globs of `sites`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught if "match no site" in str(w.message)]
+
+
+def test_a_glob_that_hits_nothing_warns_once():
+    model = compiled(Stack(2), sites={"blocks.1*": {"ffn.density": 0.25}, "layers.*": {"ffn.density": 0.25}})
+    (message,) = glob_warnings(lambda: model(batch()))
+    assert "layers.*" in message and "blocks.1*" not in message
+    assert not glob_warnings(lambda: model(batch()))
+
+
+def test_globs_of_blocks_compiled_one_by_one_warn_about_the_users_own_only():
+    model = spt_compiler.compile(Stack(2), **SPARSE, sites={"blocks.1*": {"ffn.density": 0.25}})
+    assert not glob_warnings(lambda: model(batch()))
+
+
 def test_a_mode_reaches_the_inner_compiler(monkeypatch):
     seen = {}
     monkeypatch.setattr(
