@@ -417,7 +417,7 @@ class Rewriter:
         seed = self._seed(device) if c.dropout_p > 0 else None
         result = self.emit(
             torch.ops.spt.routed_ffn_v1.default,
-            *(x, w_in, b_in, c.w_out, c.b_out, lora_a, lora_b, gates, blocks, rows, offsets),
+            *(x, w_in, b_in, c.w_out, c.b_out, lora_a, lora_b, None, gates, blocks, rows, offsets),
             *(
                 self.state(plan, "permutation"),
                 compensation,
@@ -425,6 +425,8 @@ class Rewriter:
                 list(c.act_in),
                 seed,
                 float(c.dropout_p),
+                None,
+                0.0,
                 self.training,
             ),
         )

@@ -36,28 +36,40 @@ class Case:
     seed: Tensor | None = None
     p: float = 0.0
     save: bool = True
+    lora_down: Tensor | None = None
+    lora_seed: Tensor | None = None
+    lora_p: float = 0.0
 
     @property
     def forward(self) -> tuple[Any, ...]:
         """Positional arguments of the forward."""
         return (
-            *(self.x, self.w_in, self.b_in, self.w_out, self.b_out, self.lora_a_out, self.lora_b, self.gates),
-            *(self.blocks, self.rows, self.offsets, self.permutation, self.compensation, self.act, self.act_in),
-            *(self.seed, self.p, self.save),
+            *(self.x, self.w_in, self.b_in, self.w_out, self.b_out, self.lora_a_out, self.lora_b, self.lora_down),
+            *(self.gates, self.blocks, self.rows, self.offsets, self.permutation, self.compensation),
+            *(self.act, self.act_in, self.seed, self.p, self.lora_seed, self.lora_p, self.save),
         )
 
     def backward(self, grad_y: Tensor, saved: Tensor, needs: list[bool] | None = None) -> tuple[Any, ...]:
-        """Positional arguments of the backward; by default everything that is there is needed."""
-        f = self.forward
+        """Positional arguments of the backward; by default everything that is there is needed.
+
+        `grad_y` holds the gradient of `low` behind that of y, as `both` returns them.
+        """
+        f, n_out = self.forward, self.w_out.shape[0]
         needs = [t is not None for t in self.leaves.values()] if needs is None else needs
-        return (grad_y, *f[:12], *f[13:17], saved, needs)
+        grad_low = None if self.lora_down is None else grad_y[:, n_out:]
+        return (grad_y[:, :n_out], grad_low, *f[:13], *f[14:20], saved, needs)
+
+    @property
+    def n_out(self) -> int:
+        """Columns of y and low side by side."""
+        return self.w_out.shape[0] + (0 if self.lora_down is None else self.lora_down.shape[0])
 
     @property
     def leaves(self) -> dict[str, Tensor | None]:
         """Differentiable arguments in the order of the backward's results."""
         names = reference_ffn.gradient_names(len(self.w_in), len(self.b_in), len(self.lora_b), len(self.act_in))
-        values = [self.x, *self.w_in, *self.b_in, self.w_out, self.b_out, *self.lora_a_out, *self.lora_b, self.gates]
-        return dict(zip(names, [*values, *self.act_in], strict=True))
+        values = [self.x, *self.w_in, *self.b_in, self.w_out, self.b_out, *self.lora_a_out, *self.lora_b]
+        return dict(zip(names, [*values, self.lora_down, self.gates, *self.act_in], strict=True))
 
     def map(self, f) -> Case:
         """The case with `f` applied to every floating-point argument."""
@@ -69,7 +81,7 @@ class Case:
         return replace(
             self,
             **{name: [each(t) for t in getattr(self, name)] for name in lists},
-            **{name: each(getattr(self, name)) for name in ("x", "w_out", "b_out", "gates", "compensation")},
+            **{name: each(getattr(self, name)) for name in ("x", "w_out", "b_out", "lora_down", "gates", "compensation")},
         )
 
     def to(self, dtype: torch.dtype) -> Case:
@@ -91,6 +103,8 @@ def case(
     act: str = "gelu(x0)",
     bias: bool = True,
     lora: bool = False,
+    down: bool = False,
+    lora_p: float = 0.0,
     gates: bool = False,
     compensation: bool = False,
     conv1d: bool = False,
@@ -111,7 +125,8 @@ def case(
         n, e, f, g, e_out: tokens, model width, hidden width, blocks, output width.  act: its x1 asks for a second
             in-projection, its a0 for a scalar and a1 for a vector input.
         conv1d: weights are transposed views.  ordered: identity permutation.  idle: a block no token may choose.
-        always: a block every token must choose.
+        always: a block every token must choose.  lora: branches on the in-projections.  down: one on the
+            out-projection, with dropout `lora_p`.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -149,11 +164,23 @@ def case(
         seed=torch.tensor([1234567]) if p else None,
         p=p,
         save=save,
+        # Last of the random tensors: cases without it keep their values.
+        lora_down=rand(3, f) if down else None,
+        lora_seed=torch.tensor([7654321]) if lora_p else None,
+        lora_p=lora_p,
     )
 
 
+def both(result: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """[N, E_out + r]: y and low of the op's results side by side."""
+    return torch.cat([result[0], result[2]], 1)
+
+
 def plain(c: Case) -> Tensor:
-    """The FFN by ordinary torch operators and autograd, every block computed and masked; in the dtype of the case."""
+    """The FFN by ordinary torch operators and autograd, every block computed and masked; in the dtype of the case.
+
+    Returns y and low side by side, like `both`.
+    """
     n_blocks, n_units = c.offsets.shape[0] - 1, c.permutation.shape[0]
     dense = bool(c.offsets[0] < 0)
     kept = reference_ffn.kept_mask(c.blocks, n_blocks) | dense
@@ -163,8 +190,8 @@ def plain(c: Case) -> Tensor:
         pre = [z + a @ b.t() for z, a, b in zip(pre, c.lora_a_out, c.lora_b, strict=True)]
     env = {f"x{i}": z for i, z in enumerate(pre)} | {f"a{i}": a for i, a in enumerate(c.act_in)}
     hidden = expression.evaluate(expression.parse(c.act), env)
+    units, tokens = torch.arange(n_units), torch.arange(c.x.shape[0])
     if c.p:
-        units, tokens = torch.arange(n_units), torch.arange(c.x.shape[0])
         hidden = hidden * reference_ffn.hidden_dropout(c.seed, tokens, units, n_units, c.p, hidden.dtype)
     unit = reference_ffn.block_of_unit(c.permutation, n_blocks)
     hidden = torch.where(kept[:, unit], hidden, 0)
@@ -173,7 +200,11 @@ def plain(c: Case) -> Tensor:
     y = torch.nn.functional.linear(hidden, c.w_out, c.b_out)
     if c.compensation is not None and not dense:
         y = y + (~kept).to(y.dtype) @ c.compensation.to(y.dtype)
-    return y
+    if c.lora_down is None:
+        return y
+    if c.lora_p:
+        hidden = hidden * reference_ffn.hidden_dropout(c.lora_seed, tokens, units, n_units, c.lora_p, hidden.dtype)
+    return torch.cat([y, hidden @ c.lora_down.t()], 1)
 
 
 def gradients(run, c: Case, grad_y: Tensor) -> dict[str, Tensor]:

@@ -93,10 +93,10 @@ def test_routed_ffn(nan_empty, name):
     act, p = case.get("act", "gelu(x0)"), case.get("p", 0.0)
     act_in = [torch.randn(hidden, dtype=dtype), torch.randn((), dtype=dtype)] if "a1" in act else []
     seed = torch.tensor([991**5]) if p else None
-    tensors = (x, w_in, b_in, w_out, b_out, lora_a, lora_b, gates)
-    rest = (*lists, torch.randperm(hidden).int(), compensation, act, act_in, seed, p, case.get("save", False))
+    tensors = (x, w_in, b_in, w_out, b_out, lora_a, lora_b, None, gates)
+    rest = (*lists, torch.randperm(hidden).int(), compensation, act, act_in, seed, p, None, 0.0, case.get("save", False))
     assert triton_ffn.supports_routed_ffn(*tensors, *rest) is None
-    y, saved = triton_ffn.routed_ffn(*tensors, *rest)
+    y, saved, _ = triton_ffn.routed_ffn(*tensors, *rest)
     exact = reference_ffn.routed_ffn(*double(tensors), *rest)
     eager = reference_ffn.routed_ffn(*tensors, *rest)
     check_close(y, exact[0], eager[0], "y")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ffn_cases import MADE_UP, Case, case, gradients, plain, rms
+from ffn_cases import MADE_UP, Case, both, case, gradients, plain, rms
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_compiler.lowering import cpu_ffn
@@ -26,19 +26,19 @@ ACTIVATIONS = (
 
 def lowered(c: Case, grad_y: torch.Tensor, needs: list[bool] | None = None) -> dict[str, torch.Tensor]:
     """Output, saved tensor and gradients of the lowering, by name."""
-    y, saved = cpu_ffn.routed_ffn(*c.forward)
-    grads = cpu_ffn.routed_ffn_backward(*c.backward(grad_y, saved, needs))
-    return {"y": y, "saved": saved} | dict(zip(c.leaves, grads, strict=True))
+    result = cpu_ffn.routed_ffn(*c.forward)
+    grads = cpu_ffn.routed_ffn_backward(*c.backward(grad_y, result[1], needs))
+    return {"y": both(result), "saved": result[1]} | dict(zip(c.leaves, grads, strict=True))
 
 
 def defined(c: Case, grad_y: torch.Tensor) -> dict[str, torch.Tensor]:
-    y, saved = reference_ffn.routed_ffn(*c.forward)
-    grads = reference_ffn.routed_ffn_backward(*c.backward(grad_y, saved))
-    return {"y": y, "saved": saved} | dict(zip(c.leaves, grads, strict=True))
+    result = reference_ffn.routed_ffn(*c.forward)
+    grads = reference_ffn.routed_ffn_backward(*c.backward(grad_y, result[1]))
+    return {"y": both(result), "saved": result[1]} | dict(zip(c.leaves, grads, strict=True))
 
 
 def check(c: Case) -> None:
-    grad_y = torch.randn(c.x.shape[0], c.w_out.shape[0], dtype=c.x.dtype)
+    grad_y = torch.randn(c.x.shape[0], c.n_out, dtype=c.x.dtype)
     got, expected = lowered(c, grad_y), defined(c, grad_y)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
@@ -66,6 +66,7 @@ def test_equals_reference_with_every_option(tile, budget, max_density, nan_empty
     # Pairs of options meet each other; all sixteen combinations would say no more.
     for lora, gates, p, save in ((1, 1, 0.3, 1), (1, 0, 0.0, 0), (0, 1, 0.0, 1), (0, 0, 0.3, 0), (0, 1, 0.3, 0)):
         options = {"lora": bool(lora), "gates": bool(gates), "p": p, "save": bool(save), "compensation": True}
+        options |= {"down": bool(lora) or p == 0, "lora_p": 0.2 if save else 0.0}
         check(case(act="silu(x0) * x1", idle=3, **options, **lists))
         check(case(act=MADE_UP + " + a1 * x1", always=7, ordered=True, conv1d=True, **options, **lists))
 
@@ -78,7 +79,7 @@ def test_odd_numbers_of_blocks(f, g, nan_empty):
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_tokens(n, nan_empty):
-    check(case(n=n, act="silu(x0) * x1", lora=True, gates=True, compensation=True))
+    check(case(n=n, act="silu(x0) * x1", lora=True, down=True, lora_p=0.1, gates=True, compensation=True))
     check(case(n=n, budget=-1.0, p=0.3))
 
 
@@ -102,11 +103,13 @@ def test_route_equals_reference():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", [{}, {"budget": -1.0}, {"act": "silu(x0) * x1", "gates": True, "lora": True}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"budget": -1.0, "down": True}, {"act": "silu(x0) * x1", "gates": True, "lora": True, "down": True}]
+)
 def test_error_is_within_twice_that_of_plain_operators(dtype, kind, small_spans):
     c = case(n=200, e=64, f=200, e_out=64, dtype=torch.float64, compensation=True, **kind)
     c = c.map(lambda t: t / t.shape[-1] ** 0.5 if t.dim() == 2 and t.shape[0] == 200 and t is not c.x else t).to(dtype)
-    grad_y = torch.randn(200, 64, dtype=dtype)
+    grad_y = torch.randn(200, c.n_out, dtype=dtype)
     exact = gradients(plain, c.to(torch.float64), grad_y.double())
     eager, got = gradients(plain, c, grad_y), lowered(c, grad_y)
     for name, value in exact.items():
@@ -151,7 +154,7 @@ def backward_products(c: Case, needs: set[str] | None) -> Products:
     saved = cpu_ffn.routed_ffn(*c.forward)[1]
     asked = [t is not None and (needs is None or name in needs) for name, t in c.leaves.items()]
     with Products() as counted:
-        grads = cpu_ffn.routed_ffn_backward(*c.backward(torch.ones(63, 21, dtype=torch.float64), saved, asked))
+        grads = cpu_ffn.routed_ffn_backward(*c.backward(torch.ones(63, c.n_out, dtype=torch.float64), saved, asked))
     for name, grad, need in zip(c.leaves, grads, asked, strict=True):
         assert need or grad.shape == (0,), name
     return counted
@@ -168,6 +171,11 @@ def test_frozen_weights_cost_no_product():
     assert backward_products(c, {"b_in0"}).flops == hidden
     assert backward_products(c, {"b_out"}).count == 0
     assert backward_products(c, set()).count == 0
+    lora = case(act="silu(x0) * x1", f=64, lora=True, down=True)
+    rank = one * 3
+    assert backward_products(lora, {"lora_down"}).flops == rank  # of A alone, and nothing of the frozen weights
+    assert backward_products(lora, {"lora_b0"}).flops == hidden + rank + rank  # to the hidden units twice, then to B
+    assert backward_products(lora, {"x"}).flops == hidden + rank + 2 * back
 
 
 def test_saved_pre_activations_are_not_computed_again():
@@ -197,15 +205,15 @@ def test_dense_by_data_holds_no_more_than_the_sparse_capacity():
     c = case(n=300, e=4, e_out=4, f=400, g=8, max_density=0.25, budget=-1.0, tile=1)
     grad_y = torch.randn(300, 4, dtype=torch.float64)
     with Products() as counted:
-        y, saved = cpu_ffn.routed_ffn(*c.forward)
+        _, saved, _ = cpu_ffn.routed_ffn(*c.forward)
         cpu_ffn.routed_ffn_backward(*c.backward(grad_y, saved))
     assert saved.numel() == c.rows.shape[0] * 50
     assert counted.largest <= saved.numel()  # the whole hidden layer would be four times that
 
 
 def test_runs_are_bitwise_equal(small_spans):
-    c = case(n=130, e=40, f=100, dtype=torch.float32, gates=True, lora=True, act="silu(x0) * x1")
-    grad_y = torch.randn(130, 21)
+    c = case(n=130, e=40, f=100, dtype=torch.float32, gates=True, lora=True, down=True, act="silu(x0) * x1")
+    grad_y = torch.randn(130, c.n_out)
     threads = torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
     try:
@@ -235,20 +243,21 @@ def test_a_token_sees_nothing_of_the_others():
 
 
 def test_infinite_weights_of_idle_blocks_do_not_matter():
-    c, spoiled = (case(idle=3, lora=True, act="silu(x0) * x1") for _ in range(2))
+    c, spoiled = (case(idle=3, lora=True, down=True, act="silu(x0) * x1") for _ in range(2))
     units = c.permutation[3 * 7 : 4 * 7].long()
     spoiled.w_in[0][units] = torch.inf
     spoiled.w_out[:, units] = torch.nan
-    grad_y = torch.randn(63, 21, dtype=torch.float64)
+    spoiled.lora_down[:, units] = torch.nan
+    grad_y = torch.randn(63, c.n_out, dtype=torch.float64)
     got, expected = lowered(spoiled, grad_y), lowered(c, grad_y)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def test_arguments_are_left_alone():
-    c = case(act="x0", gates=True, lora=True, p=0.3, compensation=True)
+    c = case(act="x0", gates=True, lora=True, down=True, p=0.3, lora_p=0.2, compensation=True)
     before = {name: t.clone() for name, t in c.leaves.items() if t is not None}
-    grad_y = torch.randn(63, 21, dtype=torch.float64)
-    y, saved = cpu_ffn.routed_ffn(*c.forward)
+    grad_y = torch.randn(63, c.n_out, dtype=torch.float64)
+    _, saved, _ = cpu_ffn.routed_ffn(*c.forward)
     kept = saved.clone()
     first = cpu_ffn.routed_ffn_backward(*c.backward(grad_y, saved))
     again = cpu_ffn.routed_ffn_backward(*c.backward(grad_y, saved))

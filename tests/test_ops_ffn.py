@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ffn_cases import MADE_UP, Case, case, gradients, plain
+from ffn_cases import MADE_UP, Case, both, case, gradients, plain
 from torch import Tensor
 
 from spt_compiler.ops import ffn as _ops
@@ -28,23 +28,32 @@ KINDS = {
         "p": 0.3,
         "always": 7,
     },
-    "dense by data": {"budget": -1.0, "act": "silu(x0) * x1", "gates": True, "compensation": True, "p": 0.3},
+    "LoRA everywhere": {"act": "silu(x0) * x1", "lora": True, "down": True, "lora_p": 0.2, "gates": True},
+    "dense by data": {
+        "budget": -1.0,
+        "act": "silu(x0) * x1",
+        "gates": True,
+        "compensation": True,
+        "p": 0.3,
+        "down": True,
+        "lora_p": 0.2,
+    },
     "all blocks": {"budget": 1.0, "max_density": 1.0, "compensation": True},
 }
 
 
 def run(c: Case) -> Tensor:
-    return spt.routed_ffn_v1(*c.forward)[0]
+    return both(spt.routed_ffn_v1(*c.forward))
 
 
 def reference(c: Case) -> Tensor:
-    return reference_ffn.routed_ffn(*c.forward)[0]
+    return both(reference_ffn.routed_ffn(*c.forward))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_equals_plain_torch_operators(kind):
     c = case(**KINDS[kind])
-    grad_y = torch.randn(63, 21, dtype=torch.float64)
+    grad_y = torch.randn(63, c.n_out, dtype=torch.float64)
     expected = gradients(plain, c, grad_y)
     torch.testing.assert_close(reference(c), expected.pop("y"))
     saved = reference_ffn.routed_ffn(*c.forward)[1]
@@ -56,16 +65,16 @@ def test_reference_equals_plain_torch_operators(kind):
             torch.testing.assert_close(grad, expected[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("kind", ["no bias, ordered", "gated, Conv1D", "everything", "dense by data"])
+@pytest.mark.parametrize("kind", ["no bias, ordered", "gated, Conv1D", "everything", "LoRA everywhere", "dense by data"])
 def test_opcheck(kind):
     c = case(n=7, e=5, e_out=4, g=4, **KINDS[kind] | {"f": 18, "idle": None, "always": None})
     spt_args = c.trainable().forward
     torch.library.opcheck(spt.routed_ffn_v1.default, spt_args)
-    y, saved = spt.routed_ffn_v1(*c.forward)
-    torch.library.opcheck(spt.routed_ffn_backward_v1.default, c.backward(torch.randn_like(y), saved))
+    result = spt.routed_ffn_v1(*c.forward)
+    torch.library.opcheck(spt.routed_ffn_backward_v1.default, c.backward(torch.randn_like(both(result)), result[1]))
 
 
-@pytest.mark.parametrize("kind", ["everything", "dense by data"])
+@pytest.mark.parametrize("kind", ["everything", "LoRA everywhere", "dense by data"])
 def test_gradcheck(kind):
     c = case(n=5, e=3, e_out=4, f=10, g=4, **KINDS[kind] | {"always": 3}).trainable()
     leaves = [t for t in c.leaves.values() if t is not None]
@@ -233,11 +242,22 @@ def test_frozen_inputs_get_no_gradient_and_no_work():
 
 def test_nothing_needs_a_gradient():
     c = case(lora=True)
-    y, saved = spt.routed_ffn_v1(*c.forward)
-    assert not y.requires_grad and not saved.requires_grad
+    y, saved, low = spt.routed_ffn_v1(*c.forward)
+    assert not any(t.requires_grad for t in (y, saved, low))
     c.w_out.requires_grad_()
-    y, saved = spt.routed_ffn_v1(*c.forward)
+    y, saved, _ = spt.routed_ffn_v1(*c.forward)
     assert y.requires_grad and not saved.requires_grad
+
+
+@pytest.mark.parametrize("used", [0, 2])
+def test_one_of_the_two_results_alone(used):
+    c, reference_case = (case(down=True, gates=True).trainable() for _ in range(2))
+    spt.routed_ffn_v1(*c.forward)[used].sum().backward()
+    (plain(reference_case)[:, :21] if used == 0 else plain(reference_case)[:, 21:]).sum().backward()
+    for (name, got), expected in zip(c.leaves.items(), reference_case.leaves.values(), strict=True):
+        if got is not None:
+            pair = [torch.zeros_like(t) if t.grad is None else t.grad for t in (got, expected)]
+            torch.testing.assert_close(*pair, msg=name)
 
 
 def test_second_backward_is_refused():
@@ -249,7 +269,7 @@ def test_second_backward_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_the_dtype_of_the_region(dtype):
-    c = case(dtype=torch.float32, gates=True, compensation=True, lora=True).trainable()
+    c = case(dtype=torch.float32, gates=True, compensation=True, lora=True, down=True, lora_p=0.1).trainable()
     with torch.autocast("cpu", dtype):
         y = run(c)
         assert y.dtype == dtype
@@ -273,6 +293,8 @@ def test_autocast_computes_in_the_dtype_of_the_region(dtype):
         ({"p": 0.5}, "a seed"),
         ({"offsets": torch.zeros(52, dtype=torch.int32)}, "at most one per hidden unit"),
         ({"lora_b": [torch.zeros(50, 3)]}, "LoRA lists"),
+        ({"lora_down": torch.zeros(3, 49)}, r"lora_down \[r, 50\]"),
+        ({"lora_down": torch.zeros(3, 50), "lora_p": 0.5}, "a seed"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):
@@ -281,9 +303,9 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
 
 
 def test_empty_batch():
-    c = case(n=0, gates=True, compensation=True, lora=True, act=MADE_UP + " + x1")
-    grads = gradients(run, c, torch.zeros(0, 21, dtype=torch.float64))
-    assert grads["y"].shape == (0, 21) and not grads["w_in0"].any() and not grads["b_out"].any()
+    c = case(n=0, gates=True, compensation=True, lora=True, down=True, act=MADE_UP + " + x1")
+    grads = gradients(run, c, torch.zeros(0, 24, dtype=torch.float64))
+    assert grads["y"].shape == (0, 24) and not grads["lora_down"].any() and not grads["w_in0"].any() and not grads["b_out"].any()
 
 
 def test_stats_are_evenly_spaced_rows():
@@ -299,7 +321,8 @@ def layer(x, w_in, w_out, weight, bias, on, budget, permutation, compensation):
     scores = torch.nn.functional.linear(x.detach(), weight, bias)
     blocks, rows, offsets = spt.route_v1(scores, on, budget, 0.5, 1, 0)
     lists = (blocks, rows, offsets, permutation, compensation)
-    return spt.routed_ffn_v1(x, [w_in], [], w_out, None, [], [], None, *lists, "gelu(x0)", [], None, 0.0, True)[0]
+    rest = ("gelu(x0)", [], None, 0.0, None, 0.0, True)
+    return spt.routed_ffn_v1(x, [w_in], [], w_out, None, [], [], None, None, *lists, *rest)[0]
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -27,7 +27,7 @@ def test_kernels_compile_for_hopper_without_a_gpu(dtype, config):
         check_compiled(entry, "sm_90")
 
 
-def ffn_arguments(dtype=torch.bfloat16, tile=64, act="gelu(x0)", act_in=(), weight=None, n_in=1):
+def ffn_arguments(dtype=torch.bfloat16, tile=64, act="gelu(x0)", act_in=(), weight=None, n_in=1, lora_down=None):
     tokens, width, hidden, n_blocks = 32, 16, 64, 4
     x, w = torch.zeros(tokens, width, dtype=dtype), torch.zeros(hidden, width, dtype=weight or dtype)
     lists = (
@@ -35,8 +35,8 @@ def ffn_arguments(dtype=torch.bfloat16, tile=64, act="gelu(x0)", act_in=(), weig
         torch.zeros(tokens * 2 + n_blocks * (tile - 1), dtype=torch.int32),
         torch.zeros(n_blocks + 1, dtype=torch.int32),
     )
-    tensors = (x, [w] * n_in, [], w.t(), None, [], [], None, *lists, torch.arange(hidden).int(), None)
-    return (*tensors, act, list(act_in), None, 0.0, False)
+    tensors = (x, [w] * n_in, [], w.t(), None, [], [], lora_down, None, *lists, torch.arange(hidden).int(), None)
+    return (*tensors, act, list(act_in), None, 0.0, None, 0.0, False)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,7 @@ def ffn_arguments(dtype=torch.bfloat16, tile=64, act="gelu(x0)", act_in=(), weig
         ({"act": "x0 * a0"}, "not a function of x0"),
         ({"act": "x0 * a0", "act_in": [torch.zeros(7)]}, "shape (7,)"),
         ({"act": "x0 +"}, "activation"),
+        ({"lora_down": torch.zeros(2, 64, dtype=torch.bfloat16)}, "low-rank branch"),
     ],
 )
 def test_what_is_not_supported_is_refused_with_the_reason(change, reason):
@@ -83,7 +84,7 @@ def test_dense_by_data_needs_no_more_hidden_values_than_the_sparse_capacity():
         triton_ffn.routed_ffn(*meta)
     finally:
         triton_ffn.launch = original
-    rows = arguments[9].shape[0]
+    rows = arguments[10].shape[0]
     assert {shape[0] for _, shape, _, _ in hidden} == {rows}
     covered = [(first, first + chunk) for dense, _, first, chunk in hidden if dense]
     assert covered[0][0] == 0 and covered[-1][1] >= 32

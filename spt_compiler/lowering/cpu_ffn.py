@@ -332,6 +332,30 @@ class _Inputs:
         return value.to(self.x.dtype).expand_as(pre[0])
 
 
+class _LowRank:
+    """A of the low-rank branch on the out-projection, in block order, and the dropout before it."""
+
+    def __init__(self, work: _Work, lora_down: Tensor | None, seed: Tensor | None, p: float, dtype: torch.dtype):
+        self.work, self.seed = work, seed
+        self.p = 0.0 if lora_down is None or seed is None else p
+        self.rank = 0 if lora_down is None else lora_down.shape[0]
+        self.down = None if lora_down is None else work.arrange(lora_down.t()).to(dtype)  # [F, r]
+
+    def back(self, span: _Span, grad_low: Tensor) -> Tensor:
+        """[n, W]: gradient of what the branch reads, given the span's rows of the gradient of its result."""
+        assert self.down is not None
+        grad = grad_low.new_empty((span.n_rows, span.width))
+        for segment in span.segments:
+            torch.mm(grad_low[segment.rows], self.down[segment.units].t(), out=grad[segment.rows])
+        return self.dropped(span, grad)
+
+    def dropped(self, span: _Span, values: Tensor) -> Tensor:
+        """[n, W] hidden values (or their gradients) of a span behind the branch's own dropout."""
+        if self.p == 0 or self.seed is None:
+            return values
+        return values * self.work.dropout(span, self.seed, self.p, values.dtype)
+
+
 @register("routed_ffn_v1", "cpu", "cpu")
 def routed_ffn(
     x: Tensor,
@@ -341,6 +365,7 @@ def routed_ffn(
     b_out: Tensor | None,
     lora_a_out: list[Tensor],
     lora_b: list[Tensor],
+    lora_down: Tensor | None,
     gates: Tensor | None,
     blocks: Tensor,
     rows: Tensor,
@@ -351,13 +376,16 @@ def routed_ffn(
     act_in: list[Tensor],
     seed: Tensor | None,
     p: float,
+    lora_seed: Tensor | None,
+    lora_p: float,
     save: bool,
 ):
     """`spt::routed_ffn_v1` on the CPU; see `ops/ffn.py` for the arguments."""
-    weights = (w_in, b_in, w_out, b_out, lora_a_out, lora_b)
-    check_arguments(x, *weights, gates, blocks, rows, offsets, permutation, compensation, act_in, seed, p)
+    weights, random = (w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down), (seed, p, lora_seed, lora_p)
+    check_arguments(x, *weights, gates, blocks, rows, offsets, permutation, compensation, act_in, *random)
     work = _Work(x, gates, blocks, rows, offsets, permutation)
-    inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in, p)
+    low_rank = _LowRank(work, lora_down, lora_seed, lora_p, x.dtype)
+    inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in, max(p, low_rank.p))
     w_down = work.arrange(w_out.t())
     saved = x.new_empty((len(w_in), rows.shape[0] if save else 0, work.width))
     if save:
@@ -372,6 +400,7 @@ def routed_ffn(
         y = b_out.to(work.accumulate).expand(shape).clone(memory_format=torch.contiguous_format)
     else:
         y = torch.zeros(shape, dtype=work.accumulate)
+    low = torch.zeros((x.shape[0], low_rank.rank), dtype=work.accumulate)
 
     flat_gates = None if gates is None else gates.reshape(-1)
     for span in work.spans(merge=inputs.merge):
@@ -383,7 +412,9 @@ def routed_ffn(
             scale = flat_gates.index_select(0, span.gate_index(work.n_blocks))
             hidden = hidden * scale.to(hidden.dtype).unsqueeze(1)
         span.add_product(y, hidden, w_down)
-    return y.to(x.dtype), saved
+        if low_rank.down is not None:
+            span.add_product(low, low_rank.dropped(span, hidden), low_rank.down)
+    return y.to(x.dtype), saved, low.to(x.dtype)
 
 
 def _clear_unused(saved: Tensor, work: _Work) -> None:
@@ -405,6 +436,7 @@ def _clear_unused(saved: Tensor, work: _Work) -> None:
 @register("routed_ffn_backward_v1", "cpu", "cpu")
 def routed_ffn_backward(
     grad_y: Tensor,
+    grad_low: Tensor | None,
     x: Tensor,
     w_in: list[Tensor],
     b_in: list[Tensor],
@@ -412,6 +444,7 @@ def routed_ffn_backward(
     b_out: Tensor | None,
     lora_a_out: list[Tensor],
     lora_b: list[Tensor],
+    lora_down: Tensor | None,
     gates: Tensor | None,
     blocks: Tensor,
     rows: Tensor,
@@ -421,17 +454,22 @@ def routed_ffn_backward(
     act_in: list[Tensor],
     seed: Tensor | None,
     p: float,
+    lora_seed: Tensor | None,
+    lora_p: float,
     saved: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
     """`spt::routed_ffn_backward_v1` on the CPU: no GEMM for what is not needed, and none again for what was saved."""
-    flat = FlatGrads(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, gates, act_in, needs)
+    flat = FlatGrads(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, act_in, needs)
     flat.put("b_out", lambda: grad_y.sum(0, dtype=torch.promote_types(grad_y.dtype, torch.float32)))
     if flat.needed <= {"b_out"}:
         return flat.tensors()
     work = _Work(x, gates, blocks, rows, offsets, permutation)
-    inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in, p)
+    low_rank = _LowRank(work, lora_down, lora_seed, lora_p, x.dtype)
+    inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in, max(p, low_rank.p))
     grads = _Gradients(work, flat)
+    if low_rank.down is not None and grad_low is None:
+        grad_low = grad_y.new_zeros((x.shape[0], low_rank.rank))
     w_down = work.arrange(w_out.t()) if grads.through_hidden else None
     flat_gates = None if gates is None else gates.reshape(-1)
     recompute = work.dense or saved.shape[1] == 0
@@ -449,17 +487,20 @@ def routed_ffn_backward(
         if grads.uses_hidden:
             hidden = inputs.hidden(span, pre)
             hidden = hidden if keep is None else hidden * keep
+        scaled = hidden if scale is None or hidden is None else hidden * scale
+        low_grad = None if low_rank.down is None else span.take(grad_low).to(x.dtype)
         if grads.w_out is not None:
-            scaled = hidden if scale is None else hidden * scale
-            for segment in span.segments:
-                left, right = scaled[segment.rows].t(), grad[segment.rows]
-                _accumulate_product(grads.w_out[segment.units], left, right, segment.first)
+            grads.add_rows(grads.w_out, span, scaled, grad)
+        if grads.lora_down is not None:
+            grads.add_rows(grads.lora_down, span, low_rank.dropped(span, scaled), low_grad)
         if w_down is None:
             continue
 
         grad_hidden = grad.new_empty((span.n_rows, span.width))
         for segment in span.segments:
             torch.mm(grad[segment.rows], w_down[segment.units].t(), out=grad_hidden[segment.rows])
+        if low_rank.down is not None:
+            grad_hidden += low_rank.back(span, low_grad)
         if grads.gates is not None:
             value = (grad_hidden * hidden).sum(1, dtype=grads.gates.dtype)
             grads.gates.view(-1).index_copy_(0, index, value)
@@ -492,6 +533,7 @@ class _Gradients:
         self.w_in = [units(f"w_in{i}", work.partial) for i in range(self.n_in)]
         self.b_in = [units(f"b_in{i}", work.accumulate) for i in range(self.n_in)]
         self.w_out = work.gradient(like["w_out"].t(), work.partial) if "w_out" in needed else None
+        self.lora_down = work.gradient(like["lora_down"].t(), work.partial) if "lora_down" in needed else None
         self.lora_a_out = [tokens(f"lora_a_out{i}") for i in range(self.n_in)]
         self.lora_b = [units(f"lora_b{i}", work.partial) for i in range(self.n_in)]
         self.gates = tokens("gates")
@@ -501,7 +543,7 @@ class _Gradients:
         # Names of the activation's inputs whose gradients are needed.
         self.names = [f"x{i}" for i in range(self.n_in) if wanted[i]] + list(self.act_in)
         self.through_hidden = bool(self.names) or self.gates is not None
-        self.uses_hidden = self.w_out is not None or self.gates is not None
+        self.uses_hidden = any(g is not None for g in (self.w_out, self.lora_down, self.gates))
         self.uses_x = any(g is not None for g in self.w_in)
 
     def add(self, inputs: _Inputs, span: _Span, slopes: dict[str, Tensor], x_rows: Tensor | None) -> None:
@@ -532,6 +574,13 @@ class _Gradients:
                 if low is not None:
                     _accumulate_product(self.lora_b[i][units], part.t(), low[segment.rows], first)
 
+    @staticmethod
+    def add_rows(buffer: Tensor, span: _Span, hidden: Tensor, grad: Tensor) -> None:
+        """buffer[units] += hidden^T @ grad for the span's rows, block by block."""
+        for segment in span.segments:
+            left, right = hidden[segment.rows].t(), grad[segment.rows]
+            _accumulate_product(buffer[segment.units], left, right, segment.first)
+
     def store(self) -> None:
         """Hand the finished gradients, in the model's order of units, to the flat list."""
         put, restore = self.flat.put, self.work.restore
@@ -542,6 +591,7 @@ class _Gradients:
             put(f"lora_a_out{i}", lambda i=i: self.lora_a_out[i])
             put(f"lora_b{i}", lambda i=i: restore(self.lora_b[i]))
         put("w_out", lambda: restore(self.w_out).t())
+        put("lora_down", lambda: restore(self.lora_down).t())
         put("gates", lambda: self.gates)
         for name, buffer in self.act_in.items():
             put(f"act_in{name[1:]}", lambda b=buffer: restore(b) if _per_unit(b) else b)

@@ -101,6 +101,7 @@ def _ffn(name: str, dtype: torch.dtype) -> None:
         _meta(width, dtype=dtype) if biased else None,
         [_meta(tokens, rank, dtype=dtype)] * n_in if rank else [],
         [_meta(hidden, rank, dtype=dtype)] * n_in if rank else [],
+        None,
         _meta(tokens, n_blocks, dtype=torch.float32) if gated else None,
         blocks,
         rows,
@@ -111,6 +112,8 @@ def _ffn(name: str, dtype: torch.dtype) -> None:
         [],
         _meta(1, dtype=torch.int64) if p else None,
         p,
+        None,
+        0.0,
         True,
     )
 

@@ -114,6 +114,7 @@ def supports_routed_ffn(
     b_out,
     lora_a_out,
     lora_b,
+    lora_down,
     gates,
     blocks,
     rows,
@@ -124,11 +125,15 @@ def supports_routed_ffn(
     act_in,
     seed,
     p,
+    lora_seed,
+    lora_p,
     save,
 ) -> Reject | None:
     """None where the kernels can run `spt::routed_ffn_v1`, else the reason."""
     if not available():
         return Reject("triton is not installed")
+    if lora_down is not None:
+        return Reject("a low-rank branch on the out-projection")
     if x.dtype not in DTYPES:
         return Reject("x has dtype {}", x.dtype)
     if 0 in x.shape or 0 in w_out.shape:
@@ -169,6 +174,7 @@ def routed_ffn(
     b_out: Tensor | None,
     lora_a_out: list[Tensor],
     lora_b: list[Tensor],
+    lora_down: Tensor | None,
     gates: Tensor | None,
     blocks: Tensor,
     rows: Tensor,
@@ -179,22 +185,25 @@ def routed_ffn(
     act_in: list[Tensor],
     seed: Tensor | None,
     p: float,
+    lora_seed: Tensor | None,
+    lora_p: float,
     save: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`spt::routed_ffn_v1`: a gathered GEMM with the activation, a GEMM into partial rows, and their sum per token.
 
     The same kernels are launched for the case that every block is meant, in token chunks whose hidden values fit the
     sparse capacity; whichever of the two is not asked for returns at once.
     """
     lists = (blocks, rows, offsets, permutation)
-    check_arguments(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, gates, *lists, compensation, act_in, seed, p)
+    weights, random = (w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down), (seed, p, lora_seed, lora_p)
+    check_arguments(x, *weights, gates, *lists, compensation, act_in, *random)
     work = _Forward(x, w_in, b_in, w_out, lora_a_out, lora_b, gates, *lists, save)
     work.activation(act_expr, act_in, seed, p)
     work.out(b_out, compensation)
     work.run(dense=False, first_token=0, chunk=work.n_tokens)
     for first_token in range(0, work.n_tokens, work.chunk):
         work.run(dense=True, first_token=first_token, chunk=work.chunk)
-    return work.y, work.saved
+    return work.y, work.saved, work.y.new_empty((work.n_tokens, 0))
 
 
 class _Forward:

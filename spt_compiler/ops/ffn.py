@@ -14,7 +14,7 @@ from spt_compiler.ops.reference_ffn import gradient_names, kept_blocks, row_capa
 
 _TENSORS = (
     "Tensor x, Tensor[] w_in, Tensor[] b_in, Tensor w_out, Tensor? b_out, Tensor[] lora_a_out, Tensor[] lora_b, "
-    "Tensor? gates, Tensor blocks, Tensor rows, Tensor offsets, Tensor permutation"
+    "Tensor? lora_down, Tensor? gates, Tensor blocks, Tensor rows, Tensor offsets, Tensor permutation"
 )
 
 
@@ -59,8 +59,8 @@ def _(scores, always_on, budget, max_density, tile, min_tokens):
 @torch.library.custom_op(
     "spt::routed_ffn_v1",
     mutates_args=(),
-    schema=f"({_TENSORS}, Tensor? compensation, str act_expr, Tensor[] act_in, Tensor? seed, float p, bool save)"
-    " -> (Tensor, Tensor)",
+    schema=f"({_TENSORS}, Tensor? compensation, str act_expr, Tensor[] act_in, Tensor? seed, float p,"
+    " Tensor? lora_seed, float lora_p, bool save) -> (Tensor, Tensor, Tensor)",
 )
 def routed_ffn(
     x,
@@ -70,6 +70,7 @@ def routed_ffn(
     b_out,
     lora_a_out,
     lora_b,
+    lora_down,
     gates,
     blocks,
     rows,
@@ -80,25 +81,32 @@ def routed_ffn(
     act_in,
     seed,
     p,
+    lora_seed,
+    lora_p,
     save,
 ):
     """Feed-forward layer that computes, for each token, the blocks of hidden units listed for it.
 
     pre_i = x w_in[i]^T + b_in[i] + lora_a_out[i] lora_b[i]^T;  h = dropout(act(pre_0, pre_1));
-    y = sum over kept blocks g of gates_g * (h_g w_out_g^T) + b_out + sum over dropped blocks of compensation_g.
+    y = sum over kept blocks g of gates_g * (h_g w_out_g^T) + b_out + sum over dropped blocks of compensation_g;
+    low = sum over kept blocks g of gates_g * (lora_dropout(h_g) lora_down_g^T).
 
     Args:
         x: [N, E] float.  w_in: one or two (gated FFN) logical [F, E] weights.  b_in: none, or one [F] for each.
         w_out: [E_out, F].  b_out: [E_out] or None.  All of x's dtype, any strides.
         lora_a_out, lora_b: empty, or [N, r] and [F, r] for each in-projection (r = 0 where there is none); the scaling
             is already in lora_a_out.
+        lora_down: [r, F] or None: A of a low-rank branch on the out-projection. It reads the hidden activation, so the
+            op computes it, for the same blocks; its B is an ordinary product of `low` outside.
         gates: [N, G] or None (ones).  blocks, rows, offsets: from `route`.
         permutation: [F] int32; block g owns the units permutation[g * W : (g + 1) * W], W = ceil(F / G).
         compensation: [G, E_out] or None; state, gets no gradient; not used when dense by data.
         act_expr: activation in the language of `expression.py` over x0, x1 and a0, a1, ... (`act_in`: scalars or [F]).
         seed: [1] int64, with p > 0: a hash of (seed, token * F + unit) drops hidden units with probability p.
+        lora_seed, lora_p: the same for the hidden units that lora_down reads (y is not affected).
         save: keep pre-activations for backward; without it (and when dense by data) backward recomputes them.
-    Returns: y [N, E_out], dtype of x; saved [n_in, cap, W] (cap 0 without `save`), opaque.
+    Returns: y [N, E_out], dtype of x; saved [n_in, cap, W] (cap 0 without `save`), opaque; low [N, r], dtype of x (r = 0
+        without lora_down).
     Raises: ValueError on shapes or dtypes that do not fit.
     Dense by data: all blocks, in token chunks that never hold more hidden values than the sparse capacity.
     Source: SPT (arXiv 2312.10365), routed FFN; differs from it by gathered per-block GEMMs, and compensation of dropped
@@ -112,6 +120,7 @@ def routed_ffn(
         b_out,
         lora_a_out,
         lora_b,
+        lora_down,
         gates,
         blocks,
         rows,
@@ -122,6 +131,8 @@ def routed_ffn(
         act_in,
         seed,
         p,
+        lora_seed,
+        lora_p,
         save,
     )
 
@@ -135,6 +146,7 @@ def _(
     b_out,
     lora_a_out,
     lora_b,
+    lora_down,
     gates,
     blocks,
     rows,
@@ -145,22 +157,26 @@ def _(
     act_in,
     seed,
     p,
+    lora_seed,
+    lora_p,
     save,
 ):
     n_blocks = offsets.shape[0] - 1
     width = (permutation.shape[0] + n_blocks - 1) // n_blocks
     y = x.new_empty((x.shape[0], w_out.shape[0]))
-    return y, x.new_empty((len(w_in), rows.shape[0] if save else 0, width))
+    saved = x.new_empty((len(w_in), rows.shape[0] if save else 0, width))
+    return y, saved, x.new_empty((x.shape[0], 0 if lora_down is None else lora_down.shape[0]))
 
 
 @torch.library.custom_op(
     "spt::routed_ffn_backward_v1",
     mutates_args=(),
-    schema=f"(Tensor grad_y, {_TENSORS}, str act_expr, Tensor[] act_in, Tensor? seed, float p, Tensor saved,"
-    " bool[] needs) -> Tensor[]",
+    schema=f"(Tensor grad_y, Tensor? grad_low, {_TENSORS}, str act_expr, Tensor[] act_in, Tensor? seed, float p,"
+    " Tensor? lora_seed, float lora_p, Tensor saved, bool[] needs) -> Tensor[]",
 )
 def routed_ffn_backward(
     grad_y,
+    grad_low,
     x,
     w_in,
     b_in,
@@ -168,6 +184,7 @@ def routed_ffn_backward(
     b_out,
     lora_a_out,
     lora_b,
+    lora_down,
     gates,
     blocks,
     rows,
@@ -177,13 +194,16 @@ def routed_ffn_backward(
     act_in,
     seed,
     p,
+    lora_seed,
+    lora_p,
     saved,
     needs,
 ):
     """Gradients of `routed_ffn`.
 
     Args:
-        grad_y: [N, E_out], any strides.  saved: the forward's (its cap is 0 where there is nothing saved).
+        grad_y: [N, E_out], any strides.  grad_low: [N, r] or None (zero).
+        saved: the forward's (its cap is 0 where there is nothing saved).
         needs: one bool per gradient, in the order of `reference_ffn.gradient_names`.
         The rest: as in the forward (`b_out` for its shape alone).
     Returns: the gradients in that order, each like its input; an empty [0] tensor where none is needed (and no work is
@@ -191,6 +211,7 @@ def routed_ffn_backward(
     """
     return reference_ffn.routed_ffn_backward(
         grad_y,
+        grad_low,
         x,
         w_in,
         b_in,
@@ -198,6 +219,7 @@ def routed_ffn_backward(
         b_out,
         lora_a_out,
         lora_b,
+        lora_down,
         gates,
         blocks,
         rows,
@@ -207,6 +229,8 @@ def routed_ffn_backward(
         act_in,
         seed,
         p,
+        lora_seed,
+        lora_p,
         saved,
         needs,
     )
@@ -215,6 +239,7 @@ def routed_ffn_backward(
 @routed_ffn_backward.register_fake
 def _(
     grad_y,
+    grad_low,
     x,
     w_in,
     b_in,
@@ -222,6 +247,7 @@ def _(
     b_out,
     lora_a_out,
     lora_b,
+    lora_down,
     gates,
     blocks,
     rows,
@@ -231,42 +257,34 @@ def _(
     act_in,
     seed,
     p,
+    lora_seed,
+    lora_p,
     saved,
     needs,
 ):
-    inputs = [x, *w_in, *b_in, w_out, b_out, *lora_a_out, *lora_b, gates, *act_in]
+    inputs = [x, *w_in, *b_in, w_out, b_out, *lora_a_out, *lora_b, lora_down, gates, *act_in]
     return [torch.empty_like(t) if need and t is not None else x.new_empty([0]) for t, need in zip(inputs, needs, strict=True)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    (x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, gates, blocks, rows, offsets, permutation) = inputs[:12]
-    compensation, act_expr, act_in, seed, p, save = inputs[12:]
+    (x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, blocks, rows, offsets, permutation) = inputs[:13]
+    compensation, act_expr, act_in, seed, p, lora_seed, lora_p, save = inputs[13:]
     saved = output[1]
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
     ctx.lengths = (len(w_in), len(b_in), len(lora_b), len(act_in))
-    ctx.act_expr, ctx.p = act_expr, p
-    ctx.save_for_backward(
-        x,
-        w_out,
-        b_out,
-        gates,
-        blocks,
-        rows,
-        offsets,
-        permutation,
-        seed,
-        saved,
-        *w_in,
-        *b_in,
-        *lora_a_out,
-        *lora_b,
-        *act_in,
-    )
+    ctx.act_expr, ctx.p, ctx.lora_p = act_expr, p, lora_p
+    single = (x, w_out, b_out, lora_down, gates, blocks, rows, offsets, permutation, seed, lora_seed, saved)
+    ctx.save_for_backward(*single, *w_in, *b_in, *lora_a_out, *lora_b, *act_in)
 
 
-def _backward(ctx, grad_y, _grad_saved):
-    x, w_out, b_out, gates, blocks, rows, offsets, permutation, seed, saved, *rest = ctx.saved_tensors
+# Differentiable arguments of the forward by position, and how many tensors each holds (an index into `ctx.lengths`).
+_DIFFERENTIABLE = {0: None, 1: 0, 2: 1, 3: None, 4: None, 5: 2, 6: 2, 7: None, 8: None, 15: 3}
+
+
+def _backward(ctx, grad_y, _grad_saved, grad_low):
+    tensors = ctx.saved_tensors  # read once: checkpointing allows no more
+    x, w_out, b_out, lora_down, gates, blocks, rows, offsets, permutation, seed, lora_seed, saved, *rest = tensors
     n_in, n_bias, n_lora, n_act = ctx.lengths
     lists = []
     for n in (n_in, n_bias, n_lora, n_lora, n_act):
@@ -275,35 +293,20 @@ def _backward(ctx, grad_y, _grad_saved):
     w_in, b_in, lora_a_out, lora_b, act_in = lists
     asked = list(ctx.needs_input_grad)
     flat_needs: list[bool] = []
-    for position, n in ((0, 1), (1, n_in), (2, n_bias), (3, 1), (4, 1), (5, n_lora), (6, n_lora), (7, 1), (14, n_act)):
-        need = asked[position]
+    for position, length in _DIFFERENTIABLE.items():
+        need, n = asked[position], 1 if length is None else ctx.lengths[length]
         # An empty list leaves one flag or none, depending on how torch flattened it.
         flags = list(need) if isinstance(need, (list, tuple)) else [bool(need)]
         flat_needs += [bool(f) for f in flags[:n]] + [False] * (n - len(flags))
     names = gradient_names(*ctx.lengths)
-    if grad_y is None or not any(flat_needs):
+    if (grad_y is None and grad_low is None) or not any(flat_needs):
         grads: list[Tensor | None] = [None] * len(names)
     else:
         flat = torch.ops.spt.routed_ffn_backward_v1.default(
-            grad_y,
-            x,
-            w_in,
-            b_in,
-            w_out,
-            b_out,
-            lora_a_out,
-            lora_b,
-            gates,
-            blocks,
-            rows,
-            offsets,
-            permutation,
-            ctx.act_expr,
-            act_in,
-            seed,
-            ctx.p,
-            saved,
-            flat_needs,
+            x.new_zeros((x.shape[0], w_out.shape[0])) if grad_y is None else grad_y,
+            grad_low,
+            *(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, blocks, rows, offsets, permutation),
+            *(ctx.act_expr, act_in, seed, ctx.p, lora_seed, ctx.lora_p, saved, flat_needs),
         )
         grads = [g if need else None for g, need in zip(flat, flat_needs, strict=True)]
     by_name = dict(zip(names, grads, strict=True))
@@ -320,10 +323,11 @@ def _backward(ctx, grad_y, _grad_saved):
         by_name["b_out"],
         listed("lora_a_out", n_lora),
         listed("lora_b", n_lora),
+        by_name["lora_down"],
         by_name["gates"],
         *[None] * 6,
         listed("act_in", n_act),
-        *[None] * 3,
+        *[None] * 5,
     )
 
 
@@ -341,7 +345,7 @@ routed_ffn_backward.register_autograd(_no_double_backward)
 
 
 # Positions of the arguments that autocast casts: all but gates and compensation, which act in their own dtype.
-_CAST = (0, 1, 2, 3, 4, 5, 6, 14)
+_CAST = (0, 1, 2, 3, 4, 5, 6, 7, 15)
 
 
 def _autocast(op: torch.library.CustomOpDef, overload: torch._ops.OpOverload, device_type: str, cast: tuple[int, ...]):

@@ -119,12 +119,14 @@ class _Forward(NamedTuple):
     w_out: Tensor
     lora_a_out: list[Tensor]
     lora_b: list[Tensor]
+    lora_down: Tensor | None
     gates: Tensor | None
     pre: list[Tensor]
     env: dict
     act: expression.Expression
     keep: Tensor | None  # [N, F] dropout mask times 1 / (1 - p)
     hidden: Tensor  # after activation and dropout, before gates
+    low_keep: Tensor | None  # [N, F] dropout mask of what lora_down reads, times 1 / (1 - lora_p)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -143,7 +145,29 @@ def hidden_dropout(seed: Tensor, tokens: Tensor, units: Tensor, n_units: int, p:
     return keep.to(dtype) * (1 / (1 - p) if p < 1 else 0.0)
 
 
-def _forward(x, w_in, b_in, w_out, lora_a_out, lora_b, gates, blocks, offsets, permutation, act_expr, act_in, seed, p) -> _Forward:
+def _dropped(value: Tensor, keep: Tensor | None) -> Tensor:
+    return value if keep is None else torch.where(keep > 0, value * keep, 0)
+
+
+def _forward(
+    x,
+    w_in,
+    b_in,
+    w_out,
+    lora_a_out,
+    lora_b,
+    lora_down,
+    gates,
+    blocks,
+    offsets,
+    permutation,
+    act_expr,
+    act_in,
+    seed,
+    p,
+    lora_seed,
+    lora_p,
+) -> _Forward:
     n_blocks = offsets.shape[0] - 1
     n_units = permutation.shape[0]
     dense = bool(offsets[0] < 0)
@@ -157,14 +181,19 @@ def _forward(x, w_in, b_in, w_out, lora_a_out, lora_b, gates, blocks, offsets, p
     pre = [z + a @ b.t() for z, a, b in zip(pre, lora_a_out, lora_b, strict=True)] if lora_a_out else pre
     act, env = activation_env(act_expr, pre, [_wide(a) for a in act_in])
     hidden = expression.evaluate(act, env).expand_as(pre[0])
-    keep = None
-    if p > 0 and seed is not None:
-        tokens = torch.arange(x.shape[0], device=x.device)
-        keep = hidden_dropout(seed, tokens, torch.arange(n_units, device=x.device), n_units, p, x.dtype)
-        hidden = torch.where(keep > 0, hidden * keep, 0)
-    gates = None if gates is None else _wide(gates)
+
+    def mask(seed: Tensor | None, p: float) -> Tensor | None:
+        if p == 0 or seed is None:
+            return None
+        tokens, units = (torch.arange(n, device=x.device) for n in (x.shape[0], n_units))
+        return hidden_dropout(seed, tokens, units, n_units, p, x.dtype)
+
+    keep, low_keep = mask(seed, p), None if lora_down is None else mask(lora_seed, lora_p)
+    hidden = _dropped(hidden, keep)
+    gates, lora_down = (None if t is None else _wide(t) for t in (gates, lora_down))
     unit = block_of_unit(permutation, n_blocks)
-    return _Forward(dense, kept, unit, x, w_in, w_out, lora_a_out, lora_b, gates, pre, env, act, keep, hidden)
+    weights = (w_in, w_out, lora_a_out, lora_b, lora_down)
+    return _Forward(dense, kept, unit, x, *weights, gates, pre, env, act, keep, hidden, low_keep)
 
 
 def routed_ffn(
@@ -175,6 +204,7 @@ def routed_ffn(
     b_out: Tensor | None,
     lora_a_out: list[Tensor],
     lora_b: list[Tensor],
+    lora_down: Tensor | None,
     gates: Tensor | None,
     blocks: Tensor,
     rows: Tensor,
@@ -185,12 +215,14 @@ def routed_ffn(
     act_in: list[Tensor],
     seed: Tensor | None,
     p: float,
+    lora_seed: Tensor | None,
+    lora_p: float,
     save: bool,
 ):
     """The FFN over the kept blocks of each token. See `spt::routed_ffn_v1`."""
-    weights = (w_in, b_in, w_out, b_out, lora_a_out, lora_b)
-    check_arguments(x, *weights, gates, blocks, rows, offsets, permutation, compensation, act_in, seed, p)
-    f = _forward(x, w_in, b_in, w_out, lora_a_out, lora_b, gates, blocks, offsets, permutation, act_expr, act_in, seed, p)
+    weights, random = (w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down), (seed, p, lora_seed, lora_p)
+    check_arguments(x, *weights, gates, blocks, rows, offsets, permutation, compensation, act_in, *random)
+    f = _forward(x, w_in, b_in, w_out, *weights[4:], gates, blocks, offsets, permutation, act_expr, act_in, *random)
     coefficient = f.kept if f.gates is None else f.kept * f.gates
     # `where`, not a product: a block that is not kept may hold inf or NaN.
     hidden = torch.where(f.kept[:, f.unit], f.hidden * coefficient[:, f.unit], 0)
@@ -199,7 +231,10 @@ def routed_ffn(
         y = y + _wide(b_out)
     if compensation is not None and not f.dense:
         y = y + (~f.kept).to(y.dtype) @ compensation.to(y.dtype)
-    return y.to(x.dtype), _saved(f, x.dtype, rows, offsets, permutation, save)
+    low = hidden.new_empty((x.shape[0], 0))
+    if f.lora_down is not None:
+        low = _dropped(hidden, f.low_keep) @ f.lora_down.t()
+    return y.to(x.dtype), _saved(f, x.dtype, rows, offsets, permutation, save), low.to(x.dtype)
 
 
 def _saved(f: _Forward, dtype: torch.dtype, rows: Tensor, offsets: Tensor, permutation: Tensor, save: bool) -> Tensor:
@@ -221,6 +256,7 @@ def _saved(f: _Forward, dtype: torch.dtype, rows: Tensor, offsets: Tensor, permu
 
 def routed_ffn_backward(
     grad_y: Tensor,
+    grad_low: Tensor | None,
     x: Tensor,
     w_in: list[Tensor],
     b_in: list[Tensor],
@@ -228,6 +264,7 @@ def routed_ffn_backward(
     b_out: Tensor | None,
     lora_a_out: list[Tensor],
     lora_b: list[Tensor],
+    lora_down: Tensor | None,
     gates: Tensor | None,
     blocks: Tensor,
     rows: Tensor,
@@ -237,20 +274,25 @@ def routed_ffn_backward(
     act_in: list[Tensor],
     seed: Tensor | None,
     p: float,
+    lora_seed: Tensor | None,
+    lora_p: float,
     saved: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of `routed_ffn`, recomputed from its inputs. See `spt::routed_ffn_backward_v1`."""
-    f = _forward(x, w_in, b_in, w_out, lora_a_out, lora_b, gates, blocks, offsets, permutation, act_expr, act_in, seed, p)
+    weights, random = (w_in, b_in, w_out, lora_a_out, lora_b, lora_down), (seed, p, lora_seed, lora_p)
+    f = _forward(x, *weights, gates, blocks, offsets, permutation, act_expr, act_in, *random)
     grad_y = _wide(grad_y)
     kept = f.kept[:, f.unit]
     per_unit = torch.ones_like(f.hidden) if f.gates is None else f.gates[:, f.unit]
 
-    grad_scaled = torch.where(kept, grad_y @ f.w_out, 0)  # of hidden * gate
+    grad_scaled = grad_y @ f.w_out  # of hidden * gate
     scaled = torch.where(kept, f.hidden * per_unit, 0)
-    grad_hidden = grad_scaled * per_unit
-    if f.keep is not None:
-        grad_hidden = torch.where(f.keep > 0, grad_hidden * f.keep, 0)
+    grad_low = None if grad_low is None or f.lora_down is None else _wide(grad_low)
+    if grad_low is not None:
+        grad_scaled = grad_scaled + _dropped(grad_low @ f.lora_down, f.low_keep)
+    grad_scaled = torch.where(kept, grad_scaled, 0)
+    grad_hidden = _dropped(grad_scaled * per_unit, f.keep)
 
     def through_activation(name: str) -> Tensor:
         slope = expression.evaluate(expression.derivative(f.act, name), f.env)
@@ -258,7 +300,7 @@ def routed_ffn_backward(
 
     grad_pre = [through_activation(f"x{i}") for i in range(len(f.pre))]
 
-    flat = FlatGrads(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, gates, act_in, needs)
+    flat = FlatGrads(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, act_in, needs)
     flat.put("x", lambda: sum(g @ w for g, w in zip(grad_pre, f.w_in, strict=True)))
     for i, g in enumerate(grad_pre):
         flat.put(f"w_in{i}", lambda g=g: g.t() @ f.x)
@@ -267,6 +309,13 @@ def routed_ffn_backward(
         flat.put(f"lora_b{i}", lambda i=i, g=g: g.t() @ f.lora_a_out[i])
     flat.put("w_out", lambda: grad_y.t() @ scaled)
     flat.put("b_out", lambda: grad_y.sum(0))
+
+    def down_grad() -> Tensor:
+        if grad_low is None:
+            return torch.zeros_like(f.lora_down)
+        return grad_low.t() @ _dropped(scaled, f.low_keep)
+
+    flat.put("lora_down", down_grad)
 
     def gate_grad() -> Tensor:
         per_unit_grad = torch.where(kept, grad_scaled * f.hidden, 0)
@@ -288,6 +337,7 @@ def gradient_names(n_in: int, n_bias: int, n_lora: int, n_act: int) -> list[str]
         "b_out",
         *(f"lora_a_out{i}" for i in range(n_lora)),
         *(f"lora_b{i}" for i in range(n_lora)),
+        "lora_down",
         "gates",
         *(f"act_in{i}" for i in range(n_act)),
     ]
@@ -300,9 +350,11 @@ class FlatGrads:
         `gradient_names`.
     """
 
-    def __init__(self, x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, gates, act_in, needs: list[bool]):
+    def __init__(
+        self, x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, act_in, needs: list[bool]
+    ):
         names = gradient_names(len(w_in), len(b_in), len(lora_a_out), len(act_in))
-        like = [x, *w_in, *b_in, w_out, b_out, *lora_a_out, *lora_b, gates, *act_in]
+        like = [x, *w_in, *b_in, w_out, b_out, *lora_a_out, *lora_b, lora_down, gates, *act_in]
         self.like = dict(zip(names, like, strict=True))
         self.needed = {name for name, need in zip(names, needs, strict=True) if need and self.like[name] is not None}
         self._values: dict[str, Tensor] = {}
@@ -355,6 +407,7 @@ def check_arguments(
     b_out,
     lora_a_out,
     lora_b,
+    lora_down,
     gates,
     blocks,
     rows,
@@ -364,6 +417,8 @@ def check_arguments(
     act_in,
     seed,
     p,
+    lora_seed,
+    lora_p,
 ) -> None:
     """Raise ValueError, with expected, got and remedy, unless the arguments of `spt::routed_ffn_v1` fit together."""
 
@@ -398,6 +453,8 @@ def check_arguments(
     for a, b in zip(lora_a_out, lora_b, strict=True):
         if a.dim() != 2 or b.dim() != 2 or a.shape != (n_tokens, b.shape[1]) or b.shape[0] != n_units:
             refuse(f"LoRA [{n_tokens}, r] and [{n_units}, r]", (tuple(a.shape), tuple(b.shape)))
+    if lora_down is not None and (lora_down.dim() != 2 or lora_down.shape[1] != n_units):
+        refuse(f"lora_down [r, {n_units}]", tuple(lora_down.shape))
     if gates is not None and gates.shape != (n_tokens, n_blocks):
         refuse(f"gates [{n_tokens}, {n_blocks}]", tuple(gates.shape))
     if blocks.dim() != 2 or blocks.shape[0] != n_tokens:
@@ -407,7 +464,8 @@ def check_arguments(
     for a in act_in:
         if a.dim() > 1 or a.numel() not in (1, n_units):
             refuse(f"activation inputs of one number or [{n_units}]", tuple(a.shape))
-    if not 0 <= p <= 1:
-        refuse("a dropout probability in [0, 1]", p)
-    if p > 0 and seed is None:
-        refuse("a seed for dropout", f"p={p} without one")
+    for rate, drawn in ((p, seed), (lora_p, lora_seed)):
+        if not 0 <= rate <= 1:
+            refuse("a dropout probability in [0, 1]", rate)
+        if rate > 0 and drawn is None:
+            refuse("a seed for dropout", f"p={rate} without one")
