@@ -265,7 +265,7 @@ class Rewriter:
         fixed_q, fixed_k, fixed_v = (self.emit(torch.ops.aten.detach.default, n) for n in (q, k, v))
         fixed_bias = None if bias is None else self.emit(torch.ops.aten.detach.default, bias)
         fixed_codes = None if codebook is None else self.emit(torch.ops.aten.detach.default, codebook)
-        tail: tuple[int, ...] = ()
+        tail: tuple[int | bool, ...] = ()
         if options.granularity == "tile":
             tail = tuple(options.tile)
             chosen = self.emit(
@@ -274,6 +274,8 @@ class Rewriter:
                 *(*tail, c.scale, c.softcap, rule, plan.minimum),
             )
             attend = torch.ops.spt.tile_attention_v1.default
+            if options.compensation and not config.exact:
+                tail = (*tail, True)
         else:
             chosen = self.emit(
                 torch.ops.spt.select_keys_v1.default,

@@ -42,6 +42,7 @@ class Case:
     empty: str = "zero"
     tile_q: int = 32
     tile_k: int = 8
+    compensate: bool = False
 
     def select_tiles_args(self, density: float = 0.3, rule: str = "pq", max_density: float | None = None, min_keys: int = 0):
         most = density if max_density is None else max_density
@@ -56,7 +57,7 @@ class Case:
         return (*head, self.scale, self.softcap, rule, min_keys)
 
     def attend_args(self, index: Tensor, counts: Tensor, tiles: bool = True):
-        tail = (self.tile_q, self.tile_k) if tiles else ()
+        tail = (self.tile_q, self.tile_k, *([True] if self.compensate else [])) if tiles else ()
         head = (self.q, self.k, self.v, self.bias, index, counts, self.expr, self.expr_in)
         return (*head, self.seed, self.p, self.scale, self.softcap, self.empty, *tail)
 
@@ -154,6 +155,38 @@ def oracle(case: Case, kept: Tensor) -> Tensor:
         prob = prob * reference.dropout_keep(case.seed, index, case.p) / (1 - case.p)
     out = prob @ v
     return torch.where(nothing, torch.nan, out) if case.empty == "nan" else out
+
+
+def compensated_oracle(case: Case, kept: Tensor) -> Tensor:
+    """Attention over kept pairs and one pseudo-key per dropped tile that a query sees whole, by autograd-able loops, in fp64."""
+    group = case.q.shape[1] // case.k.shape[1]
+    q, k, v = case.q.double(), *(x.double().repeat_interleave(group, 1) for x in (case.k, case.v))
+    allowed, n_k = case.allowed(), k.shape[2]
+    bias = torch.zeros((), dtype=torch.float64)
+    if case.bias is not None and case.bias.dtype != torch.bool:
+        bias = case.bias.double()
+    bias = bias.expand(allowed.shape)
+
+    def cap(x: Tensor) -> Tensor:
+        return x if case.softcap is None else case.softcap * torch.tanh(x / case.softcap)
+
+    logits = [(cap(q @ k.transpose(-1, -2) * case.scale) + bias).masked_fill(~(allowed & kept), -torch.inf)]
+    values, first = [v], list(range(n_k))
+    for start in range(0, n_k, case.tile_k):
+        tile = slice(start, min(start + case.tile_k, n_k))
+        there = allowed[..., tile].all(-1) & ~kept[..., start]
+        level = bias[..., tile].masked_fill(~there.unsqueeze(-1), 0).logsumexp(-1)
+        logit = cap((q @ k[:, :, tile].mean(2, keepdim=True).transpose(-1, -2)).squeeze(-1) * case.scale) + level
+        logits.append(logit.masked_fill(~there, -torch.inf).unsqueeze(-1))
+        values.append(v[:, :, tile].mean(2, keepdim=True))
+        first.append(start)
+    logit = torch.cat(logits, -1)
+    seen = (logit > -torch.inf).any(-1, keepdim=True)
+    prob = logit.masked_fill(~seen, 0).softmax(-1) * seen
+    if case.p > 0:
+        rows = torch.arange(prob[..., 0].numel()).view(*prob.shape[:3], 1) * n_k
+        prob = prob * reference.dropout_keep(case.seed, rows + torch.tensor(first), case.p) / (1 - case.p)
+    return prob @ torch.cat(values, 2)
 
 
 def everything(case: Case) -> Tensor:

@@ -536,3 +536,19 @@ def test_a_mask_of_the_wrong_shape_is_the_models_own_error():
 
     with pytest.raises(RuntimeError, match="(?i)expand|size|shape"):
         compiled(Wrong())(batch())
+
+
+def test_compensation_reaches_the_operator_and_lowers_the_error():
+    """Small queries and keys: attention is nearly uniform, where dropped tiles weigh most and their means say most."""
+    model, x = Stack(1), batch(200)
+    with torch.no_grad():
+        model.blocks[0].qkv.weight[:96] *= 0.1
+    dense, dense_grads = gradients(model, model, x)
+    options = {**SPARSE, "inner": "aot_eager", "attention.tile": [16, 8], "attention.density": 0.125, "ffn.density": 1.0}
+    errors = {}
+    for on in (False, True):
+        torch._dynamo.reset()
+        run = warmed(model, {**options, "attention.compensation": on})
+        out, grads = gradients(model, run, x)
+        errors[on] = relative(out, dense), relative(grads["input0"], dense_grads["input0"])
+    assert errors[True][0] < 0.7 * errors[False][0] and errors[True][1] < errors[False][1]

@@ -263,6 +263,73 @@ def test_expanded_upstream_gradients(tiles):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pseudo-keys of dropped tiles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [
+        ("none", {"groups": 4, "softcap": 1.5}),
+        ("causal", {"p": 0.3, "seed": torch.tensor([7])}),
+        ("causal padding", {}),
+        ("bool", {}),
+        ("float", {"softcap": 2.0}),
+        ("head bias", {"p": 0.2, "seed": torch.tensor([-3])}),
+    ],
+)
+def test_pseudo_keys_and_their_gradients(mask, options):
+    case = cases.make(mask, n_q=51, n_k=51, compensate=True, **options)  # the last tile holds 3 keys
+    if mask == "float":  # tiles that are seen whole, beside those that are not
+        case.bias[..., 8:32] = case.bias[..., 8:32].clamp(min=-2)
+    if mask == "bool":
+        case.bias[..., 40:] = True
+    inputs = [case.q, case.k, case.v]
+    if case.bias is not None and case.bias.is_floating_point():
+        inputs.append(case.bias)
+    for x in inputs:
+        x.requires_grad_()
+    index, counts = tile_lists(case, 0.25)
+    out, lse = spt.tile_attention_v1(*case.attend_args(index, counts))
+    kept = cases.kept_tiles(case, index, counts)
+    expected = cases.compensated_oracle(case, kept)
+    assert cases.error(out, expected) < 1e-9
+    case.compensate = False
+    plain, plain_lse = spt.tile_attention_v1(*case.attend_args(index, counts))
+    assert cases.error(out, plain) > 0.05 and (lse >= plain_lse - 1e-9).all() and (lse > plain_lse + 1e-3).any()
+    upstream = torch.randn_like(out)
+    for actual, wanted in zip(
+        torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        assert cases.error(actual, torch.nan_to_num(wanted)) < 1e-9
+
+
+def test_pseudo_keys_pass_opcheck():
+    case = cases.make("head bias", n_q=20, n_k=27, batch=1, compensate=True)
+    index, counts = tile_lists(case)
+    for x in (case.q, case.k, case.v, case.bias):
+        x.requires_grad_()
+    args = case.attend_args(index, counts)
+    opcheck(spt.tile_attention_v1.default, args)
+    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+    out, lse = spt.tile_attention_v1(*args)
+    args = (torch.ones_like(out), *args[:4], out, lse, *args[4:-1], [True] * 4, True)
+    opcheck(spt.tile_attention_backward_v1.default, args)
+
+
+def test_pseudo_keys_show_nothing_beyond_the_mask_and_vanish_in_the_dense_limit():
+    case = cases.make("causal", n_q=64, n_k=64, tile_q=16, compensate=True)
+    index, counts = tile_lists(case, 0.2)
+    out, _ = spt.tile_attention_v1(*case.attend_args(index, counts))
+    case.k, case.v = case.k.clone(), case.v.clone()
+    case.k[:, :, 41:], case.v[:, :, 41:] = 5.0, -5.0
+    changed, _ = spt.tile_attention_v1(*case.attend_args(index, counts))
+    assert torch.equal(out[:, :, :41], changed[:, :, :41]) and not torch.equal(out[:, :, 41:], changed[:, :, 41:])
+    dense, _ = spt.tile_attention_v1(*case.attend_args(index, torch.full_like(counts, -1)))
+    torch.testing.assert_close(dense, cases.oracle(case, cases.everything(case)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Dropout
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -66,7 +66,16 @@ def _segment_memory(buffers: Buffers, shape: Shape, segment: Segment) -> tuple[T
     return packed_q, packed_kv
 
 
-@register("tile_attention_v1", "cpu", "cpu")
+def _supports_tile_attention(*args) -> bool:
+    """Whether no pseudo-keys are asked for: those are left to the reference."""
+    return not any(args[15:])  # `compensate`, where it is given
+
+
+def _supports_tile_attention_backward(*args) -> bool:
+    return not any(args[19:])
+
+
+@register("tile_attention_v1", "cpu", "cpu", supports=_supports_tile_attention)
 def tile_attention(
     q: Tensor,
     k: Tensor,
@@ -83,6 +92,7 @@ def tile_attention(
     empty: str,
     tile_q: int,
     tile_k: int,
+    compensate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`spt::tile_attention_v1`; see there."""
     check_attention(q, k, v, bias, tiles, counts, seed, p, empty, tile_q, tile_k)
@@ -146,7 +156,7 @@ def tile_attention(
     return out, lse
 
 
-@register("tile_attention_backward_v1", "cpu", "cpu")
+@register("tile_attention_backward_v1", "cpu", "cpu", supports=_supports_tile_attention_backward)
 def tile_attention_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -167,6 +177,7 @@ def tile_attention_backward(
     tile_q: int,
     tile_k: int,
     needs: list[bool],
+    compensate: bool = False,
 ) -> list[Tensor]:
     """`spt::tile_attention_backward_v1`; see there."""
     need_q, need_k, need_v, need_bias = needs

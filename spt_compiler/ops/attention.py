@@ -144,8 +144,8 @@ def _(q, k, bias, expr, expr_in, codebook, key_mean, budget, max_density, scale,
 @torch.library.custom_op(
     "spt::tile_attention_v1",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor tiles, Tensor counts, {_MASKED}, int tile_q, int tile_k)"
-    " -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor tiles, Tensor counts, {_MASKED}, int tile_q, int tile_k, "
+    "bool compensate=False) -> (Tensor, Tensor)",
 )
 def tile_attention(
     q: Tensor,
@@ -163,6 +163,7 @@ def tile_attention(
     empty: str,
     tile_q: int,
     tile_k: int,
+    compensate: bool = False,
 ):
     """Attention over the key tiles listed for each query tile.
 
@@ -170,18 +171,23 @@ def tile_attention(
         q, k, v, bias, expr, expr_in, scale, softcap, empty: see the module; q, k and v of one dtype.
         tiles, counts: from `select_tiles`; count -1 means all tiles.
         seed: [1] int64 and p: probabilities are dropped with probability p by `reference.attention_dropout`.
-    Returns: out [B, H, Tq, Dv]; lse [B, H, Tq] fp32 (fp64 for fp64 input), log-sum-exp of the kept allowed logits before
-        dropout, -inf where there is none, not differentiable.
+        compensate: for each query, one pseudo-key stands for every tile that its list leaves out and of which it may see all
+            keys: the mean of the tile's keys with the mean of its values, its logit softcap(scale * q . mean) +
+            logsumexp(bias + expr) over the tile (so log tile_k without those). Dropout drops it with the tile's first key.
+    Returns: out [B, H, Tq, Dv]; lse [B, H, Tq] fp32 (fp64 for fp64 input), log-sum-exp of the kept allowed logits (and of
+        the pseudo-keys) before dropout, -inf where there is none, not differentiable.
     Raises: ValueError on shapes, dtypes or options that do not fit. Differentiable once in q, k, v and a float bias.
     Source: SPT (arXiv 2312.10365), sparse MHA; differs from it by tiles of keys shared by tiles of queries, and no clamp.
     """
     return reference.tile_attention(
-        q, k, v, bias, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k
+        q, k, v, bias, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k, compensate
     )
 
 
 @tile_attention.register_fake
-def _(q, k, v, bias, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k):
+def _(
+    q, k, v, bias, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k, compensate=False
+):
     return _attention_outputs(q, v)
 
 
@@ -193,7 +199,7 @@ def _attention_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     "spt::tile_attention_backward_v1",
     mutates_args=(),
     schema="(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, Tensor tiles, Tensor counts, "
-    f"{_MASKED}, int tile_q, int tile_k, bool[] needs) -> Tensor[]",
+    f"{_MASKED}, int tile_q, int tile_k, bool[] needs, bool compensate=False) -> Tensor[]",
 )
 def tile_attention_backward(
     grad_out: Tensor,
@@ -215,6 +221,7 @@ def tile_attention_backward(
     tile_q: int,
     tile_k: int,
     needs: list[bool],
+    compensate: bool = False,
 ):
     """Gradients of `tile_attention`.
 
@@ -223,13 +230,33 @@ def tile_attention_backward(
     Returns: [dq, dk, dv, dbias], contiguous and like their inputs; an empty [0] tensor where not needed.
     """
     return reference.tile_attention_backward(
-        grad_out, q, k, v, bias, out, lse, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k, needs
+        *(grad_out, q, k, v, bias, out, lse, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k),
+        *(needs, compensate),
     )
 
 
 @tile_attention_backward.register_fake
 def _(
-    grad_out, q, k, v, bias, out, lse, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k, needs
+    grad_out,
+    q,
+    k,
+    v,
+    bias,
+    out,
+    lse,
+    tiles,
+    counts,
+    expr,
+    expr_in,
+    seed,
+    p,
+    scale,
+    softcap,
+    empty,
+    tile_q,
+    tile_k,
+    needs,
+    compensate=False,
 ):
     return _gradients(q, k, v, bias, needs)
 
@@ -348,7 +375,8 @@ def stats_attention(
         quality: [4] fp32, sums over at most 32 query positions with all their heads (rows that see nothing or are not finite
             are left out): kept attention mass exp(lse - exact lse), ||out - dense||^2, ||dense||^2, and the number of rows.
     Under dropout `out` carries the noise of its mask, so ||out - dense||^2 bounds the error from above only in expectation; the
-    mass, which comes from lse, is unaffected: judge such a run by the mass.
+    mass, which comes from lse, is unaffected: judge such a run by the mass. Where pseudo-keys stand for dropped tiles, lse counts
+    them: judge such a run by the error.
     """
     return reference.stats_attention(q, k, v, bias, expr, expr_in, out, lse, scale, softcap, rows, probe)
 
@@ -381,13 +409,17 @@ def _setup_attention(ctx, inputs, output) -> None:
 
 def _attention_backward(op):
     def backward(ctx, grad_out, grad_lse):
-        n_args = 9 + len(ctx.numbers)
-        grads: list = [None] * n_args
+        # As many as the op was called with: the dispatcher leaves out trailing arguments that equal their default.
+        grads: list = [None] * len(ctx.needs_input_grad)
         q, k, v, bias, out, lse, index, counts, seed, *expr_in = ctx.saved_tensors
         grads[7] = [None] * len(expr_in)
         needs = list(ctx.needs_input_grad[:4])
         if grad_out is not None and any(needs):
-            found = op(grad_out, q, k, v, bias, out, lse, index, counts, ctx.expr, expr_in, seed, *ctx.numbers, needs)
+            # p, scale, softcap, empty, tile_q, tile_k; what follows has a default, and stands last in the backward too.
+            numbers, options = ctx.numbers[:6], ctx.numbers[6:]
+            found = op(
+                *(grad_out, q, k, v, bias, out, lse, index, counts, ctx.expr, expr_in, seed), *numbers, needs, *options
+            )
             grads[:4] = [grad if need else None for grad, need in zip(found, needs, strict=True)]
         return tuple(grads)
 

@@ -370,85 +370,169 @@ def kept_by_tiles(tiles: Tensor, counts: Tensor, n_heads: int, n_q: int, n_k: in
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _probabilities(q, k, bias, kept, expr, expr_in, seed, p, scale, softcap, empty):
-    """Softmax over kept and allowed keys.
+def tile_sizes(n_k: int, tile_k: int, device: torch.device) -> Tensor:
+    """[nK] int64: how many keys each tile holds; the last one may be short."""
+    first = torch.arange(0, n_k, tile_k, device=device)
+    return (n_k - first).clamp(max=tile_k)
 
-    Returns: prob [B, H, Tq, Tk] before dropout; factor, what dropout multiplies it by (None: 1); lse; live, the (q, k) pairs
-        through which gradients reach the scores; slope, d logit / d score (None: 1).
+
+def tile_means(x: Tensor, tile_k: int) -> Tensor:
+    """Means over the tiles of tokens: [B, Hkv, Tk, D] -> [B, Hkv, nK, D]."""
+    sizes = tile_sizes(x.shape[2], tile_k, x.device)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % tile_k))
+    return padded.unflatten(2, (-1, tile_k)).sum(3) / sizes.unsqueeze(-1).to(x.dtype)
+
+
+def _by_tile(x: Tensor, tile_k: int, fill: float | bool) -> Tensor:
+    """[..., Tk] -> [..., nK, tile_k]."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % tile_k), value=fill).unflatten(-1, (-1, tile_k))
+
+
+def _pseudo_keys(added: Tensor | None, allowed: Tensor, kept: Tensor, tile_k: int, dtype: torch.dtype):
+    """What stands for the tiles that a query does not keep, of those it sees whole.
+
+    Args: added, allowed: of `_masks`.  kept: [B, H, Tq, Tk] bool, constant within a tile.
+    Returns: live [B, H, Tq, nK] bool, which pseudo-keys there are; level, log-sum-exp of what the masks add to the keys of a
+        tile; weight [..., nK, tile_k], the softmax of it; both broadcastable, and 0 and uniform where nothing is added.
     """
-    dtype = compute_dtype(q, k)
-    shape = (*q.shape[:3], k.shape[2])
-    raw = q.to(dtype) @ _heads(k, q.shape[1]).to(dtype).transpose(-1, -2) * scale
+    live = _by_tile(allowed, tile_k, True).all(-1) & ~kept[..., ::tile_k]
+    added = torch.zeros(allowed.shape[-1:], dtype=dtype, device=allowed.device) if added is None else added
+    added = _by_tile(added.expand(*added.shape[:-1], allowed.shape[-1]), tile_k, -torch.inf)
+    return live, added.logsumexp(-1), added.softmax(-1)
+
+
+def _probabilities(q, k, bias, kept, expr, expr_in, seed, p, scale, softcap, empty, tile_k):
+    """Softmax over kept and allowed keys, and over pseudo-keys of the tiles dropped where `tile_k` is given.
+
+    Returns: prob [B, H, Tq, S] before dropout, S being Tk, or Tk + nK with pseudo-keys; factor, what dropout multiplies it by
+        (None: 1); lse; live, the (q, k) pairs through which gradients reach the scores; slope, d logit / d score (None: 1);
+        weight, see `_pseudo_keys` (None without them).
+    """
+    dtype = compute_dtype(q)
+    n_k = k.shape[2]
+    shape = (*q.shape[:3], n_k)
+    keys = k.to(dtype)
     added, allowed = _masks(q, k, bias, expr, expr_in, dtype)
+    live, weight = allowed & kept, None
+    b, h, row, column = axes(shape, q.device)
+    if tile_k is not None and n_k > 0:
+        pseudo, level, weight = _pseudo_keys(added, allowed, kept, tile_k, dtype)
+        keys = torch.cat([keys, tile_means(keys, tile_k)], 2)
+        zeros = torch.zeros((), dtype=dtype, device=q.device)
+        added = torch.cat([(zeros if added is None else added).expand(live.shape), level.expand(pseudo.shape)], -1)
+        live = torch.cat([live, pseudo], -1)
+        column = torch.cat([column, column[..., ::tile_k]], -1)  # dropout counts a pseudo-key as the first key of its tile
+    raw = q.to(dtype) @ _heads(keys, q.shape[1]).transpose(-1, -2) * scale
     logits = _capped(raw, softcap)
     logits = logits if added is None else logits + added
-    live = allowed & kept
     logits = torch.where(live, logits, -torch.inf)
     lse = logits.logsumexp(-1)
     # Not exp(logits - lse): beside finfo.min, the logits of a row masked by finite values, lse has no digits left.
     prob = torch.where(live, logits.softmax(-1), 0)
     if empty != "zero":
-        nothing = ~allowed.any(-1, keepdim=True)
-        prob = torch.where(nothing, math.nan if empty == "nan" else 1 / max(shape[-1], 1), prob)
+        nothing = ~allowed.any(-1, keepdim=True) & (torch.arange(live.shape[-1], device=q.device) < n_k)
+        prob = torch.where(nothing, math.nan if empty == "nan" else 1 / max(n_k, 1), prob)
     factor = None
     if p > 0 and seed is not None:
-        keep = attention_dropout(seed, p, *axes(shape, q.device), shape[1:])
+        keep = attention_dropout(seed, p, b, h, row, column, shape[1:])
         factor = keep.to(dtype) * (1 / (1 - p) if p < 1 else 0.0)
     slope = None if softcap is None else 1 - (raw / softcap).tanh().square()
-    return prob, factor, lse, live, slope
+    return prob, factor, lse, live, slope, weight
 
 
-def attend(q, k, v, bias, kept, expr, expr_in, seed, p, scale, softcap, empty) -> tuple[Tensor, Tensor]:
-    """Attention restricted to `kept` [B, H, Tq, Tk] bool: (out, lse)."""
-    prob, factor, lse, _, _ = _probabilities(q, k, bias, kept, expr, expr_in, seed, p, scale, softcap, empty)
+def attend(q, k, v, bias, kept, expr, expr_in, seed, p, scale, softcap, empty, tile_k=None) -> tuple[Tensor, Tensor]:
+    """Attention restricted to `kept` [B, H, Tq, Tk] bool: (out, lse). With tile_k, pseudo-keys stand for dropped tiles."""
+    prob, factor, lse, *_, weight = _probabilities(
+        q, k, bias, kept, expr, expr_in, seed, p, scale, softcap, empty, tile_k
+    )
     prob = prob if factor is None else prob * factor
-    out = prob @ _heads(v, q.shape[1]).to(prob.dtype)
+    values = v.to(prob.dtype)
+    values = values if weight is None else torch.cat([values, tile_means(values, tile_k)], 2)
+    out = prob @ _heads(values, q.shape[1])
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
 def attend_backward(
-    grad_out, q, k, v, bias, kept, expr, expr_in, seed, p, scale, softcap, empty, needs
+    grad_out, q, k, v, bias, kept, expr, expr_in, seed, p, scale, softcap, empty, needs, tile_k=None
 ) -> list[Tensor]:
     """Gradients of `attend` with respect to q, k, v and bias; empty [0] tensors where not needed."""
-    n_heads, n_groups = q.shape[1], k.shape[1]
-    prob, factor, _, live, slope = _probabilities(q, k, bias, kept, expr, expr_in, seed, p, scale, softcap, empty)
+    n_heads, n_groups, n_k = q.shape[1], k.shape[1], k.shape[2]
+    prob, factor, _, live, slope, weight = _probabilities(
+        q, k, bias, kept, expr, expr_in, seed, p, scale, softcap, empty, tile_k
+    )
     dtype = prob.dtype
+    keys, values = k.to(dtype), v.to(dtype)
+    if weight is not None:
+        keys, values = (torch.cat([x, tile_means(x, tile_k)], 2) for x in (keys, values))
     grad_out = grad_out.to(dtype)
     dropped = prob if factor is None else prob * factor
 
-    def group_sum(x: Tensor) -> Tensor:  # [B, H, Tk, D] -> [B, Hkv, Tk, D]
-        return x.unflatten(1, (n_groups, n_heads // n_groups)).sum(2)
+    def group_sum(x: Tensor) -> Tensor:  # [B, H, S, D] -> [B, Hkv, Tk, D]
+        x = x.unflatten(1, (n_groups, n_heads // n_groups)).sum(2)
+        if weight is None:
+            return x
+        x, pseudo = x[:, :, :n_k], x[:, :, n_k:]
+        each = pseudo / tile_sizes(n_k, tile_k, x.device).unsqueeze(-1)
+        return x + each.repeat_interleave(tile_k, 2)[:, :, :n_k]
 
     grad_v = group_sum(dropped.transpose(-1, -2) @ grad_out)
-    grad_prob = grad_out @ _heads(v, n_heads).to(dtype).transpose(-1, -2)
+    grad_prob = grad_out @ _heads(values, n_heads).transpose(-1, -2)
     grad_prob = grad_prob if factor is None else grad_prob * factor
     delta = torch.where(live, prob * grad_prob, 0).sum(-1, keepdim=True)
     grad_logits = torch.where(live, prob * (grad_prob - delta), 0)
     grad_raw = (grad_logits if slope is None else grad_logits * slope) * scale
-    grad_q = grad_raw @ _heads(k, n_heads).to(dtype)
+    grad_q = grad_raw @ _heads(keys, n_heads)
     grad_k = group_sum(grad_raw.transpose(-1, -2) @ q.to(dtype))
-    with_bias = bias is not None and bias.is_floating_point()
-    grads = (grad_q, grad_k, grad_v, grad_logits.sum_to_size(bias.shape) if with_bias and needs[3] else None)
+    grad_bias = None
+    if bias is not None and bias.is_floating_point() and needs[3]:
+        grad_bias = grad_logits[..., :n_k]
+        if weight is not None:
+            share = torch.where(live[..., n_k:, None], weight, 0) * grad_logits[..., n_k:, None]
+            grad_bias = grad_bias + share.flatten(-2)[..., :n_k]
+        grad_bias = grad_bias.sum_to_size(bias.shape)
     inputs = (q, k, v, bias)
     return [
         grad.to(x.dtype).contiguous() if need and grad is not None else q.new_empty(0)
-        for grad, x, need in zip(grads, inputs, needs, strict=True)
+        for grad, x, need in zip((grad_q, grad_k, grad_v, grad_bias), inputs, needs, strict=True)
     ]
 
 
-def tile_attention(q, k, v, bias, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k):
+def tile_attention(
+    q, k, v, bias, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k, compensate=False
+):
     """Attention over the listed key tiles. See `spt::tile_attention_v1`."""
     check_attention(q, k, v, bias, tiles, counts, seed, p, empty, tile_q, tile_k)
     kept = kept_by_tiles(tiles, counts, q.shape[1], q.shape[2], k.shape[2], tile_q, tile_k)
-    return attend(q, k, v, bias, kept, expr, expr_in, seed, p, scale, softcap, empty)
+    pooled = tile_k if compensate else None
+    return attend(q, k, v, bias, kept, expr, expr_in, seed, p, scale, softcap, empty, pooled)
 
 
 def tile_attention_backward(
-    grad_out, q, k, v, bias, out, lse, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k, needs
+    grad_out,
+    q,
+    k,
+    v,
+    bias,
+    out,
+    lse,
+    tiles,
+    counts,
+    expr,
+    expr_in,
+    seed,
+    p,
+    scale,
+    softcap,
+    empty,
+    tile_q,
+    tile_k,
+    needs,
+    compensate=False,
 ):
     """Gradients of `tile_attention`. See `spt::tile_attention_backward_v1`."""
     kept = kept_by_tiles(tiles, counts, q.shape[1], q.shape[2], k.shape[2], tile_q, tile_k)
-    return attend_backward(grad_out, q, k, v, bias, kept, expr, expr_in, seed, p, scale, softcap, empty, needs)
+    pooled = tile_k if compensate else None
+    return attend_backward(grad_out, q, k, v, bias, kept, expr, expr_in, seed, p, scale, softcap, empty, needs, pooled)
 
 
 def key_attention(q, k, v, bias, keys, counts, expr, expr_in, seed, p, scale, softcap, empty):
