@@ -35,9 +35,17 @@ def is_tensor(node: Any) -> bool:
 
 
 def shape(node: Any) -> tuple[Any, ...]:
-    """Sizes of a tensor node (ints or SymInts); () for anything else."""
+    """Sizes of a tensor node; () for anything else. A size that tracing has settled is an int, others are SymInts."""
     found = value(node)
-    return () if found is None else tuple(found.shape)
+    return () if found is None else tuple(map(settled, found.shape))
+
+
+def settled(size: Any) -> Any:
+    """The int behind a symbolic size that guards have fixed by now (a weight met it); any other size as it is."""
+    if isinstance(size, torch.SymInt):
+        known = size.node.maybe_as_int()
+        return size if known is None else known
+    return size
 
 
 def rank(node: Any) -> int:
@@ -76,6 +84,39 @@ def same_size(a: Any, b: Any) -> bool:
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are provably equal, without a guard."""
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def is_bounded(node: Any) -> bool:
+    """Whether a value is provably of ordinary size: made from parameters, products and numbers, as scores are.
+
+    False where it may be a mask in disguise: an input, a buffer, a fill with a huge number.
+    """
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if isinstance(current, (tuple, list)):
+            stack.extend(current)
+        elif isinstance(current, (int, float)):
+            if not abs(current) < ORDINARY:
+                return False
+        elif isinstance(current, fx.Node) and current not in seen and not is_parameter(current):
+            seen.add(current)
+            if current.target in _KEEP_SIZE or (is_tensor(current) and not is_float(current)):
+                continue
+            if current.op not in ("call_function", "call_method") or len(seen) > 64:
+                return False
+            stack.extend((*current.args, *current.kwargs.values()))
+    return True
+
+
+# Numbers from here on hide a score (-1e4 is the smallest mask in use).
+ORDINARY = 1e4
+# Calls whose result is of ordinary size, whatever stands around: products (scores are no better) and bounded functions.
+_KEEP_SIZE = {
+    *(torch.matmul, torch.nn.functional.linear, torch.nn.functional.embedding, torch.nn.functional.layer_norm),
+    *(torch.nn.functional.softmax, torch.tanh, torch.sigmoid, torch.sin, torch.cos),
+}
 
 
 def is_one_element(node: Any) -> bool:

@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import masks
 from .errors import Reject
+from .graph import settled
 from .patterns import AttentionCapture, FFNCapture
 from .scope import Recipe, Scope
 from .state import StateSpec, TensorSpec, common_tensors
@@ -147,8 +148,9 @@ def _plan_attention(match: Match, scope: Scope, config: SPTConfig) -> Plan | Rej
         return Reject("queries have dtype {}; expected one of fp16, bf16, fp32, fp64", q.dtype)
     if q.dim() < 2 or k.dim() != q.dim() or v.dim() != q.dim():
         return Reject("ranks of q, k, v are {}, {}, {}; expected equal ranks of at least 2", q.dim(), k.dim(), v.dim())
-    heads, kv_heads = (1, 1) if q.dim() <= 3 else (q.shape[-3], k.shape[-3])
-    head_dim, value_dim = q.shape[-1], v.shape[-1]
+    sizes_q, sizes_k, sizes_v = (tuple(map(settled, t.shape)) for t in (q, k, v))
+    heads, kv_heads = (1, 1) if q.dim() <= 3 else (sizes_q[-3], sizes_k[-3])
+    head_dim, value_dim = sizes_q[-1], sizes_v[-1]
     for label, size in (
         ("head count", heads),
         ("key head count", kv_heads),
@@ -157,17 +159,17 @@ def _plan_attention(match: Match, scope: Scope, config: SPTConfig) -> Plan | Rej
     ):
         if not _static(size):
             return Reject("{} is not static ({})", label, size)
-    if v.dim() > 3 and v.shape[-3] != kv_heads:
-        return Reject("{} key heads but {} value heads", kv_heads, v.shape[-3])
+    if v.dim() > 3 and sizes_v[-3] != kv_heads:
+        return Reject("{} key heads but {} value heads", kv_heads, sizes_v[-3])
     if heads % kv_heads:
         return Reject("{} query heads are not a multiple of {} key heads", heads, kv_heads)
     lead = slice(0, -2 if q.dim() == 3 else -3)
     if q.dim() >= 3 and any(
         not (statically_known_true(a == b) or statically_known_true(b == 1))
-        for a, b in zip(q.shape[lead], k.shape[lead], strict=True)
+        for a, b in zip(sizes_q[lead], sizes_k[lead], strict=True)
     ):
-        return Reject("batch sizes of queries {} and keys {} differ", tuple(q.shape[lead]), tuple(k.shape[lead]))
-    n_q, n_k = q.shape[-2], k.shape[-2]
+        return Reject("batch sizes of queries {} and keys {} differ", sizes_q[lead], sizes_k[lead])
+    n_q, n_k = sizes_q[-2], sizes_k[-2]
     if statically_known_true(n_q == 1):
         return Reject("queries of length 1 (decoding) stay dense")
     if statically_known_true(n_q == 0) or statically_known_true(n_k == 0) or statically_known_true(q.numel() == 0):
@@ -229,7 +231,7 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
     c: FFNCapture = match.capture
     options = config.ffn
     x, width = value_of(c.x), c.width
-    model_width = x.shape[-1]
+    model_width = settled(x.shape[-1])
     if x.dtype not in _FLOATS:
         return Reject("input has dtype {}; expected one of fp16, bf16, fp32, fp64", x.dtype)
     if not _static(width) or not _static(model_width):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .graph import settled, shape
 from .masks import LiftedMask
 from .patterns import AttentionCapture, FFNCapture, Weight
 from .plan import ATTENTION_SAMPLES, FFN_SAMPLES, Plan, value_of
@@ -326,12 +327,12 @@ class Rewriter:
         return self.emit(torch.unflatten, out, 0, tuple(self._size(like, d) for d in range(rank - 3)))
 
     def _size(self, node: fx.Node, dim: int) -> Any:
-        size = value_of(node).shape[dim]
+        size = settled(value_of(node).shape[dim])
         return size if isinstance(size, int) else self.emit(torch.ops.aten.sym_size.int, node, dim)
 
     def _match_batch(self, c: AttentionCapture, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
         """Expands keys and values of batch 1 to the queries' batch, as broadcasting did."""
-        q_lead, k_lead, v_lead = (value_of(n).shape[:1] if value_of(n).dim() >= 3 else () for n in (c.q, c.k, c.v))
+        q_lead, k_lead, v_lead = (shape(n)[:1] if value_of(n).dim() >= 3 else () for n in (c.q, c.k, c.v))
 
         def widen(node: fx.Node, lead: Sequence[Any]) -> fx.Node:
             if not lead or not isinstance(lead[0], int) or lead[0] != 1 or q_lead == lead:
@@ -368,7 +369,7 @@ class Rewriter:
         if rank == 4:
             return node
         missing = rank - value.dim()
-        lead = [1] * missing + list(value.shape[: max(0, value.dim() - 3)])
+        lead = [1] * missing + list(map(settled, value.shape[: max(0, value.dim() - 3)]))
         if any(not isinstance(s, int) or s != 1 for s in lead):
             sizes = [self._size(q, d) for d in range(rank - 3)]
             node = self.emit(torch.ops.aten.expand.default, node, [*sizes, -1, -1, -1])

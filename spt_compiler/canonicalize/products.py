@@ -137,8 +137,11 @@ def permuted(e: Editor, x: fx.Node, order: Sequence[int]) -> fx.Node:
 
 
 def _aligned(e: Editor, x: fx.Node, indices: str, wanted: list[str]) -> fx.Node:
-    """`x` permuted to the wanted indices, with a dim of size one for each that it lacks."""
+    """`x` permuted to the wanted indices, with a dim of size one for each that it lacks between them (broadcasting adds
+    those in front)."""
     x = permuted(e, x, [indices.index(c) for c in wanted if c in indices])
+    while wanted[0] not in indices:
+        wanted = wanted[1:]
     for position, c in enumerate(wanted):
         if c not in indices:
             x = e.call(torch.unsqueeze, x, position)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..graph import Arguments, dtype, is_float, is_one_element, is_tensor, needs_grad, rank, same_shape, shape
+from ..graph import Arguments, dtype, is_bounded, is_float, is_one_element, is_tensor, needs_grad, rank, same_shape, shape
 from .editor import Editor, Unknown, rule
 from .products import permuted
 
@@ -267,7 +267,7 @@ def row_factor_to_queries(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     if rank(factor) and not (isinstance(shape(factor)[-1], int) and shape(factor)[-1] == 1):
         return None
-    if is_one_element(factor) and node.target is operator.mul and not needs_grad(factor):
+    if is_one_element(factor) and (e.constant(factor) is not None or (node.target is operator.mul and not needs_grad(factor))):
         return None  # a plain scale, which patterns carry themselves
     if len(scores.users) != 1 or not e.same_region(node, scores) or _toward_softmax(node) is None:
         return None
@@ -310,8 +310,9 @@ def fill_to_bias(e: Editor, node: fx.Node) -> fx.Node | None:
         current = next((a for a in tensors if same_shape(shape(a), shape(current))), tensors[0] if tensors else None)
     if not isinstance(current, fx.Node) or current.target is not torch.matmul:
         return None
-    sums = [n for n in (*before, *after) if n.target in (operator.add, operator.sub)]
-    if not any(all(is_float(a) and rank(a) for a in n.args) for n in sums):
+    over = any(n.target in (operator.add, operator.sub) and all(is_float(a) and rank(a) for a in n.args) for n in after)
+    terms = [a for n in before if n.target in (operator.add, operator.sub) for a in n.args if is_float(a) and rank(a)]
+    if not over and all(is_bounded(a) for a in terms):
         return None
     masked = mask if node.target is torch.masked_fill else e.call(operator.invert, mask)
     return e.call(operator.add, x, e.call(operator.mul, e.call("to", masked, dtype(x)), fill))

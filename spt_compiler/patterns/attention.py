@@ -22,6 +22,7 @@ from ..errors import Reject
 from ..graph import (
     describe,
     dtype,
+    is_bounded,
     is_float,
     is_one_element,
     is_tensor,
@@ -448,8 +449,7 @@ def _empty_rows(logits: Logits) -> str | Reject:
         return "nan"
     if len(finite) > 1 or len(finite) < len(set(logits.fills)):
         return Reject("masks fill with different values ({})", ", ".join(map(str, sorted(set(logits.fills)))))
-    variable = [b for b, _ in logits.bias if b not in logits.context.analysis.from_parameters]
-    if logits.bias and (logits.bias_over_fill or variable):
+    if logits.bias and (logits.bias_over_fill or not all(is_bounded(b) for b, _ in logits.bias)):
         return Reject("masked scores are set to {} and a tensor is added: fully masked rows depend on both", *finite)
     return "uniform"
 

@@ -124,18 +124,21 @@ for _target, _name in {
     operator.sub: "-",
     operator.mul: "*",
     operator.truediv: "/",
+    operator.and_: "&",
+    operator.or_: "|",
+}.items():
+    elementwise(_target, nonlinear=False)(functools.partial(call, _name))
+for _target, _name in {
     operator.lt: "<",
     operator.le: "<=",
     operator.gt: ">",
     operator.ge: ">=",
     operator.eq: "==",
     operator.ne: "!=",
-    operator.and_: "&",
-    operator.or_: "|",
     torch.maximum: "max",
     torch.minimum: "min",
 }.items():
-    elementwise(_target, nonlinear=False)(functools.partial(call, _name))
+    elementwise(_target)(functools.partial(call, _name))
 
 
 @elementwise(operator.pow, nonlinear=False)
@@ -179,7 +182,7 @@ def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Expression:
     return call("softplus", x) if beta == 1 else call("softplus", x * float(beta)) / float(beta)
 
 
-@elementwise(F.leaky_relu, torch.nn.functional.leaky_relu)
+@elementwise(F.leaky_relu)
 def _leaky_relu(x: Any, negative_slope: float = 0.01, inplace: bool = False) -> Expression:
     return call("where", call(">", x, 0.0), x, x * float(negative_slope))
 
@@ -249,7 +252,7 @@ def _tanhshrink(x: Any) -> Expression:
     return x - call("tanh", x)
 
 
-@elementwise(F.threshold)
+@elementwise(F.threshold, torch.threshold)
 def _threshold(x: Any, threshold: float, value: float, inplace: bool = False) -> Expression:
     return call("where", call(">", x, float(threshold)), x, float(value))
 
@@ -376,7 +379,7 @@ State = Projection | Parts | Branch | Hidden
 _TRANSPARENT = {F.dropout, "to", "contiguous"}
 _SPLITS = {"chunk", "split", "tensor_split", "unbind", torch.chunk, torch.split, torch.tensor_split, torch.unbind}
 _NORMS = {F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.normalize, torch.rms_norm}
-_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d}
+_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 _REDUCTIONS = {
     "mean",
     "sum",
@@ -526,9 +529,9 @@ def _merged(above: list[State]) -> Hidden | None:
     for state in above:
         if isinstance(state, Hidden):
             sources, nonlinear = sources | state.sources, nonlinear or state.nonlinear
-            refused = refused or state.refused
+            refused = state.refused if refused is None else refused
         elif isinstance(state, Projection):
-            sources, refused = sources | {state.linear}, refused or state.refused
+            sources, refused = sources | {state.linear}, state.refused if refused is None else refused
         elif isinstance(state, Parts):
             sources = sources | {state.whole.linear}
         else:
@@ -543,17 +546,18 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
     if node.target in _CONVOLUTIONS and any(s.target in _CONVOLUTIONS for s in merged.sources):
         return None
     telling = node.target in _CONVOLUTIONS or node.target in _NORMS
-    if not merged.nonlinear and not telling:
+    if not merged.nonlinear and not telling and node.target is not torch.permute:
         return None
     if not is_tensor(node):
         return None
     if how:
-        return replace(merged, refused=merged.refused or Reject("{} {} between the projections", describe(node), how))
-    if node.target in _NORMS or node.target in _REDUCTIONS:
-        return replace(
-            merged, refused=merged.refused or Reject("a norm or reduction ({}) between the projections", describe(node))
-        )
-    return replace(merged, refused=merged.refused or Reject("{} between the projections", describe(node)))
+        reason = Reject("{} {} between the projections", describe(node), how)
+    elif node.target in _NORMS or node.target in _REDUCTIONS:
+        reason = Reject("a norm or reduction ({}) between the projections", describe(node))
+    else:
+        reason = Reject("{} between the projections", describe(node))
+    # A norm or convolution says more than the layout around it.
+    return replace(merged, refused=reason if telling or merged.refused is None else merged.refused)
 
 
 def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
@@ -744,7 +748,7 @@ def capture_block(context: Context, node: Node) -> Candidate | Reject | None:
         return None
     if node.target in _CONVOLUTIONS and not _is_inverted(node, hidden):
         return None
-    return hidden.refused or own.refused
+    return own.refused if hidden.refused is None else hidden.refused
 
 
 def _is_inverted(node: Node, hidden: Hidden) -> bool:
@@ -876,7 +880,7 @@ EXPERTS = Pattern(
     name="experts",
     kind="ffn",
     equation="grouped(act(grouped(x, w_in)), w_out) stays",
-    anchors=(torch.matmul, "*grouped_mm*", F.conv1d, F.conv2d),
+    anchors=(torch.matmul, "*grouped_mm*", *_CONVOLUTIONS),
     capture=capture_block,
 )
 

@@ -1,0 +1,587 @@
+"""Attention sites: each way to write one is found, and what is captured computes the same.
+
+Every match is checked by value: the captured description is evaluated, as its docstring says, on what the graph's own nodes
+computed, and compared with the node that the site would replace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from spt_compiler.canonicalize import canonicalize
+from spt_compiler.patterns import AttentionCapture, find
+
+LOW = torch.finfo(torch.float64).min
+CAUSAL = torch.ones(6, 6, dtype=torch.bool).tril()
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def attend(c: AttentionCapture, values: dict[Any, Any]) -> Tensor:
+    """What a capture says, written down: slow, in the dtype of the values, without dropout."""
+    q, k, v = values[c.q], values[c.k], values[c.v]
+    k = k.transpose(-1, -2) if c.k_transposed else k
+    if c.enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    logits = q @ k.transpose(-1, -2) * c.scale
+    for node in c.scale_nodes:
+        logits = logits * values[node].reshape(())
+    if c.softcap is not None:
+        logits = c.softcap * torch.tanh(logits / c.softcap)
+    for node, factor in c.bias:
+        logits = logits + values[node] * factor
+    allowed = torch.ones_like(logits, dtype=torch.bool)
+    for node in c.allowed:
+        allowed = allowed & values[node]
+    for node in c.disallowed:
+        allowed = allowed & ~values[node]
+    if c.causal:
+        allowed = allowed & torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+    logits = logits.masked_fill(~allowed, -math.inf)
+    empty = (logits == -math.inf).all(-1, keepdim=True)
+    p = torch.softmax(logits, -1)
+    if c.empty == "zero":
+        p = torch.where(empty, 0.0, p)
+    elif c.empty == "uniform":
+        p = torch.where(empty, 1.0 / logits.shape[-1], p)
+    return p @ v
+
+
+def sites(function: Callable, *inputs: Tensor, check: bool = True, dynamic: bool | None = None, **named: Any):
+    """(matches, skipped) of the only graph of a call; every attention match is checked by value."""
+    (captured,) = models.capture(function, *inputs, dynamic=dynamic, **named)
+    module = models.copied(captured.module)
+    canonicalize(module)
+    before = str(module.graph)
+    matches, skipped = find(module)
+    assert str(module.graph) == before, "matching changed the graph"
+    if check:
+        computed = models.values(captured, module)
+        for match in matches:
+            if match.pattern.kind == "attention" and match.capture.dropout_p == 0:
+                expected = computed[match.output]
+                got = attend(match.capture, computed)
+                torch.testing.assert_close(got.to(expected.dtype), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    return matches, skipped
+
+
+def only(function: Callable, *inputs: Tensor, **options: Any) -> AttentionCapture:
+    """The capture of the one site there is."""
+    matches, skipped = sites(function, *inputs, **options)
+    assert len(matches) == 1 and not skipped, [str(s.reason) for s in skipped]
+    return matches[0].capture
+
+
+def refused(function: Callable, *inputs: Tensor, **options: Any) -> str:
+    """The reason for which the one candidate was refused."""
+    matches, skipped = sites(function, *inputs, **options)
+    assert not matches and len(skipped) == 1, ([m.capture for m in matches], [str(s.reason) for s in skipped])
+    assert skipped[0].kind == "attention"
+    return str(skipped[0].reason)
+
+
+Q, K, V = numbers(2, 4, 6, 8), numbers(2, 4, 6, 8, seed=1), numbers(2, 4, 6, 5, seed=2)
+BIAS = numbers(1, 4, 6, 6, seed=3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The library call
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_call_by_position_and_by_keyword():
+    c = only(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.0, True), Q, K, V)
+    assert c.causal and c.scale == pytest.approx(8**-0.5) and c.empty == "zero" and not c.bias and not c.allowed
+    c = only(lambda q, k, v: F.scaled_dot_product_attention(key=k, query=q, value=v, scale=0.3), Q, K, V)
+    assert not c.causal and c.scale == 0.3
+
+
+def test_masks_of_the_call():
+    c = only(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m), Q, K, V, CAUSAL)
+    assert len(c.allowed) == 1 and not c.bias
+    c = only(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m), Q, K, V, BIAS)
+    assert len(c.bias) == 1 and c.bias[0][1] == 1.0 and not c.allowed
+
+
+def test_a_row_without_keys_gives_zero_in_the_call():
+    mask = CAUSAL.clone()
+    mask[3] = False
+    assert only(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m), Q, K, V, mask).empty == "zero"
+    bias = torch.zeros(6, 6, dtype=torch.float64).masked_fill(~mask, -math.inf)
+    assert only(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m), Q, K, V, bias).empty == "zero"
+
+
+def test_dropout_of_the_call():
+    c = only(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.3), Q, K, V)
+    assert c.dropout_p == 0.3
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 4), (2, 2, 3)])
+def test_ranks(lead):
+    q, k = numbers(*lead, 6, 8), numbers(*lead, 7, 8, seed=1)
+    assert len(sites(lambda q, k: F.scaled_dot_product_attention(q, k, k), q, k)[0]) == 1
+    assert only(lambda q, k: torch.softmax(q @ k.mT, -1) @ k, q, k).k_transposed is False
+
+
+def repeat_expand(x: Tensor, n: int) -> Tensor:
+    b, h, t, d = x.shape
+    return x[:, :, None].expand(b, h, n, t, d).reshape(b, h * n, t, d)
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [repeat_expand, lambda x, n: x.repeat_interleave(n, dim=1), lambda x, n: torch.repeat_interleave(x, n, 1)],
+)
+@pytest.mark.parametrize("eager", [False, True])
+def test_repeated_key_heads_are_seen_through(repeat, eager):
+    k, v = numbers(2, 2, 6, 8, seed=1), numbers(2, 2, 6, 5, seed=2)
+
+    def function(q, k, v):
+        k, v = repeat(k, 2), repeat(v, 2)
+        return torch.softmax(q @ k.transpose(2, 3), -1) @ v if eager else F.scaled_dot_product_attention(q, k, v)
+
+    c = only(function, Q, k, v)
+    assert c.enable_gqa and c.k.meta["example_value"].shape[1] == c.v.meta["example_value"].shape[1] == 2
+
+
+def test_tiled_key_heads_are_not_groups():
+    """x.repeat orders heads 0 1 0 1, not 0 0 1 1: it must not be taken for a group."""
+    k, v = numbers(2, 2, 6, 8, seed=1), numbers(2, 2, 6, 5, seed=2)
+    c = only(lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)), Q, k, v)
+    assert not c.enable_gqa
+
+    def transposed(x):  # heads and copies swapped before they are merged
+        return x[:, None].expand(2, 2, 2, 6, x.shape[-1]).reshape(2, 4, 6, x.shape[-1])
+
+    c = only(lambda q, k, v: F.scaled_dot_product_attention(q, transposed(k), transposed(v)), Q, k, v)
+    assert not c.enable_gqa
+
+
+def test_the_flag_of_the_call():
+    k, v = numbers(2, 2, 6, 8, seed=1), numbers(2, 2, 6, 5, seed=2)
+    assert only(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), Q, k, v).enable_gqa
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chains: each entry is a way from a product to probabilities, with what must be captured
+# ---------------------------------------------------------------------------------------------------------------------
+
+PADDING = torch.zeros(2, 1, 1, 6, dtype=torch.float64)
+PADDING[1, ..., 4:] = LOW
+HIDDEN = ~CAUSAL
+TENSOR_SCALE = torch.tensor([0.7], dtype=torch.float64)
+
+CHAINS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any]]] = {
+    "plain": (lambda s: s, dict(scale=1.0)),
+    "scale": (lambda s: s * 0.5, dict(scale=0.5)),
+    "scale divided": (lambda s: s / 3.0, dict(scale=1 / 3.0)),
+    "scale twice": (lambda s: 2.0 * (s / 3), dict(scale=2 / 3)),
+    "negated": (lambda s: -s * 0.5, dict(scale=-0.5)),
+    "scale as 0-d tensor": (lambda s: s / torch.sqrt(torch.tensor(8.0, dtype=torch.float64)), dict(scale=8**-0.5)),
+    "scale as input": (lambda s: s * TENSOR_SCALE, dict(scale=1.0)),
+    "float mask": (lambda s: s + PADDING, dict(bias=1)),
+    "mask first": (lambda s: PADDING + s * 0.5, dict(bias=1, scale=0.5)),
+    "two masks": (lambda s: s + BIAS + PADDING, dict(bias=2)),
+    "mask subtracted": (lambda s: s - 1e30 * (PADDING < 0).double(), dict(bias=1)),
+    "scale after a bias": (lambda s: (s + BIAS) * 0.25 + PADDING, dict(scale=0.25, factors=(1.0, 0.25))),
+    "number added": (lambda s: s + 3.0, dict(scale=1.0, bias=0)),
+    "bias less scores": (lambda s: BIAS - s, dict(scale=-1.0, bias=1)),
+    "masked_fill -inf": (lambda s: s.masked_fill(HIDDEN, -math.inf), dict(disallowed=1, empty="nan")),
+    "masked_fill low": (lambda s: s.masked_fill(HIDDEN, LOW), dict(disallowed=1, empty="uniform")),
+    "masked_fill -1e4": (lambda s: s.masked_fill(HIDDEN, -1e4), dict(disallowed=1, empty="uniform")),
+    "masked_fill inverted": (lambda s: s.masked_fill(~CAUSAL, -math.inf), dict(allowed=1, disallowed=0)),
+    "masked_fill == 0": (lambda s: s.masked_fill(CAUSAL == 0, LOW), dict(disallowed=1)),
+    "where": (
+        lambda s: torch.where(CAUSAL, s, torch.tensor(LOW, dtype=torch.float64)),
+        dict(allowed=1, empty="uniform"),
+    ),
+    "where the other way": (lambda s: torch.where(HIDDEN, -math.inf, s), dict(disallowed=1, empty="nan")),
+    "two fills": (
+        lambda s: s.masked_fill(HIDDEN, LOW).masked_fill(PADDING < 0, LOW),
+        dict(disallowed=2, empty="uniform"),
+    ),
+    "fill and bias": (lambda s: torch.where(CAUSAL, s, LOW) + PADDING, dict(bias=2, allowed=0, empty="nan")),
+    "bias and fill": (lambda s: (s + BIAS).masked_fill(HIDDEN, LOW), dict(bias=2, disallowed=0)),
+    "fill -inf and bias": (
+        lambda s: (s + BIAS).masked_fill(HIDDEN, -math.inf),
+        dict(bias=1, disallowed=1, empty="nan"),
+    ),
+    "in place": (lambda s: s.mul_(0.5).add_(PADDING).masked_fill_(HIDDEN, -math.inf), dict(scale=0.5, bias=1)),
+    "soft cap": (lambda s: 30.0 * torch.tanh(s * 0.25 / 30.0) + PADDING, dict(softcap=30.0, scale=0.25, bias=1)),
+    "cast": (lambda s: (s * 0.5).float().double() + PADDING, dict(scale=0.5, bias=1)),
+    "clamped at the lowest number": (
+        lambda s: torch.max(s + PADDING, torch.tensor(LOW, dtype=torch.float64)),
+        dict(bias=1, empty="uniform"),
+    ),
+    "row maximum subtracted": (lambda s: s - s.amax(-1, keepdim=True), dict(scale=1.0)),
+    "einsum": (lambda s: torch.einsum("bhqk->bhqk", s), dict(scale=1.0)),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains(name):
+    steps, expected = CHAINS[name]
+    c = only(lambda q, k, v: F.dropout(F.softmax(steps(q @ k.transpose(-1, -2)), dim=-1), 0.0) @ v, Q, K, V)
+    assert c.scale == pytest.approx(expected.get("scale", 1.0))
+    assert c.softcap == expected.get("softcap") and not c.causal
+    for field in ("bias", "allowed", "disallowed"):
+        if field in expected:
+            assert len(getattr(c, field)) == expected[field], (field, c)
+    if "empty" in expected:
+        assert c.empty == expected["empty"]
+    if "factors" in expected:
+        assert tuple(f for _, f in c.bias) == pytest.approx(expected["factors"])
+
+
+@pytest.mark.parametrize(
+    "name", ["masked_fill low", "masked_fill -inf", "where", "two fills", "fill and bias", "float mask"]
+)
+def test_fully_masked_rows(name):
+    """Left padding under a causal mask leaves rows without any key: they do what they did before."""
+    steps, _ = CHAINS[name]
+    rows = torch.zeros(6, 6, dtype=torch.bool)
+    rows[1] = True
+
+    def function(q, k, v):
+        s = q @ k.transpose(-1, -2)
+        if "masked_fill" in name:
+            s = s.masked_fill(rows, -math.inf if "inf" in name else LOW)
+        return torch.softmax(steps(s), -1) @ v
+
+    only(function, Q, K, V)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda p: p.to(torch.float64),
+        lambda p: F.dropout(p, 0.0),
+        lambda p: nn.Dropout(0.4)(p),
+        lambda p: F.dropout(p.contiguous(), p=0.4, training=True),
+        lambda p: F.dropout(p.view(8, 6, 6), 0.4).view(2, 4, 6, 6),
+    ],
+)
+def test_between_softmax_and_values(after):
+    c = only(lambda q, k, v: after(torch.softmax(q @ k.mT, -1)) @ v, Q, K, V)
+    assert c.dropout_p in (0.0, 0.4)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda q, k: torch.matmul(q, k.transpose(2, 3)),
+        lambda q, k: torch.bmm(q.view(8, 6, 8), k.view(8, 6, 8).transpose(1, 2)).view(2, 4, 6, 6),
+        lambda q, k: torch.einsum("bhqd,bhkd->bhqk", q, k),
+        lambda q, k: torch.einsum("bqhd,bkhd->bhqk", q.transpose(1, 2), k.transpose(1, 2)),
+        lambda q, k: (
+            torch.baddbmm(torch.empty(8, 6, 6), q.view(8, 6, 8).float(), k.view(8, 6, 8).float().mT, beta=0)
+            .view(2, 4, 6, 6)
+            .double()
+        ),
+        lambda q, k: (q * 0.5) @ (k.permute(0, 1, 3, 2) / torch.tensor(2.0)),
+    ],
+)
+def test_products(product):
+    (captured,) = models.capture(lambda q, k, v: torch.softmax(product(q, k), -1) @ v, Q, K, V)
+    module = models.copied(captured.module)
+    canonicalize(module)
+    (match,), skipped = find(module)
+    assert not skipped and match.capture.q.meta["example_value"].dim() == 4
+    computed = models.values(captured, module)
+    got = attend(
+        match.capture,
+        {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in computed.items()},
+    )
+    torch.testing.assert_close(got, computed[match.output], rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_score_term_is_a_bias_with_gradient():
+    """Transformer-XL and DeBERTa add a product with relative positions: any tensor may be a bias."""
+    r = numbers(1, 4, 6, 8, seed=7).requires_grad_()
+    c = only(lambda q, k, v, r: torch.softmax(q @ k.mT + torch.roll(q @ r.mT, 1, -1), -1) @ v, Q, K, V, r)
+    assert len(c.bias) == 1 and c.bias[0][0].meta["example_value"].requires_grad
+
+
+def test_a_learned_scale_goes_to_the_queries():
+    tau = numbers(4, 1, 1, seed=8).requires_grad_()
+    c = only(lambda q, k, v, t: torch.softmax(q @ k.mT * t.exp() + BIAS, -1) @ v, Q, K, V, tau)
+    assert c.scale == 1.0 and not c.scale_nodes and len(c.bias) == 1
+
+
+def test_length_and_width_may_differ():
+    q, k, v = numbers(2, 4, 3, 8), numbers(2, 4, 9, 8, seed=1), numbers(2, 4, 9, 2, seed=2)
+    only(lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v, q, k, v)
+    only(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), q, k, v)
+
+
+def test_two_sites_that_share_keys():
+    def function(q, k, v):
+        kt = k.mT
+        return torch.softmax(q @ kt, -1) @ v + torch.softmax((q * 2) @ kt, -1) @ v
+
+    matches, skipped = sites(function, Q, K, V)
+    assert len(matches) == 2 and not skipped
+    assert not set(matches[0].nodes) & set(matches[1].nodes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Near misses: one flaw each
+# ---------------------------------------------------------------------------------------------------------------------
+
+NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
+    "probabilities returned": (lambda q, k, v: ((p := torch.softmax(q @ k.mT, -1)) @ v, p), "also returned"),
+    "probabilities used again": (lambda q, k, v: (p := torch.softmax(q @ k.mT, -1)) @ v + p.sum(), "also used by .sum"),
+    "scores used again": (lambda q, k, v: torch.softmax(s := q @ k.mT, -1) @ v + s.mean(), "also used by .mean"),
+    "softmax over the queries": (lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "softmax over dim 2"),
+    "softmax over the heads": (lambda q, k, v: torch.softmax(q @ k.mT, 1) @ v, "softmax over dim 1"),
+    "mask after the softmax": (
+        lambda q, k, v: (torch.softmax(q @ k.mT, -1) * CAUSAL) @ v,
+        "a mask or factor is applied after the softmax",
+    ),
+    "fill after the softmax": (
+        lambda q, k, v: torch.softmax(q @ k.mT, -1).masked_fill(HIDDEN, 0.0) @ v,
+        "a mask or factor is applied after the softmax",
+    ),
+    "scale that needs a gradient": (
+        lambda q, k, v: torch.softmax((q @ k.mT + BIAS) * q.mean(), -1) @ v,
+        "the scale is a tensor that needs a gradient",
+    ),
+    "scale after a bias as a tensor": (
+        lambda q, k, v: torch.softmax((q @ k.mT + BIAS) * TENSOR_SCALE, -1) @ v,
+        "a bias is added multiplied by a tensor",
+    ),
+    "factor per key": (
+        lambda q, k, v: torch.softmax((q @ k.mT) * CAUSAL.double(), -1) @ v,
+        "multiplied by a tensor that varies",
+    ),
+    "divided by a tensor": (lambda q, k, v: torch.softmax((q @ k.mT) / (BIAS + 9), -1) @ v, "divided by, or divide"),
+    "fill that does not hide": (
+        lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(HIDDEN, -100.0), -1) @ v,
+        "set to -100.0, which does not hide",
+    ),
+    "fill turned around": (
+        lambda q, k, v: torch.softmax(-((q @ k.mT).masked_fill(HIDDEN, -1e9)), -1) @ v,
+        "does not hide",
+    ),
+    "fill with a tensor": (
+        lambda q, k, v: torch.softmax(torch.where(CAUSAL, q @ k.mT, BIAS), -1) @ v,
+        "taken from a tensor",
+    ),
+    "fills of two kinds": (
+        lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(HIDDEN, -1e9).masked_fill(PADDING < 0, -math.inf), -1) @ v,
+        "fill with different values",
+    ),
+    "weak fill and a bias": (
+        lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(HIDDEN, -1e9) + q[..., :6], -1) @ v,
+        "fully masked rows depend on both",
+    ),
+    "clamped": (lambda q, k, v: torch.softmax((q @ k.mT).clamp(-5, 5) + PADDING, -1) @ v, "clamped to [-5, 5]"),
+    "bias inside of a soft cap": (
+        lambda q, k, v: torch.softmax(9 * torch.tanh((q @ k.mT + BIAS) / 9), -1) @ v,
+        "inside of the soft cap",
+    ),
+    "another function of the scores": (lambda q, k, v: torch.softmax(F.relu(q @ k.mT), -1) @ v, "relu between"),
+    "dropout of the scores": (lambda q, k, v: torch.softmax(F.dropout(q @ k.mT, 0.1), -1) @ v, "dropout between"),
+    "attention sinks": (
+        lambda q, k, v: torch.softmax(torch.cat([q @ k.mT, q[..., :1]], -1), -1)[..., :-1] @ v,
+        "attention sinks",
+    ),
+    "keys picked after scoring": (
+        lambda q, k, v: torch.softmax((q @ k.mT)[..., :3], -1) @ v[:, :, :3],
+        "getitem between",
+    ),
+    "probabilities sliced": (lambda q, k, v: torch.softmax(q @ k.mT, -1)[..., :3] @ v[:, :, :3], "getitem between"),
+    "values made of probabilities": (lambda q, k, v: (p := torch.softmax(q @ k.mT, -1)) @ p, "right operand"),
+    "written in between": (lambda q, k, v: _written(q, k, v), "written to in place"),
+    "broken by autocast": (lambda q, k, v: _autocast(q, k, v), "another grad or autocast mode"),
+    "bias that widens": (lambda q, k, v: torch.softmax((q[:1] @ k[:1].mT) + BIAS.expand(2, 4, 6, 6), -1) @ v, "widens"),
+}
+
+
+def _written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keys = k * 2
+    p = torch.softmax(q @ keys.mT, -1)
+    keys[0] = 0.0
+    return p @ v + keys.sum()
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        s = torch.matmul(q, k.mT)
+    return torch.softmax(s.double(), -1) @ v
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses(name):
+    function, reason = NEAR_MISSES[name]
+    q = Q.clone().requires_grad_("gradient" in name)
+    found = refused(function, q, K, V)
+    assert reason in found, found
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: torch.softmax(q, -1),  # no scores
+        lambda q, k, v: torch.softmax(q @ k.mT, -1),  # no values
+        lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),  # linear attention
+        lambda q, k, v: F.layer_norm(q, (8,)) @ k.mT @ v,
+    ],
+)
+def test_what_is_no_attention_is_not_reported(function):
+    assert sites(function, Q, K, V) == ([], [])
+
+
+def test_weights_are_no_activations():
+    """A router: softmax of a linear layer, times a parameter."""
+
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(numbers(8, 6)), nn.Parameter(numbers(6, 8))
+
+        def forward(self, x):
+            return torch.softmax(x @ self.a, -1) @ self.b
+
+    assert sites(Router(), Q) == ([], [])
+
+
+def test_flex_attention_stays_with_a_reason():
+    flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
+    x = torch.randn(1, 2, 128, 16)
+    (captured,) = models.capture(lambda x: flex(x, x, x), x)
+    module = models.copied(captured.module)
+    canonicalize(module)
+    matches, skipped = find(module)
+    assert not matches and "flex_attention" in str(skipped[0].reason)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def chain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    s = torch.matmul(q, k.transpose(2, 3)) * 8**-0.5 + mask
+    return torch.matmul(F.softmax(s, dim=-1, dtype=torch.float32).to(q.dtype), v)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_casts_are_part_of_the_site(kind):
+    q, k, v = (x.to(kind) for x in (Q, K, V))
+    mask = torch.zeros(2, 1, 6, 6, dtype=kind)
+    matches, skipped = sites(chain, q, k, v, mask, check=kind is torch.float32)
+    assert len(matches) == 1 and not skipped and matches[0].capture.scale == pytest.approx(8**-0.5)
+
+
+def test_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        matches, skipped = sites(chain, Q.float(), K.float(), V.float(), torch.zeros(6, 6), check=False)
+    assert len(matches) == 1 and not skipped
+
+
+def test_symbolic_sizes():
+    def function(q, k, v, mask):
+        return torch.softmax(q @ k.mT * 0.5 + mask, -1) @ v
+
+    c = only(function, Q, K, V, BIAS, dynamic=True)
+    assert c.scale == 0.5 and len(c.bias) == 1
+    assert any(isinstance(s, torch.SymInt) for s in c.q.meta["example_value"].shape)
+
+
+def test_a_scale_that_dynamo_made_symbolic():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = 0.37
+
+        def forward(self, q, k, v):
+            return torch.softmax(q @ k.mT * self.scale, -1) @ v + F.scaled_dot_product_attention(
+                q, k, v, scale=self.scale
+            )
+
+    matches, skipped = sites(Model(), Q, K, V, dynamic=True)
+    assert not skipped and [m.capture.scale for m in matches] == pytest.approx([0.37, 0.37])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("attn", models.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_every_site_of_real_models(name, attn, padded):
+    """All sites, attention and FFN, nothing refused; attention captures agree with the model by value."""
+    model = models.build(name, attn, layers=1, zero_dropout=True)
+    matches, skipped = sites(model, **models.inputs(name, padded=padded))
+    attention, ffn = models.sites(name, layers=1)
+    kinds = [m.pattern.kind for m in matches]
+    assert (kinds.count("attention"), kinds.count("ffn")) == (attention, ffn)
+    assert not skipped and all(m.path and ":" in m.where for m in matches)
+
+
+def test_returned_probabilities_keep_a_real_model_dense():
+    model = models.build("bert", "eager", layers=1, zero_dropout=True)
+    matches, skipped = sites(model, **models.inputs("bert"), output_attentions=True)
+    assert [m.pattern.kind for m in matches] == ["ffn"] and "also returned" in str(skipped[0].reason)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random graphs around the pattern
+# ---------------------------------------------------------------------------------------------------------------------
+
+STEPS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda s: s * 0.5,
+    lambda s: s / 3.0,
+    lambda s: s + BIAS,
+    lambda s: PADDING + s,
+    lambda s: s - BIAS,
+    lambda s: -s,
+    lambda s: s.masked_fill(HIDDEN, -math.inf),
+    lambda s: s.masked_fill(HIDDEN, LOW),
+    lambda s: torch.where(CAUSAL, s, -1e9),
+    lambda s: torch.tanh(s / 5.0) * 5.0,
+    lambda s: s.clamp(min=LOW),
+    lambda s: s.clamp(min=-1.0),
+    lambda s: s * TENSOR_SCALE,
+    lambda s: s.float().double(),
+    lambda s: s + 1.0,
+    lambda s: s.view(8, 6, 6),
+    lambda s: s.view(2, 4, 6, 6),
+    lambda s: s.mT,
+    lambda s: s.add_(0.5),
+    lambda s: F.relu(s),
+)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.integers(0, len(STEPS) - 1), max_size=5), st.integers(-3, -1), st.sampled_from(["", "scores", "p"]))
+def test_whatever_is_matched_computes_the_same(program, dim, leak):
+    """Hits and near misses alike: a match is right by value, and no match changes anything."""
+
+    def function(q, k, v):
+        s = q @ k.mT
+        for step in program:
+            if s.dim() == 3 and step in (2, 3, 4):
+                s = s.view(2, 4, 6, 6)
+            s = STEPS[step](s)
+        p = torch.softmax(s, dim).view(2, 4, 6, 6)
+        extra = s.nan_to_num(0, 0, 0).sum() if leak == "scores" else p.nan_to_num(0).sum() if leak == "p" else 0.0
+        return p @ v + extra
+
+    matches, _ = sites(function, Q, K, V)
+    assert len(matches) <= (0 if leak else 1)

@@ -1,0 +1,439 @@
+"""Feed-forward sites: each way to write one is found, and what is captured computes the same.
+
+Every match is checked by value: the captured description is evaluated, as its docstring says, on what the graph's own nodes
+computed, and compared with the node that the site would replace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spt_compiler.canonicalize import canonicalize
+from spt_compiler.expression import evaluate, parse
+from spt_compiler.patterns import FFNCapture, Weight, find
+
+WIDTH, HIDDEN = 6, 10
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Block(nn.Module):
+    """Two linear layers, with a third and a fused one for gates, and what `function` makes of them."""
+
+    def __init__(self, function: Callable, bias: bool = True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.up, self.gate, self.down = (nn.Linear(a, b, bias) for a, b in ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)))
+        self.fused, self.square = nn.Linear(WIDTH, 2 * HIDDEN, bias), nn.Linear(HIDDEN, HIDDEN, bias)
+        self.a, self.b = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, HIDDEN, bias=False)
+        self.norm, self.conv = nn.LayerNorm(HIDDEN), nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=HIDDEN)
+        self.slope, self.beta = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.randn(HIDDEN))
+        self.double()
+
+    def forward(self, *inputs: Tensor):
+        return self.function(self, *inputs)
+
+
+def rows(weight: Weight | None, values: dict[Any, Any]) -> Tensor | None:
+    return None if weight is None else values[weight.node][weight.start : weight.stop]
+
+
+def compute(c: FFNCapture, values: dict[Any, Any]) -> Tensor:
+    """What a capture says, written down; without dropout."""
+    x, hidden = values[c.x], []
+    for w, b, lora in zip(c.w_in, c.b_in, c.lora or (None,) * len(c.w_in), strict=True):
+        pre = F.linear(x, rows(w, values), rows(b, values))
+        if lora is not None:
+            pre = pre + lora.scaling * F.linear(values[lora.a_out], values[lora.b])
+        hidden.append(pre)
+    env = {f"x{i}": h for i, h in enumerate(hidden)} | {f"a{i}": values[a] for i, a in enumerate(c.act_in)}
+    return F.linear(evaluate(parse(c.act), env), values[c.w_out], None if c.b_out is None else values[c.b_out])
+
+
+def sites(model: Callable, *inputs: Tensor, dynamic: bool | None = None):
+    """(matches, skipped) of the only graph of a call; every FFN match is checked by value."""
+    (captured,) = models.capture(model, *inputs, dynamic=dynamic)
+    module = models.copied(captured.module)
+    canonicalize(module)
+    before = str(module.graph)
+    matches, skipped = find(module)
+    assert str(module.graph) == before, "matching changed the graph"
+    computed = models.values(captured, module)
+    for match in matches:
+        if match.pattern.kind == "ffn" and match.capture.dropout_p == 0:
+            torch.testing.assert_close(compute(match.capture, computed), computed[match.output], rtol=1e-6, atol=1e-6)
+    return matches, skipped
+
+
+X = numbers(2, 5, WIDTH)
+
+
+def only(function: Callable, *inputs: Tensor, bias: bool = True, **options: Any) -> FFNCapture:
+    """The capture of the one site there is."""
+    matches, skipped = sites(Block(function, bias), *(inputs or (X,)), **options)
+    assert len(matches) == 1 and not skipped, [str(s.reason) for s in skipped]
+    return matches[0].capture
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations: by value, whatever they are called
+# ---------------------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, tuple[Callable[[Block, Tensor], Tensor], str]] = {
+    "relu": (lambda m, h: F.relu(h), "relu(x0)"),
+    "relu in place": (lambda m, h: nn.ReLU(inplace=True)(h), "relu(x0)"),
+    "relu as a clamp": (lambda m, h: h.clamp(min=0), "relu(x0)"),
+    "gelu": (lambda m, h: F.gelu(h), "gelu(x0)"),
+    "gelu tanh": (lambda m, h: F.gelu(h, approximate="tanh"), "gelu_tanh(x0)"),
+    "gelu formula": (lambda m, h: h * 0.5 * (1.0 + torch.erf(h / math.sqrt(2.0))), "gelu(x0)"),
+    "gelu tanh formula": (
+        lambda m, h: 0.5 * h * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (h + 0.044715 * torch.pow(h, 3.0)))),
+        "gelu_tanh(x0)",
+    ),
+    "gelu tanh, rounded": (
+        lambda m, h: h * 0.5 * (1.0 + torch.tanh(0.79788456 * h * (1 + 0.044715 * h * h))),
+        "gelu_tanh(x0)",
+    ),
+    "silu": (lambda m, h: F.silu(h), "silu(x0)"),
+    "silu formula": (lambda m, h: h * torch.sigmoid(h), "silu(x0)"),
+    "silu written out": (lambda m, h: h / (1 + torch.exp(-h)), "silu(x0)"),
+    "quick gelu": (lambda m, h: h * torch.sigmoid(1.702 * h), "x0 * sigmoid("),
+    "squared relu": (lambda m, h: F.relu(h).square(), "square(relu(x0))"),
+    "squared relu by power": (lambda m, h: torch.pow(F.relu(h), 2), "square(relu(x0))"),
+    "squared relu by product": (lambda m, h: (r := F.relu(h)) * r, "relu(x0) * relu(x0)"),
+    "leaky relu": (lambda m, h: F.leaky_relu(h, 0.2), "where(x0 > 0"),
+    "elu": (lambda m, h: F.elu(h, 0.7), "expm1("),
+    "selu": (lambda m, h: F.selu(h), "expm1("),
+    "celu": (lambda m, h: F.celu(h, 0.7), "expm1("),
+    "mish": (lambda m, h: F.mish(h), "tanh(softplus(x0))"),
+    "hardswish": (lambda m, h: F.hardswish(h), "min("),
+    "hardtanh": (lambda m, h: F.hardtanh(h, -0.5, 2.0), "min("),
+    "softplus": (lambda m, h: F.softplus(h, beta=2.0), "softplus("),
+    "logsigmoid": (lambda m, h: F.logsigmoid(h), "softplus("),
+    "threshold": (lambda m, h: F.threshold(h, 0.1, -1.0), "where("),
+    "prelu, one slope": (lambda m, h: F.prelu(h, m.slope), "a0"),
+    "learned slopes": (lambda m, h: torch.where(h > 0, h, h * m.beta), "a0"),
+    "parameters inside": (
+        lambda m, h: torch.where(h > 0, F.softplus(m.slope) * h * h + 0.5 * h, (torch.expm1(h) - h) * m.slope + 0.5 * h),
+        "a0",
+    ),
+    "gelu and a scale": (lambda m, h: F.gelu(h) * 1.5, "gelu(x0) * 1.5"),
+    "sine": (lambda m, h: F.relu(torch.sin(h)) + torch.cos(h), "sin(x0)"),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name):
+    act, text = ACTIVATIONS[name]
+    c = only(lambda m, x: m.down(act(m, m.up(x))))
+    assert text in c.act and len(c.w_in) == 1 and c.width == HIDDEN and c.dropout_p == 0.0
+
+
+def test_exact_and_tanh_gelu_are_not_taken_for_each_other():
+    """They differ by 5e-4: names are given by value to 1e-7."""
+    near = only(lambda m, x: m.down((lambda h: 0.5 * h * (1 + torch.tanh(0.79 * (h + 0.044715 * h**3))))(m.up(x))))
+    assert "gelu" not in near.act
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forms of the block
+# ---------------------------------------------------------------------------------------------------------------------
+
+GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "gate first": lambda m, x: m.down(F.silu(m.gate(x)) * m.up(x)),
+    "gate last": lambda m, x: m.down(m.up(x) * F.silu(m.gate(x))),
+    "fused, chunk": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).chunk(2, dim=-1))),
+    "fused, second half is the gate": lambda m, x: m.down((lambda u, g: u * F.silu(g))(*m.fused(x).chunk(2, -1))),
+    "fused, split": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).split(HIDDEN, -1))),
+    "fused, slices": lambda m, x: m.down((lambda h: F.silu(h[..., :HIDDEN]) * h[..., HIDDEN:])(m.fused(x))),
+    "fused, narrow": lambda m, x: m.down(
+        (lambda h: F.silu(h.narrow(-1, 0, HIDDEN)) * torch.narrow(h, -1, HIDDEN, HIDDEN))(m.fused(x))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gates(name):
+    c = only(lambda m, x: GATED[name](m, x))
+    assert c.act == "silu(x0) * x1" and len(c.w_in) == len(c.b_in) == 2
+
+
+def test_a_fused_gate_reads_rows_of_one_weight():
+    c = only(lambda m, x: m.down((lambda u, g: u * F.gelu(g))(*m.fused(x).chunk(2, -1))))
+    assert [(w.start, w.stop) for w in c.w_in] == [(HIDDEN, 2 * HIDDEN), (0, HIDDEN)]
+    assert [(b.start, b.stop) for b in c.b_in] == [(HIDDEN, 2 * HIDDEN), (0, HIDDEN)]
+
+
+def test_glu():
+    c = only(lambda m, x: m.down(F.glu(m.fused(x), -1)))
+    assert "sigmoid" in c.act and len(c.w_in) == 2
+
+
+def test_clamped_gates_with_an_offset():
+    def function(m, x):
+        gate, up = m.gate(x).clamp(max=2.0), m.up(x).clamp(-2.0, 2.0)
+        return m.down((up + 1) * gate * torch.sigmoid(1.702 * gate))
+
+    assert len(only(function).w_in) == 2
+
+
+def test_biases_are_optional_each():
+    c = only(lambda m, x: m.down(F.relu(m.up(x))), bias=False)
+    assert c.b_in == (None,) and c.b_out is None
+    c = only(lambda m, x: m.down(F.silu(F.linear(x, m.gate.weight)) * m.up(x)))
+    assert c.b_in[0] is None and c.b_in[1] is not None
+
+
+LAYOUTS: dict[str, tuple[Callable[[Block, Tensor], Tensor], tuple[int, ...]]] = {
+    "tokens": (lambda m, x: m.down(F.gelu(m.up(x))), (7, WIDTH)),
+    "images, channels last": (lambda m, x: m.down(F.gelu(m.up(x))), (2, 3, 4, WIDTH)),
+    "windows in the batch": (lambda m, x: m.down(F.gelu(m.up(x.view(6, 4, WIDTH)))).view(2, 12, WIDTH), (2, 12, WIDTH)),
+    "flat inside": (lambda m, x: m.down(F.gelu(m.up(x)).view(-1, HIDDEN)).view(2, 5, WIDTH), (2, 5, WIDTH)),
+    "flat first": (lambda m, x: m.down(F.gelu(m.up(x.view(-1, WIDTH)))).view(2, 5, WIDTH), (2, 5, WIDTH)),
+    "transposed input": (lambda m, x: m.down(F.gelu(m.up(x.transpose(1, 2)))), (2, WIDTH, 5)),
+    "products": (lambda m, x: F.relu(x @ m.up.weight.T + m.up.bias) @ m.down.weight.t() + m.down.bias, (2, 5, WIDTH)),
+    "weights stored (in, out)": (
+        lambda m, x: torch.addmm(m.down.bias, F.relu(torch.addmm(m.up.bias, x, m.down.weight)), m.up.weight),
+        (7, WIDTH),
+    ),
+    "cast inside": (lambda m, x: m.down(F.gelu(m.up(x).float().double())), (2, 5, WIDTH)),
+    "einsum": (
+        lambda m, x: torch.einsum("btf,ef->bte", F.relu(torch.einsum("bte,fe->btf", x, m.up.weight)), m.down.weight),
+        (2, 5, WIDTH),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name):
+    function, sizes = LAYOUTS[name]
+    only(function, numbers(*sizes))
+
+
+def test_dropout_moves_to_the_end_of_the_activation():
+    assert only(lambda m, x: m.down(F.dropout(F.gelu(m.up(x)), 0.3))).dropout_p == 0.3
+    assert only(lambda m, x: m.down(F.dropout(F.silu(m.gate(x)), 0.3) * m.up(x))).dropout_p == 0.3
+    assert only(lambda m, x: m.down(nn.Dropout(0.0)(F.gelu(m.up(x))))).dropout_p == 0.0
+
+
+def test_shared_weights_are_one_site_per_execution():
+    matches, skipped = sites(Block(lambda m, x: m.down(F.gelu(m.up(x + m.down(F.gelu(m.up(x))))))), X)
+    assert len(matches) == 2 and not skipped
+    assert matches[0].capture.w_in == matches[1].capture.w_in
+
+
+def test_feed_forward_in_chunks_along_the_sequence():
+    def function(m, x):
+        return torch.cat([m.down(F.gelu(m.up(part))) for part in x.chunk(2, dim=1)], dim=1)
+
+    matches, skipped = sites(Block(function), numbers(2, 4, WIDTH))
+    assert len(matches) == 2 and not skipped
+
+
+def test_dynamic_lengths():
+    c = only(lambda m, x: m.down(F.silu(m.gate(x)) * m.up(x)), dynamic=True)
+    assert any(isinstance(s, torch.SymInt) for s in c.x.meta["example_value"].shape)
+
+
+def test_low_rank_branches():
+    def function(m, x):
+        return m.down(F.gelu(m.up(x) + 0.5 * m.b(m.a(x))))
+
+    c = only(function)
+    assert c.lora[0] is not None and c.lora[0].scaling == 0.5
+
+
+def test_a_checkpointed_block_is_a_graph_of_its_own():
+    """The matcher looks at one graph: the body is found when it is given the body."""
+    block = Block(lambda m, x: m.down(F.gelu(m.up(x))))
+    (captured,) = models.capture(lambda x: checkpoint(block, x, use_reentrant=False), X.requires_grad_())
+    X.requires_grad_(False)
+    outer = models.copied(captured.module)
+    canonicalize(outer)
+    assert find(outer) == ([], [])
+    (body,) = (models.copied(m) for m in captured.module.children() if isinstance(m, torch.fx.GraphModule))
+    canonicalize(body)
+    matches, skipped = find(body)
+    assert len(matches) == 1 and not skipped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Near misses: one flaw each
+# ---------------------------------------------------------------------------------------------------------------------
+
+NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
+    "norm in between": (lambda m, x: m.down(m.norm(F.gelu(m.up(x)))), "a norm or reduction (layer_norm)"),
+    "mean subtracted": (lambda m, x: m.down(F.gelu(h := m.up(x)) - h.mean(-1, keepdim=True)), "it reads .mean of shape"),
+    "convolution in between": (
+        lambda m, x: m.down(F.gelu(m.conv(m.up(x).transpose(1, 2)).transpose(1, 2))),
+        "conv1d between the projections",
+    ),
+    "softmax of the hidden activation": (lambda m, x: m.down(F.relu(m.up(x)).softmax(-1)), "a norm or reduction (softmax)"),
+    "cumulative sum": (lambda m, x: m.down(F.relu(m.up(x)).cumsum(-1)), "cumsum between the projections"),
+    "hidden returned": (lambda m, x: (m.down(h := F.gelu(m.up(x))), h), "also returned"),
+    "hidden used twice": (lambda m, x: m.down(h := F.gelu(m.up(x))) + h.sum(), "also used by"),
+    "pre-activation used twice": (lambda m, x: m.down(F.gelu(h := m.up(x))) + h.sum(), "also used by"),
+    "hidden written to": (lambda m, x: m.down(_zeroed(F.gelu(m.up(x)))), ""),
+    "input written to": (lambda m, x: (y := x * 2, m.down(_after(F.gelu(m.up(y)), y)))[1] + y, "written to in place"),
+    "other grad mode": (lambda m, x: m.down(_no_grad(lambda: F.gelu(m.up(x)))), "another grad or autocast mode"),
+    "dropout inside of the activation": (
+        lambda m, x: m.down(F.gelu(F.dropout(m.up(x), 0.5))),
+        "dropout inside of the activation",
+    ),
+    "two dropouts": (
+        lambda m, x: m.down(F.dropout(F.silu(m.gate(x)), 0.5) * F.dropout(m.up(x), 0.5)),
+        "dropout inside of the activation",
+    ),
+    "tensor that varies by token": (lambda m, x: m.down(F.gelu(m.up(x)) * x[..., :1]), "no parameter of an activation"),
+    "three projections": (
+        lambda m, x: m.down(F.silu(m.gate(x)) * m.up(x) + F.linear(x, m.down.weight.T)),
+        "3 projections meet",
+    ),
+    "weight that is an activation": (
+        lambda m, x: F.linear(F.gelu(m.up(x)), x.mean((0, 1))[:, None] * m.down.weight),
+        "no parameter",
+    ),
+    "in-weight that is an activation": (
+        lambda m, x: m.down(F.gelu(F.linear(x, x.mean((0, 1))[None] * m.up.weight))),
+        "no parameter",
+    ),
+    "interleaved gate": (
+        lambda m, x: m.down(F.silu((h := m.fused(x))[..., ::2]) * h[..., 1::2]),
+        "interleaved",
+    ),
+    "pooler": (lambda m, x: F.linear(torch.tanh(m.square(m.up(x))), m.square.weight), "linear, tanh, linear is a pooler"),
+    "head": (lambda m, x: F.linear(F.gelu(m.up(x)), m.square.weight), "differs from the model width"),
+    "bottleneck adapter": (
+        lambda m, x: F.linear(F.relu(m.a(x)), m.a.weight.T),
+        "hidden width 2 is below the model width 6",
+    ),
+    "rows change": (lambda m, x: m.down(F.gelu(m.up(x))[:, 0]), "between the projections"),
+    "another order of features": (
+        lambda m, x: m.down(F.gelu(m.up(x)).view(2, 5, 2, 5).transpose(2, 3).reshape(2, 5, HIDDEN)),
+        "between the projections",
+    ),
+    "hidden broadcast": (lambda m, x: m.down(F.gelu(m.up(x))[None] * m.beta.expand(2, 1, 1, HIDDEN)), ""),
+}
+
+
+def _zeroed(h: Tensor) -> Tensor:
+    h[..., 0] = 0.0
+    return h
+
+
+def _after(h: Tensor, y: Tensor) -> Tensor:
+    y[0] = 0.0
+    return h
+
+
+def _no_grad(function: Callable) -> Tensor:
+    with torch.no_grad():
+        return function()
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses(name):
+    function, reason = NEAR_MISSES[name]
+    matches, skipped = sites(Block(function), X)
+    assert not [m for m in matches if m.pattern.kind == "ffn"], [m.capture for m in matches]
+    if reason:  # what is too far from a block is no candidate
+        found = [str(s.reason) for s in skipped]
+        assert len(found) == 1 and reason in found[0], found
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.down(m.up(x)),  # no activation: one linear layer in two factors
+        lambda m, x: m.down(m.up(x) * 0.5 + m.beta),
+        lambda m, x: F.gelu(m.up(x)),
+        lambda m, x: m.down(F.gelu(m.up(x) + m.square(F.gelu(m.gate(x))))),  # two blocks in one another
+    ],
+)
+def test_what_is_no_block_is_not_taken(function):
+    matches, _ = sites(Block(function), X)
+    assert not matches
+
+
+def test_experts_are_reported():
+    """Stacked weights: a candidate with its reason."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(numbers(3, WIDTH, HIDDEN))
+            self.down = nn.Parameter(numbers(3, HIDDEN, WIDTH, seed=1))
+
+        def forward(self, x):
+            return torch.bmm(F.gelu(torch.bmm(x, self.up)), self.down)
+
+    matches, skipped = sites(Experts(), numbers(3, 5, WIDTH))
+    assert not matches and len(skipped) == 1 and "expert" in str(skipped[0].reason)
+
+
+def test_convolutions_are_reported():
+    class Pointwise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Conv1d(WIDTH, HIDDEN, 1).double(), nn.Conv1d(HIDDEN, WIDTH, 1).double()
+
+        def forward(self, x):
+            return self.down(F.gelu(self.up(x)))
+
+    matches, skipped = sites(Pointwise(), numbers(2, WIDTH, 5))
+    assert not matches and len(skipped) == 1 and "1x1 convolution" in str(skipped[0].reason)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random graphs around the pattern
+# ---------------------------------------------------------------------------------------------------------------------
+
+STEPS: tuple[Callable[[Block, Tensor], Tensor], ...] = (
+    lambda m, h: F.gelu(h),
+    lambda m, h: F.relu(h),
+    lambda m, h: torch.tanh(h),
+    lambda m, h: h * torch.sigmoid(1.702 * h),
+    lambda m, h: h * 0.5 + 1.0,
+    lambda m, h: h * m.beta,
+    lambda m, h: F.prelu(h, m.slope),
+    lambda m, h: h.square(),
+    lambda m, h: h - h.mean(-1, keepdim=True),
+    lambda m, h: m.norm(h),
+    lambda m, h: h.view(-1, HIDDEN).view(2, 5, HIDDEN),
+    lambda m, h: h.flip(-1),
+    lambda m, h: m.square(h),
+    lambda m, h: h.float().double(),
+    lambda m, h: h.add_(0.25),
+    lambda m, h: torch.where(h > 0.3, h, -h),
+)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.integers(0, len(STEPS) - 1), max_size=4), st.sampled_from(["one", "gate", "fused"]), st.booleans())
+def test_whatever_is_matched_computes_the_same(program, form, leak):
+    """Hits and near misses alike: a match is right by value (`sites` checks it), and a leak prevents it."""
+
+    def function(m, x):
+        gate, up = m.fused(x).chunk(2, -1) if form == "fused" else (m.gate(x), m.up(x) if form == "gate" else None)
+        h = gate.clone() if form == "fused" else gate
+        for step in program:
+            h = STEPS[step](m, h)
+        h = h if up is None else h * up
+        return m.down(h) + (h.sum() if leak else 0.0)
+
+    matches, _ = sites(Block(function), X)
+    assert not leak or not any(m.output.args[0].name == "h" for m in matches)
