@@ -27,7 +27,7 @@ from .state import StateSpec
 log = logging.getLogger(__name__)
 
 # Token rows per tile of a routed FFN's block list. A CPU reads offsets on the host and needs no padding.
-ROUTE_TILE = {"cpu": 1, "cuda": 64}
+ROUTE_TILE = {"cpu": 1, "cuda": 128}
 
 # Higher-order ops whose first argument is a body that is called once with the remaining arguments.
 _CALLS_BODY = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")

@@ -24,10 +24,10 @@ def run_interpreted(name: str, cache: Path, *options: str) -> None:
 
 
 def prepare() -> None:
-    """Repairs two things of Triton's interpreter; called at import by the interpreted tests.
+    """Repairs three things of Triton's interpreter; called at import by the interpreted tests.
 
-    It multiplies the bit patterns of bfloat16 in `tl.dot`, and patches the whole language again at every call of a
-    helper function, which takes most of the time.
+    It multiplies the bit patterns of bfloat16 in `tl.dot`, cuts float32 off to bfloat16 where chips round, and patches
+    the whole language again at every call of a helper function, which takes most of the time.
     """
     assert os.environ.get("TRITON_INTERPRET") == "1", "run through run_interpreted"
     import numpy as np
@@ -43,6 +43,14 @@ def prepare() -> None:
         product = np.matmul(widened(a), widened(b), dtype=d.data.dtype)
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding_cast(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16()
+            return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+        return cast(self, src, dst_type)
+
     patched: set[int] = set()
 
     def call(self, *args, **kwargs):
@@ -55,6 +63,7 @@ def prepare() -> None:
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.cast_impl = rounding_cast
     interpreter.InterpretedFunction.__call__ = call
 
 

@@ -37,25 +37,51 @@ def masked(**options):
             yield {"bias": bias, "mask": mask, "reads": reads, **dict(zip(options, values, strict=True))}
 
 
-def activations():
+def activations(backward):
+    """Structures of the routed FFN's activation kernels; flags that touch nothing in common change together."""
     for text, projections in (("gelu(x0)", 1), ("silu(x0) * x1", 2), ("x0 * sigmoid(a0 * x0) + a1", 1)):
         act = expression.parse(text)
         reads = [i for i in range(2) if f"a{i}" in act.variables]
         names = {f"x{i}": f"pre{i}" for i in range(projections)} | {f"a{i}": f"act{i}" for i in reads}
-        for bias, lora, gates, save, dropout in itertools.product((False, True), repeat=5):
-            yield {
+        for bias, lora, gates, other, dropout in itertools.product((False, True), repeat=5):
+            common = {
                 "n_projections": projections,
                 "bias": bias,
                 "lora": [lora, False][:projections],
+                "indirect": [bias, True][:projections],
                 "gates": gates,
-                "save": save,
                 "dropout": dropout,
+                "low_dropout": lora and dropout,
                 "act": act,
                 "act_reads": reads,
                 "act_names": names,
-                "bias_out": bias,
-                "compensation": gates,
             }
+            if not backward:
+                yield {**common, "save": other}
+                continue
+            for mode, through in (("both", True), ("listed", True)) if other else (("dense", True), ("both", False)):
+                wanted = range(projections if bias else 1) if through else ()
+                yield {
+                    **common,
+                    "mode": mode,
+                    "recompute": mode != "listed",
+                    "through": through,
+                    "indirect_out": other,
+                    "low": lora and through,
+                    "indirect_low": other,
+                    "grad_pre": [{"index": i, "slope": expression.derivative(act, f"x{i}")} for i in wanted],
+                    "grad_act": [{"index": i, "slope": expression.derivative(act, f"a{i}")} for i in reads if through],
+                    "bias_sums": [0] if bias and through else [],
+                    "need_hidden": other or not through,
+                    "need_low_hidden": lora and dropout,
+                    "grad_gates": gates and through,
+                }
+
+
+def rows():
+    for indirect in ([True], [False], [True, False]):
+        for bias, compensation in itertools.product((False, True), repeat=2):
+            yield {"indirect": indirect, "bias_out": bias, "compensation": compensation}
 
 
 ATTENTION = {"dropout": (False, True), "softcap": (False, True), "empty": ("zero", "nan", "uniform")}
@@ -77,7 +103,11 @@ STRUCTURES = {
     "select_keys": lambda: masked(**DOT, match=(False, True)),
     "pq_assign": lambda: (dict(zip(FLAGS, v, strict=True)) for v in itertools.product((False, True), repeat=3)),
     "route": lambda: [{}],
-    "routed_ffn_fwd": activations,
+    "routed_ffn_fwd": lambda: activations(False),
+    "routed_ffn_bwd": lambda: activations(True),
+    "routed_ffn_rows": rows,
+    "routed_ffn_sums": lambda: [{}],
+    "order_units": lambda: [{}],
 }
 
 

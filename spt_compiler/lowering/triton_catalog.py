@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +50,31 @@ _ATTENTION: dict[str, tuple[int, int, str, str | None, float, float | None, str]
     "d256 causal": (256, 256, "k <= q", None, 0.0, None, "zero"),
 }
 
-# name -> (activation, in-projections, LoRA rank, gates, bias, dropout)
-_FFN: dict[str, tuple[str, int, int, bool, bool, float]] = {
-    "gelu bias": ("gelu(x0)", 1, 0, False, True, 0.0),
-    "gated silu": ("silu(x0) * x1", 2, 0, False, False, 0.0),
-    "gated silu lora gates": ("silu(x0) * x1", 2, 16, True, False, 0.0),
-    "gelu_tanh lora dropout": ("gelu_tanh(x0)", 1, 16, False, True, 0.1),
+
+@dataclass(frozen=True)
+class _FFN:
+    """A site: the activation, whether weights train or LoRA of some rank does, and what else there is.
+
+    Args: save: whether pre-activations are kept for backward (else it computes them again).  conv1d: weights [E, F].
+        p, lora_p: dropout of hidden units, and of those that LoRA on the out-projection reads.
+    """
+
+    act: str
+    rank: int = 0
+    gates: bool = False
+    bias: bool = False
+    p: float = 0.0
+    save: bool = True
+    conv1d: bool = False
+    lora_p: float = 0.0
+
+
+_FFN_SITES = {
+    "gelu bias": _FFN("gelu(x0)", bias=True),
+    "gated silu": _FFN("silu(x0) * x1"),
+    "gated silu lora gates": _FFN("silu(x0) * x1", rank=16, gates=True, lora_p=0.1),
+    "gated silu lora recomputed": _FFN("silu(x0) * x1", rank=16, save=False),
+    "gelu_tanh lora dropout conv1d": _FFN("gelu_tanh(x0)", rank=16, bias=True, p=0.1, conv1d=True, lora_p=0.1),
 }
 
 
@@ -83,9 +103,10 @@ def _attention(name: str, dtype: torch.dtype, granularity: str) -> None:
 
 
 def _ffn(name: str, dtype: torch.dtype) -> None:
-    act, n_in, rank, gated, biased, p = _FFN[name]
-    tokens, width, hidden, n_blocks, tile = 8192, 2048, 8192, 8, 64
-    blocks, rows, offsets = triton_ffn.route(
+    site = _FFN_SITES[name]
+    tokens, width, hidden, n_blocks, tile = 8192, 2048, 8192, 8, 128
+    n_in = 2 if "x1" in site.act else 1
+    lists = triton_ffn.route(
         _meta(tokens, n_blocks, dtype=torch.float32),
         _meta(n_blocks, dtype=torch.bool),
         _meta(1, dtype=torch.float32),
@@ -93,29 +114,33 @@ def _ffn(name: str, dtype: torch.dtype) -> None:
         tile,
         0,
     )
-    triton_ffn.routed_ffn(
-        _meta(tokens, width, dtype=dtype),
-        [_meta(hidden, width, dtype=dtype)] * n_in,
-        [_meta(hidden, dtype=dtype)] * n_in if biased else [],
-        _meta(width, hidden, dtype=dtype),
-        _meta(width, dtype=dtype) if biased else None,
-        [_meta(tokens, rank, dtype=dtype)] * n_in if rank else [],
-        [_meta(hidden, rank, dtype=dtype)] * n_in if rank else [],
-        None,
-        _meta(tokens, n_blocks, dtype=torch.float32) if gated else None,
-        blocks,
-        rows,
-        offsets,
+    x = _meta(tokens, width, dtype=dtype)
+    w_in, w_out = _meta(hidden, width, dtype=dtype), _meta(width, hidden, dtype=dtype)
+    if site.conv1d:
+        w_in, w_out = _meta(width, hidden, dtype=dtype).t(), _meta(hidden, width, dtype=dtype).t()
+    n_bias, n_lora = n_in if site.bias else 0, n_in if site.rank else 0
+    tensors: list[Any] = [
+        x,
+        [w_in] * n_in,
+        [_meta(hidden, dtype=dtype)] * n_bias,
+        w_out,
+        _meta(width, dtype=dtype) if site.bias else None,
+        [_meta(tokens, site.rank, dtype=dtype)] * n_lora,
+        [_meta(hidden, site.rank, dtype=dtype)] * n_lora,
+        _meta(site.rank, hidden, dtype=dtype) if site.rank else None,
+        _meta(tokens, n_blocks, dtype=torch.float32) if site.gates else None,
+        *lists,
         _meta(hidden, dtype=torch.int32),
-        _meta(n_blocks, width, dtype=torch.float32),
-        act,
-        [],
-        _meta(1, dtype=torch.int64) if p else None,
-        p,
-        None,
-        0.0,
-        True,
-    )
+    ]
+    seeds = [_meta(1, dtype=torch.int64) if p else None for p in (site.p, site.lora_p)]
+    activation: list[Any] = [site.act, [], seeds[0], site.p, seeds[1], site.lora_p]
+    compensation = _meta(n_blocks, width, dtype=torch.float32)
+    y, saved, low = triton_ffn.routed_ffn(*[*tensors, compensation, *activation, site.save])
+    # Under LoRA the weights are frozen.
+    full = site.rank == 0
+    trained = [True, *[full] * (n_in + n_bias), full, full and site.bias, *[True] * (2 * n_lora), bool(site.rank), site.gates]
+    grad_low = low if site.rank else None
+    triton_ffn.routed_ffn_backward(*[y, grad_low, *tensors, *activation, saved, trained])
 
 
 # Kernels that gather single rows or count; the others multiply matrices.
@@ -129,7 +154,11 @@ _NO_MATRIX = (
     "transpose_lists_mark_kernel",
     "transpose_lists_fill_kernel",
     "route_rows_kernel",
-    "routed_ffn_fwd_combine_kernel",
+    "routed_ffn_rows_combine_kernel",
+    "routed_ffn_sums_columns_kernel",
+    "routed_ffn_sums_gates_kernel",
+    "order_units_invert_kernel",
+    "order_units_move_kernel",
 )
 
 
@@ -154,7 +183,7 @@ def entries(target: str, dtypes: tuple[str, ...] = ("fp16", "bf16", "fp32")) -> 
             yield from listed(f"tile {name}", dtype, lambda n=name, d=dtype: _attention(n, DTYPES[d], "tile"))
         for name in ("d64 causal", "d64 padded dropout"):
             yield from listed(f"token {name}", dtype, lambda n=name, d=dtype: _attention(n, DTYPES[d], "token"))
-        for name in _FFN:
+        for name in _FFN_SITES:
             yield from listed(f"ffn {name}", dtype, lambda n=name, d=dtype: _ffn(n, DTYPES[d]))
 
 

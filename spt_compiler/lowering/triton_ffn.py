@@ -1,12 +1,13 @@
 """Routed FFN on GPUs: routing and the grouped GEMMs by kernels generated from `templates/`.
 
-Every function here has the arguments of its op and launches kernels; `supports_*` says beforehand whether it can. What
-is not supported, and the backward pass, run the reference of the op. Nothing synchronises with the host: whether all
-blocks are meant ("dense by data") is decided inside the kernels.
+Every function here has the arguments of its op and launches kernels; `supports_*` says beforehand whether it can, and
+why not: then the reference of the op runs. Nothing synchronises with the host: whether all blocks are meant ("dense by
+data") is decided inside the kernels. Sums run in a fixed order, so that results repeat bit by bit.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +25,17 @@ from spt_compiler.lowering.triton_common import (
     dropout_threshold,
     launch,
     next_power_of_2,
+    on_hip,
     product_precision,
     strides,
 )
-from spt_compiler.ops.reference_ffn import check_arguments, kept_blocks, row_capacity
+from spt_compiler.ops.reference_ffn import FlatGrads, check_arguments, kept_blocks, row_capacity
 
 MAX_BLOCKS = 1024
 # Row tiles that share a band of the GEMM grids.
 _BAND = 8
+# Programs of a launch that most likely finds nothing to do.
+_LATER_PROGRAMS = 512
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,7 +100,7 @@ def route(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The FFN
+# What forward and backward share
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -104,6 +108,252 @@ def _row_tile(blocks: Tensor, rows: Tensor, n_blocks: int) -> int:
     """The `tile` with which `route` made the lists: capacity = N * R + G * (tile - 1)."""
     n_tokens, n_slots = blocks.shape
     return (rows.shape[0] - n_tokens * n_slots) // n_blocks + 1
+
+
+class _Geometry:
+    """Sizes of one call, and how its tokens are cut into chunks where every block is meant.
+
+    Nobody asks the device whether that is the case: the launches for the first chunk serve the lists as well, those for
+    later chunks find nothing to do unless every block is meant.
+    """
+
+    def __init__(self, x: Tensor, blocks: Tensor, rows: Tensor, offsets: Tensor, permutation: Tensor):
+        self.blocks, self.rows, self.offsets, self.permutation = blocks, rows, offsets, permutation
+        self.dtype, self.n_features = x.dtype, x.shape[1]
+        self.n_tokens, self.n_slots = blocks.shape
+        self.n_units, self.n_blocks = permutation.shape[0], offsets.shape[0] - 1
+        self.width = ceil_div(self.n_units, self.n_blocks)
+        self.capacity = rows.shape[0]
+        # The largest power of two that divides the row tile: a row tile of the kernels lies in one block.
+        tile = _row_tile(blocks, rows, self.n_blocks)
+        self.block_m = min(tile & -tile, 128)
+        # As many tokens as the rows of the lists could hold for all blocks.
+        self.chunk = max(self.block_m, self.capacity // self.n_blocks // self.block_m * self.block_m)
+        self.held = max(ceil_div(self.capacity, self.block_m) * self.block_m, self.chunk * self.n_blocks)
+        self.n_row_tiles = self.held // self.block_m
+        self.place = x.new_empty((self.n_tokens, self.n_slots), dtype=torch.int32)
+        self._x = x
+        self._inverse: Tensor | None = None
+
+    def buffer(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[held, width], uninitialised."""
+        return self._x.new_empty((self.held, width), dtype=dtype or self.dtype)
+
+    def chunks(self) -> range:
+        """First tokens of the chunks."""
+        return range(0, self.n_tokens, self.chunk)
+
+    def grid(self, tiles: int, first_token: int) -> tuple[int]:
+        """Programs for a launch with at most `tiles` tiles; few where it will most likely find nothing to do."""
+        return (tiles if first_token == 0 else min(tiles, _LATER_PROGRAMS),)
+
+    @property
+    def inverse(self) -> Tensor:
+        """[F] int32: the slot in block order of each unit."""
+        if self._inverse is None:
+            self._inverse = torch.empty_like(self.permutation)
+            block = 1024
+            launch(
+                "order_units",
+                {},
+                "order_units_invert_kernel",
+                (ceil_div(self.n_units, block),),
+                {"permutation_ptr": self.permutation, "inverse_ptr": self._inverse, "n_units": self.n_units},
+                {"BLOCK": block},
+            )
+        return self._inverse
+
+    def move(self, model: Tensor, ordered: Tensor, *, restore: bool) -> None:
+        """Copies [F, K] from the model's order to block order, or back with `restore`."""
+        block = 64
+        launch(
+            "order_units",
+            {},
+            "order_units_move_kernel",
+            (ceil_div(self.n_units, block), ceil_div(model.shape[1], block)),
+            {
+                "model_ptr": model,
+                **strides("model", model, "fe"),
+                "ordered_ptr": ordered,
+                "inverse_ptr": self.inverse,
+                "n_units": self.n_units,
+                "n_columns": model.shape[1],
+            },
+            {"RESTORE": restore, "BLOCK_M": block, "BLOCK_N": block},
+        )
+
+    def by_rows(self, weight: Tensor) -> _Weight:
+        """An [F, K] weight with the values of a unit next to each other: itself, or a copy in block order."""
+        if not _units_inside(weight):
+            return _Weight(weight, True)
+        ordered = weight.new_empty(weight.shape)
+        self.move(weight, ordered, restore=False)
+        return _Weight(ordered, False)
+
+    def products(self, n_accumulators: int, *, columns: int, block_m: int | None = None) -> tuple[dict[str, Any], dict[str, int]]:
+        """Constants and tuning of a GEMM whose programs hold so many sums of [BLOCK_M, BLOCK_N]; BLOCK_M: a row tile."""
+        full = self.dtype == torch.float32
+        block_m = block_m or self.block_m
+        block_n = 64 if full or n_accumulators > 1 else 128
+        block_n = min(block_n, max(16, next_power_of_2(columns)))
+        constants = {
+            "N_BLOCKS": self.n_blocks,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": 32 if full else 64,
+            "BLOCK_G": next_power_of_2(self.n_blocks),
+            "PRECISION": product_precision(self.dtype),
+        }
+        warps = 4 if block_m * block_n * n_accumulators <= (32 if full else 64) * 128 else 8
+        return constants, {"num_warps": warps, "num_stages": 1 if full else 2 if on_hip() else 3}
+
+    def rows_of(self, lefts: list[Tensor], weights: list[_Weight], partial: Tensor, first_token: int) -> None:
+        """partial = the sum of left @ weight[units of the row's block] over the pairs."""
+        n_out = partial.shape[1]
+        constants, tuning = self.products(1, columns=n_out)
+        n_out_tiles = ceil_div(n_out, constants["BLOCK_N"])
+        args: dict[str, Any] = {}
+        for i, (left, weight) in enumerate(zip(lefts, weights, strict=True)):
+            args |= {f"left{i}_ptr": left, f"w{i}_ptr": weight.tensor, **strides(f"w{i}", weight.tensor, "fe")}
+        launch(
+            "routed_ffn_rows",
+            {"indirect": [w.indirect for w in weights], "bias_out": False, "compensation": False},
+            "routed_ffn_rows_kernel",
+            self.grid(self.n_row_tiles * n_out_tiles, first_token),
+            {
+                **args,
+                "permutation_ptr": self.permutation,
+                "offsets_ptr": self.offsets,
+                "partial_ptr": partial,
+                "n_units": self.n_units,
+                "n_out": n_out,
+                "width": self.width,
+                "n_out_tiles": n_out_tiles,
+                "first_token": first_token,
+                "chunk": self.chunk,
+            },
+            {**constants, "BAND": _BAND},
+            **tuning,
+        )
+
+    def combine(
+        self, partial: Tensor, out: Tensor, first_token: int, bias: Tensor | None = None, compensation: Tensor | None = None
+    ) -> None:
+        """out = the sum of the partial rows of each token, and what else is added to it."""
+        block_t, block_e = 32, min(128, max(16, next_power_of_2(out.shape[1])))
+        n_out_tiles = ceil_div(out.shape[1], block_e)
+        args: dict[str, Any] = {}
+        if bias is not None:
+            args |= {"b_out_ptr": bias, "b_out_stride": bias.stride(0)}
+        if compensation is not None:
+            args["compensation_ptr"] = compensation
+        launch(
+            "routed_ffn_rows",
+            {"indirect": [False], "bias_out": bias is not None, "compensation": compensation is not None},
+            "routed_ffn_rows_combine_kernel",
+            self.grid(ceil_div(self.n_tokens, block_t) * n_out_tiles, first_token),
+            {
+                **args,
+                "partial_ptr": partial,
+                "place_ptr": self.place,
+                "blocks_ptr": self.blocks,
+                "offsets_ptr": self.offsets,
+                "out_ptr": out,
+                **strides("out", out, "te"),
+                "n_tokens": self.n_tokens,
+                "n_out": out.shape[1],
+                "n_out_tiles": n_out_tiles,
+                "first_token": first_token,
+                "chunk": self.chunk,
+            },
+            {"N_BLOCKS": self.n_blocks, "N_SLOTS": self.n_slots, "BLOCK_M": block_t, "BLOCK_N": block_e},
+        )
+
+    @property
+    def partial_dtype(self) -> torch.dtype:
+        """Of partial rows: they are most of the memory traffic. Half precision could overflow where the sum would not."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """An [F, K] weight as a kernel reads it: through the permutation (`indirect`), or already in block order."""
+
+    tensor: Tensor
+    indirect: bool
+
+
+def _units_inside(weight: Tensor) -> bool:
+    """Whether the units of an [F, K] weight lie closer in memory than the values of a unit."""
+    return weight.stride(0) < weight.stride(1) and weight.shape[0] > 1
+
+
+class _Projections:
+    """In-projections and activation: structure and arguments of the templates, the same forward and backward."""
+
+    def __init__(
+        self,
+        geometry: _Geometry,
+        x,
+        w_in,
+        b_in,
+        lora_a_out,
+        lora_b,
+        lora_down,
+        gates,
+        act_expr,
+        act_in,
+        seed,
+        p,
+        lora_seed,
+        lora_p,
+    ):
+        self.act = expression.parse(act_expr)
+        n = len(w_in)
+        self.weights = [geometry.by_rows(w) for w in w_in]
+        self.args: dict[str, Any] = {"x_ptr": x, **strides("x", x, "te")}
+        lora, rank = [], 1
+        for i, weight in enumerate(self.weights):
+            self.args |= {f"w{i}_ptr": weight.tensor, **strides(f"w{i}", weight.tensor, "fe")}
+            if b_in:
+                self.args |= {f"b{i}_ptr": b_in[i], **strides(f"b{i}", b_in[i], "f")}
+            lora.append(bool(lora_b) and lora_b[i].shape[1] > 0)
+            if lora[i]:
+                a, b = lora_a_out[i], lora_b[i]
+                rank = max(rank, b.shape[1])
+                self.args |= {f"lora_a{i}_ptr": a, **strides(f"lora_a{i}", a, "tr"), f"lora_rank{i}": b.shape[1]}
+                self.args |= {f"lora_b{i}_ptr": b, **strides(f"lora_b{i}", b, "fr")}
+        self.rank_down = 0 if lora_down is None else lora_down.shape[0]
+        self.block_r = min(64, max(16, next_power_of_2(max(rank, self.rank_down))))
+        reads = [i for i in range(len(act_in)) if f"a{i}" in self.act.variables]
+        self.act_args: dict[str, Any] = {}
+        for i in reads:
+            self.act_args |= {f"a{i}_ptr": act_in[i], f"a{i}_stride_f": act_in[i].expand(geometry.n_units).stride(0)}
+        if gates is not None:
+            self.act_args |= {"gates_ptr": gates, **strides("gates", gates, "tg")}
+        dropout = p > 0 and seed is not None
+        self.low_dropout = self.rank_down > 0 and lora_p > 0 and lora_seed is not None
+        for there, prefix, drawn, rate in ((dropout, "", seed, p), (self.low_dropout, "low_", lora_seed, lora_p)):
+            if there:
+                self.act_args |= {f"{prefix}seed_ptr": drawn, f"{prefix}threshold": dropout_threshold(rate)}
+                self.act_args[f"{prefix}keep_scale"] = 0.0 if rate >= 1 else 1.0 / (1.0 - rate)
+        self.structure: dict[str, Any] = {
+            "n_projections": n,
+            "bias": bool(b_in),
+            "lora": lora,
+            "indirect": [w.indirect for w in self.weights],
+            "gates": gates is not None,
+            "act": self.act,
+            "act_reads": reads,
+            "act_names": {f"x{i}": f"pre{i}" for i in range(n)} | {f"a{i}": f"act{i}" for i in reads},
+            "dropout": dropout,
+            "low_dropout": self.low_dropout,
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def supports_routed_ffn(
@@ -132,8 +382,6 @@ def supports_routed_ffn(
     """None where the kernels can run `spt::routed_ffn_v1`, else the reason."""
     if not available():
         return Reject("triton is not installed")
-    if lora_down is not None:
-        return Reject("a low-rank branch on the out-projection")
     if x.dtype not in DTYPES:
         return Reject("x has dtype {}", x.dtype)
     if 0 in x.shape or 0 in w_out.shape:
@@ -144,7 +392,8 @@ def supports_routed_ffn(
     tile = _row_tile(blocks, rows, n_blocks)
     if tile % 16:
         return Reject("rows are grouped in tiles of {}, not in multiples of 16", tile)
-    odd = [t.dtype for t in (*w_in, w_out, *lora_a_out, *lora_b) if t.dtype != x.dtype]
+    low = [] if lora_down is None else [lora_down]
+    odd = [t.dtype for t in (*w_in, w_out, *lora_a_out, *lora_b, *low) if t.dtype != x.dtype]
     if odd:
         return Reject("weights have dtype {}, x has {}", odd[0], x.dtype)
     for name, tensor in (("gates", gates), ("b_out", b_out), *(("act_in", a) for a in act_in)):
@@ -189,190 +438,427 @@ def routed_ffn(
     lora_p: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`spt::routed_ffn_v1`: a gathered GEMM with the activation, a GEMM into partial rows, and their sum per token.
-
-    The same kernels are launched for the case that every block is meant, in token chunks whose hidden values fit the
-    sparse capacity; whichever of the two is not asked for returns at once.
-    """
-    lists = (blocks, rows, offsets, permutation)
-    weights, random = (w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down), (seed, p, lora_seed, lora_p)
+    """`spt::routed_ffn_v1`: a gathered GEMM with the activation, a GEMM into partial rows, and their sum per token."""
+    lists, random = (blocks, rows, offsets, permutation), (seed, p, lora_seed, lora_p)
+    weights = (w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down)
     check_arguments(x, *weights, gates, *lists, compensation, act_in, *random)
-    work = _Forward(x, w_in, b_in, w_out, lora_a_out, lora_b, gates, *lists, save)
-    work.activation(act_expr, act_in, seed, p)
-    work.out(b_out, compensation)
-    work.run(dense=False, first_token=0, chunk=work.n_tokens)
-    for first_token in range(0, work.n_tokens, work.chunk):
-        work.run(dense=True, first_token=first_token, chunk=work.chunk)
-    return work.y, work.saved, work.y.new_empty((work.n_tokens, 0))
-
-
-class _Forward:
-    """Buffers and arguments of one call; `run` launches the three kernels for the sparse case or one dense chunk."""
-
-    def __init__(self, x, w_in, b_in, w_out, lora_a_out, lora_b, gates, blocks, rows, offsets, permutation, save):
-        self.x, self.blocks, self.rows, self.offsets, self.permutation = x, blocks, rows, offsets, permutation
-        self.n_tokens = x.shape[0]
-        self.n_units, self.n_out = permutation.shape[0], w_out.shape[0]
-        self.n_blocks = offsets.shape[0] - 1
-        self.n_slots = blocks.shape[1]
-        self.width = ceil_div(self.n_units, self.n_blocks)
-        capacity = rows.shape[0]
-        # The largest power of two that divides the row tile: a row tile of the kernels lies in one block.
-        tile = _row_tile(blocks, rows, self.n_blocks)
-        self.block_m = min(tile & -tile, 128)
-        self.chunk = max(self.block_m, capacity // self.n_blocks // self.block_m * self.block_m)
-        held = max(capacity, self.chunk * self.n_blocks)
-        self.hidden = x.new_empty((held, self.width))
-        self.partial = x.new_empty((held, self.n_out), dtype=torch.float32)
-        self.place = x.new_empty((self.n_tokens, self.n_slots), dtype=torch.int32)
-        self.saved = x.new_empty((len(w_in), capacity if save else 0, self.width))
-        self.y = x.new_empty((self.n_tokens, self.n_out))
-        # Columns of w_out are far apart where units are permuted; a copy in block order is read in whole rows.
-        self.w_out = w_out.t().index_select(0, permutation)
-
-        self.args: dict[str, Any] = {"x_ptr": x, **strides("x", x, "te")}
-        lora = []
-        for i, w in enumerate(w_in):
-            self.args |= {f"w{i}_ptr": w, **strides(f"w{i}", w, "fe")}
-            if b_in:
-                self.args |= {f"b{i}_ptr": b_in[i], **strides(f"b{i}", b_in[i], "f")}
-            lora.append(bool(lora_b) and lora_b[i].shape[1] > 0)
-            if lora[i]:
-                a, b = lora_a_out[i], lora_b[i]
-                self.args |= {f"lora_a{i}_ptr": a, **strides(f"lora_a{i}", a, "tr"), f"lora_rank{i}": b.shape[1]}
-                self.args |= {f"lora_b{i}_ptr": b, **strides(f"lora_b{i}", b, "fr")}
-        if gates is not None:
-            self.args |= {"gates_ptr": gates, **strides("gates", gates, "tg")}
-        if save:
-            self.args |= {"saved_ptr": self.saved, "capacity": capacity}
-        self.structure: dict[str, Any] = {
-            "n_projections": len(w_in),
-            "bias": bool(b_in),
-            "lora": lora,
-            "gates": gates is not None,
-        }
-        self.save = save
-
-    def activation(self, act_expr: str, act_in: list[Tensor], seed: Tensor | None, p: float) -> None:
-        """Arguments of activation and dropout."""
-        act = expression.parse(act_expr)
-        reads = [i for i in range(len(act_in)) if f"a{i}" in act.variables]
-        for i in reads:
-            self.args |= {f"a{i}_ptr": act_in[i], f"a{i}_stride_f": act_in[i].expand(self.n_units).stride(0)}
-        dropout = p > 0 and seed is not None
-        if dropout:
-            self.args |= {"seed_ptr": seed, "threshold": dropout_threshold(p)}
-            self.args["keep_scale"] = 0.0 if p >= 1 else 1.0 / (1.0 - p)
-        names = {f"x{i}": f"pre{i}" for i in range(self.structure["n_projections"])}
-        names |= {f"a{i}": f"act{i}" for i in reads}
-        self.structure |= {"act": act, "act_reads": reads, "act_names": names, "dropout": dropout}
-
-    def out(self, b_out: Tensor | None, compensation: Tensor | None) -> None:
-        """Arguments of what is added to the sum."""
-        self.combine_args: dict[str, Any] = {}
-        if b_out is not None:
-            self.combine_args |= {"b_out_ptr": b_out, "b_out_stride": b_out.stride(0)}
-        if compensation is not None:
-            self.combine_args["compensation_ptr"] = compensation.float().contiguous()
-        self.structure |= {"bias_out": b_out is not None, "compensation": compensation is not None}
-
-    def run(self, *, dense: bool, first_token: int, chunk: int) -> None:
-        """Launches the kernels for the sparse case, or for `chunk` tokens of the case that every block is meant."""
-        args, structure = dict(self.args), {**self.structure, "save": self.save and not dense}
-        if dense:  # nothing is saved then
-            args.pop("saved_ptr", None)
-            args.pop("capacity", None)
-        n_rows = self.n_blocks * chunk if dense else self.rows.shape[0]
-        n_row_tiles = ceil_div(n_rows, self.block_m)
-        full = self.x.dtype == torch.float32
-        two = self.structure["n_projections"] == 2
-        block_n = 64 if full or two else 128
-        block_k = 32 if full else 64
-        n_hidden_tiles, n_out_tiles = ceil_div(self.width, block_n), ceil_div(self.n_out, block_n)
-        shared = {
-            "N_BLOCKS": self.n_blocks,
-            "DENSE": dense,
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-            "BLOCK_G": next_power_of_2(self.n_blocks),
-            "BAND": _BAND,
-            "PRECISION": product_precision(self.x.dtype),
-        }
-        tuning = {"num_warps": 4 if self.block_m * block_n <= 64 * 128 else 8, "num_stages": 1 if full else 3}
-        rank = max([1, *(args[f"lora_rank{i}"] for i, has in enumerate(structure["lora"]) if has)])
+    g = _Geometry(x, *lists)
+    projections = _Projections(g, x, w_in, b_in, lora_a_out, lora_b, lora_down, gates, act_expr, act_in, *random)
+    y, low = x.new_empty((g.n_tokens, w_out.shape[0])), x.new_empty((g.n_tokens, projections.rank_down))
+    saved = x.new_empty((len(w_in), g.capacity if save else 0, g.width))
+    hidden = g.buffer(g.width)
+    outputs = [(hidden, g.by_rows(w_out.t()), g.buffer(w_out.shape[0], g.partial_dtype), y)]
+    args: dict[str, Any] = {"saved_ptr": saved, "capacity": g.capacity} if save else {}
+    if lora_down is not None and projections.rank_down:
+        seen = g.buffer(g.width) if projections.low_dropout else hidden
+        outputs.append((seen, g.by_rows(lora_down.t()), g.buffer(projections.rank_down, torch.float32), low))
+        if projections.low_dropout:
+            args["low_hidden_ptr"] = seen
+    added = None if compensation is None else compensation.float().contiguous()
+    # Dropout's hash needs registers, as a second sum does.
+    constants, tuning = g.products(len(w_in) + projections.structure["dropout"], columns=g.width)
+    n_hidden_tiles = ceil_div(g.width, constants["BLOCK_N"])
+    for first_token in g.chunks():
         launch(
             "routed_ffn_fwd",
-            structure,
+            {**projections.structure, "save": save},
             "routed_ffn_fwd_in_kernel",
-            (n_row_tiles * n_hidden_tiles,),
+            g.grid(g.n_row_tiles * n_hidden_tiles, first_token),
             {
+                **projections.args,
+                **projections.act_args,
                 **args,
-                "rows_ptr": self.rows,
-                "offsets_ptr": self.offsets,
-                "blocks_ptr": self.blocks,
-                "permutation_ptr": self.permutation,
-                "hidden_ptr": self.hidden,
-                "place_ptr": self.place,
-                "n_tokens": self.n_tokens,
-                "n_features": self.x.shape[1],
-                "n_units": self.n_units,
-                "width": self.width,
-                "n_row_tiles": n_row_tiles,
+                "rows_ptr": rows,
+                "offsets_ptr": offsets,
+                "blocks_ptr": blocks,
+                "permutation_ptr": permutation,
+                "hidden_ptr": hidden,
+                "place_ptr": g.place,
+                "n_tokens": g.n_tokens,
+                "n_features": g.n_features,
+                "n_units": g.n_units,
+                "width": g.width,
                 "n_hidden_tiles": n_hidden_tiles,
                 "first_token": first_token,
-                "chunk": chunk,
+                "chunk": g.chunk,
             },
-            {**shared, "N_SLOTS": self.n_slots, "BLOCK_R": min(64, max(16, next_power_of_2(rank)))},
+            {**constants, "N_SLOTS": g.n_slots, "BLOCK_R": projections.block_r, "BAND": _BAND},
             **tuning,
         )
+        for left, weight, partial, out in outputs:
+            g.rows_of([left], [weight], partial, first_token)
+            extra = (b_out, added) if out is y else (None, None)
+            g.combine(partial, out, first_token, *extra)
+    return y, saved, low
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _gradients_of(act_expr: str, n_in: int, n_act: int) -> dict[str, expression.Expression]:
+    """Slopes of the activation by the names of what it reads. Raises: ExpressionError."""
+    act = expression.parse(act_expr)
+    names = [*(f"x{i}" for i in range(n_in)), *(f"a{i}" for i in range(n_act))]
+    return {name: expression.derivative(act, name) for name in names}
+
+
+def supports_routed_ffn_backward(
+    grad_y,
+    grad_low,
+    x,
+    w_in,
+    b_in,
+    w_out,
+    b_out,
+    lora_a_out,
+    lora_b,
+    lora_down,
+    gates,
+    blocks,
+    rows,
+    offsets,
+    permutation,
+    act_expr,
+    act_in,
+    seed,
+    p,
+    lora_seed,
+    lora_p,
+    saved,
+    needs,
+) -> Reject | None:
+    """None where the kernels can run `spt::routed_ffn_backward_v1`, else the reason."""
+    tensors = (x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, blocks, rows, offsets, permutation)
+    reason = supports_routed_ffn(*tensors, None, act_expr, act_in, seed, p, lora_seed, lora_p, False)
+    if reason is not None:
+        return reason
+    for grad in (grad_y, grad_low):
+        if grad is not None and grad.dtype != x.dtype:
+            return Reject("a gradient of the results has dtype {}, x has {}", grad.dtype, x.dtype)
+    try:
+        _gradients_of(act_expr, len(w_in), len(act_in))
+    except ExpressionError as error:
+        return Reject("derivative of the activation: {}", error)
+    return None
+
+
+def routed_ffn_backward(
+    grad_y: Tensor,
+    grad_low: Tensor | None,
+    x: Tensor,
+    w_in: list[Tensor],
+    b_in: list[Tensor],
+    w_out: Tensor,
+    b_out: Tensor | None,
+    lora_a_out: list[Tensor],
+    lora_b: list[Tensor],
+    lora_down: Tensor | None,
+    gates: Tensor | None,
+    blocks: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    permutation: Tensor,
+    act_expr: str,
+    act_in: list[Tensor],
+    seed: Tensor | None,
+    p: float,
+    lora_seed: Tensor | None,
+    lora_p: float,
+    saved: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    """`spt::routed_ffn_backward_v1`: gradients of the pre-activations in block order, then a GEMM for each that is needed."""
+    flat = FlatGrads(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, act_in, needs)
+    flat.put("b_out", lambda: grad_y.sum(0, dtype=torch.float32))
+    if flat.needed <= {"b_out"}:
+        return flat.tensors()
+    g = _Geometry(x, blocks, rows, offsets, permutation)
+    random = (seed, p, lora_seed, lora_p)
+    projections = _Projections(g, x, w_in, b_in, lora_a_out, lora_b, lora_down, gates, act_expr, act_in, *random)
+    work = _Backward(g, projections, flat, grad_y, grad_low, x, w_out, lora_a_out, lora_b, lora_down, saved)
+    for first_token in g.chunks():
+        work.run(first_token)
+    work.store()
+    return flat.tensors()
+
+
+class _Backward:
+    """Buffers of one backward call, and the kernels that fill them."""
+
+    def __init__(
+        self,
+        g: _Geometry,
+        projections: _Projections,
+        flat: FlatGrads,
+        grad_y,
+        grad_low,
+        x,
+        w_out,
+        lora_a_out,
+        lora_b,
+        lora_down,
+        saved,
+    ):
+        self.g, self.projections, self.flat, self.grad_y, self.x = g, projections, flat, grad_y, x
+        self.lora_a_out, self.lora_b, self.saved = lora_a_out, lora_b, saved
+        self.down = g.by_rows(w_out.t())
+        self.grad_low = grad_low if projections.rank_down else None
+        self.low_down = None if self.grad_low is None else g.by_rows(lora_down.t())
+        n_in = len(projections.weights)
+        needed, act = flat.needed, projections.act
+        # A rank of zero stands for no LoRA; its gradients are empty.
+        lora = [i for i in range(len(lora_b)) if lora_b[i].shape[1] > 0]
+        per_pre = [
+            {name for name in (f"w_in{i}", f"b_in{i}", f"lora_a_out{i}", f"lora_b{i}") if name in needed} for i in range(n_in)
+        ]
+        pre = [i for i in range(n_in) if "x" in needed or per_pre[i]]
+        self.grad_pre = {i: g.buffer(g.width) for i in pre}
+        self.act_sums = [i for i in projections.structure["act_reads"] if f"act_in{i}" in needed]
+        self.bias_sums = [i for i in pre if f"b_in{i}" in needed]
+        n_sums = len(self.bias_sums) + len(self.act_sums)
+        self.columns = x.new_empty((n_sums, g.n_row_tiles, g.width), dtype=torch.float32)
+        self.vectors = x.new_empty((n_sums, g.n_units), dtype=torch.float32)
+        # What the branch on the out-projection reads is what w_out reads, unless it has a dropout of its own.
+        trains_down = self.grad_low is not None and "lora_down" in needed
+        self.low_hidden = g.buffer(g.width) if trains_down and projections.low_dropout else None
+        self.hidden = g.buffer(g.width) if "w_out" in needed or (trains_down and self.low_hidden is None) else None
+        self.through = bool(pre) or bool(self.act_sums) or "gates" in needed
+        self.grad_gates = self.gate_rows = None
+        if "gates" in needed:
+            self.grad_gates = x.new_zeros((g.n_tokens, g.n_blocks), dtype=torch.float32)
+            self.gate_rows = g.buffer(self._hidden_tiles(recompute=True), torch.float32)
+
+        self.partial = g.buffer(g.n_features, g.partial_dtype) if "x" in needed else None
+        self.grad_x = x.new_empty((g.n_tokens, g.n_features)) if "x" in needed else None
+        self.lora_a = {
+            i: (flat.empty(f"lora_a_out{i}"), g.buffer(lora_b[i].shape[1], torch.float32))
+            for i in lora
+            if f"lora_a_out{i}" in needed
+        }
+        # (rows in block order, tensor of the tokens, gradient [F, K], whether it is in the model's order)
+        self.products: list[tuple[Tensor, Tensor, Tensor, bool]] = []
+        self.to_restore: list[tuple[Tensor, Tensor]] = []
+        for i in pre:
+            if f"w_in{i}" in needed:
+                self._weight_gradient(self.grad_pre[i], x, flat.empty(f"w_in{i}"), f"w_in{i}")
+            if i in lora and f"lora_b{i}" in needed:
+                self._weight_gradient(self.grad_pre[i], lora_a_out[i], flat.empty(f"lora_b{i}"), f"lora_b{i}")
+        if "w_out" in needed:
+            self._weight_gradient(self.hidden, grad_y, flat.empty("w_out").t(), "w_out")
+        if trains_down:
+            seen = self.hidden if self.low_hidden is None else self.low_hidden
+            self._weight_gradient(seen, grad_low, flat.empty("lora_down").t(), "lora_down")
+
+        slopes = {name: expression.derivative(act, name) for name in (*(f"x{i}" for i in pre), *(f"a{i}" for i in self.act_sums))}
+        self.structure = {
+            **projections.structure,
+            "through": self.through,
+            "indirect_out": self.down.indirect,
+            "grad_pre": [{"index": i, "slope": slopes[f"x{i}"]} for i in pre],
+            "grad_act": [{"index": i, "slope": slopes[f"a{i}"]} for i in self.act_sums],
+            "bias_sums": self.bias_sums,
+            "need_hidden": self.hidden is not None,
+            "need_low_hidden": self.low_hidden is not None,
+            "low": self.grad_low is not None,
+            "indirect_low": self.low_down is not None and self.low_down.indirect,
+            "grad_gates": self.grad_gates is not None,
+        }
+
+    def _weight_gradient(self, left: Tensor, right: Tensor, gradient: Tensor, name: str) -> None:
+        direct = not _units_inside(gradient)
+        target = gradient if direct else gradient.new_empty(gradient.shape)
+        self.products.append((left, right, target, direct))
+        if not direct:
+            self.to_restore.append((gradient, target))
+        self.flat.put(name, lambda: gradient.t() if name in ("w_out", "lora_down") else gradient)
+
+    def run(self, first_token: int) -> None:
+        """Launches everything for the lists, or for one chunk of the case that every block is meant."""
+        g = self.g
+        if self.saved.shape[1] == 0:
+            self._hidden("both", first_token)
+        else:
+            if first_token == 0:
+                self._hidden("listed", first_token)
+            self._hidden("dense", first_token)
+        if self.grad_x is not None:
+            assert self.partial is not None
+            g.rows_of(list(self.grad_pre.values()), self.projections.weights, self.partial, first_token)
+            g.combine(self.partial, self.grad_x, first_token)
+        for i, (gradient, partial) in self.lora_a.items():
+            g.rows_of([self.grad_pre[i]], [_Weight(self.lora_b[i], True)], partial, first_token)
+            g.combine(partial, gradient, first_token)
+        for left, right, target, direct in self.products:
+            self._weights(left, right, target, direct, first_token)
+        for columns, vector in zip(self.columns, self.vectors, strict=True):
+            self._sum_columns(columns, vector, first_token)
+        if self.grad_gates is not None:
+            self._sum_gates(first_token)
+
+    def _products(self, recompute: bool) -> tuple[dict[str, Any], dict[str, int]]:
+        # The derivative needs registers: never the widest tile.
+        n_in = len(self.projections.weights)
+        return self.g.products(n_in + 1 if recompute else 2, columns=self.g.width)
+
+    def _hidden_tiles(self, *, recompute: bool) -> int:
+        return ceil_div(self.g.width, self._products(recompute)[0]["BLOCK_N"])
+
+    def _hidden(self, mode: str, first_token: int) -> None:
+        g, p = self.g, self.projections
+        recompute = mode != "listed"
+        constants, tuning = self._products(recompute)
+        n_hidden_tiles = self._hidden_tiles(recompute=recompute)
+        args: dict[str, Any] = dict(p.args) if recompute else {"saved_ptr": self.saved, "capacity": g.capacity}
+        args |= p.act_args
+        if self.through:
+            args |= {"grad_ptr": self.grad_y, **strides("grad", self.grad_y, "te")}
+            args |= {"w_out_ptr": self.down.tensor, **strides("w_out", self.down.tensor, "fe")}
+            if self.low_down is not None:
+                args |= {"grad_low_ptr": self.grad_low, **strides("grad_low", self.grad_low, "tr")}
+                args |= {"down_ptr": self.low_down.tensor, **strides("down", self.low_down.tensor, "fr")}
+                args["rank_down"] = p.rank_down
+        args |= {f"grad_pre{i}_ptr": buffer for i, buffer in self.grad_pre.items()}
+        if self.hidden is not None:
+            args["hidden_ptr"] = self.hidden
+        if self.low_hidden is not None:
+            args["low_hidden_ptr"] = self.low_hidden
+        if self.grad_gates is not None:
+            args["grad_gates_ptr"] = self.gate_rows
+        if self.bias_sums or self.act_sums:
+            args |= {"columns_ptr": self.columns, "most_row_tiles": g.n_row_tiles}
         launch(
-            "routed_ffn_fwd",
-            structure,
-            "routed_ffn_fwd_out_kernel",
-            (n_row_tiles * n_out_tiles,),
+            "routed_ffn_bwd",
+            {**self.structure, "recompute": recompute, "mode": mode},
+            "routed_ffn_bwd_kernel_hidden",
+            g.grid(g.n_row_tiles * n_hidden_tiles, first_token if mode != "dense" else 1),
             {
-                "hidden_ptr": self.hidden,
-                "w_out_ptr": self.w_out,
-                "partial_ptr": self.partial,
-                "offsets_ptr": self.offsets,
-                "n_units": self.n_units,
-                "n_out": self.n_out,
-                "width": self.width,
-                "n_row_tiles": n_row_tiles,
-                "n_out_tiles": n_out_tiles,
-                "chunk": chunk,
-            },
-            shared,
-            **tuning,
-        )
-        block_t, block_e = 32, 128
-        launch(
-            "routed_ffn_fwd",
-            structure,
-            "routed_ffn_fwd_combine_kernel",
-            (ceil_div(min(chunk, self.n_tokens - first_token), block_t), ceil_div(self.n_out, block_e)),
-            {
-                **self.combine_args,
-                "partial_ptr": self.partial,
-                "place_ptr": self.place,
-                "blocks_ptr": self.blocks,
-                "offsets_ptr": self.offsets,
-                "y_ptr": self.y,
-                "n_tokens": self.n_tokens,
-                "n_out": self.n_out,
+                **args,
+                "rows_ptr": g.rows,
+                "offsets_ptr": g.offsets,
+                "blocks_ptr": g.blocks,
+                "permutation_ptr": g.permutation,
+                "place_ptr": g.place,
+                "n_tokens": g.n_tokens,
+                "n_features": g.n_features,
+                "n_out": self.grad_y.shape[1],
+                "n_units": g.n_units,
+                "width": g.width,
+                "n_hidden_tiles": n_hidden_tiles,
                 "first_token": first_token,
-                "chunk": chunk,
+                "chunk": g.chunk,
             },
-            {
-                "N_BLOCKS": self.n_blocks,
-                "N_SLOTS": self.n_slots,
-                "DENSE": dense,
-                "BLOCK_M": block_t,
-                "BLOCK_N": block_e,
-            },
+            {**constants, "N_SLOTS": g.n_slots, "BLOCK_R": p.block_r, "BAND": _BAND},
+            **tuning,
         )
+
+    def _weights(self, left: Tensor, right: Tensor, target: Tensor, direct: bool, first_token: int) -> None:
+        g = self.g
+        # Few columns make few programs: shorter ones then.
+        block_m = 64 if g.dtype == torch.float32 or target.shape[1] < 64 else 128
+        block_m = min(block_m, max(16, next_power_of_2(g.width)))
+        constants, tuning = g.products(1, columns=target.shape[1], block_m=block_m)
+        n_unit_tiles, n_right_tiles = ceil_div(g.width, constants["BLOCK_M"]), ceil_div(target.shape[1], constants["BLOCK_N"])
+        launch(
+            "routed_ffn_sums",
+            {},
+            "routed_ffn_sums_weights_kernel",
+            g.grid(g.n_blocks * n_unit_tiles * n_right_tiles, first_token),
+            {
+                "left_ptr": left,
+                "right_ptr": right,
+                **strides("right", right, "te"),
+                "out_ptr": target,
+                **strides("out", target, "fe"),
+                "rows_ptr": g.rows,
+                "offsets_ptr": g.offsets,
+                "permutation_ptr": g.permutation,
+                "n_tokens": g.n_tokens,
+                "n_units": g.n_units,
+                "n_right": target.shape[1],
+                "width": g.width,
+                "n_unit_tiles": n_unit_tiles,
+                "n_right_tiles": n_right_tiles,
+                "first_token": first_token,
+                "chunk": g.chunk,
+            },
+            {**constants, "INDIRECT": direct},
+            **tuning,
+        )
+
+    def _sum_columns(self, columns: Tensor, vector: Tensor, first_token: int) -> None:
+        g = self.g
+        block_n = min(128, max(16, next_power_of_2(g.width)))
+        n_unit_tiles = ceil_div(g.width, block_n)
+        launch(
+            "routed_ffn_sums",
+            {},
+            "routed_ffn_sums_columns_kernel",
+            g.grid(g.n_blocks * n_unit_tiles, first_token),
+            {
+                "columns_ptr": columns,
+                "vector_ptr": vector,
+                "offsets_ptr": g.offsets,
+                "permutation_ptr": g.permutation,
+                "n_units": g.n_units,
+                "width": g.width,
+                "n_unit_tiles": n_unit_tiles,
+                "first_token": first_token,
+                "chunk": g.chunk,
+            },
+            {"N_BLOCKS": g.n_blocks, "ROWS": g.block_m, "BLOCK_M": 16, "BLOCK_N": block_n},
+        )
+
+    def _sum_gates(self, first_token: int) -> None:
+        g, block_t = self.g, 128
+        launch(
+            "routed_ffn_sums",
+            {},
+            "routed_ffn_sums_gates_kernel",
+            g.grid(ceil_div(g.n_tokens, block_t), first_token),
+            {
+                "grad_rows_ptr": self.gate_rows,
+                "grad_ptr": self.grad_gates,
+                "place_ptr": g.place,
+                "blocks_ptr": g.blocks,
+                "offsets_ptr": g.offsets,
+                "n_tokens": g.n_tokens,
+                "n_listed_tiles": self._hidden_tiles(recompute=not self.saved.shape[1]),
+                "n_dense_tiles": self._hidden_tiles(recompute=True),
+                "first_token": first_token,
+                "chunk": g.chunk,
+            },
+            {"N_BLOCKS": g.n_blocks, "N_SLOTS": g.n_slots, "BLOCK_M": block_t},
+        )
+
+    def store(self) -> None:
+        """Hands the finished gradients to the flat list."""
+        put, like = self.flat.put, self.flat.like
+        for gradient, ordered in self.to_restore:
+            self.g.move(gradient, ordered, restore=True)
+        put("x", lambda: self.grad_x)
+        put("gates", lambda: self.grad_gates)
+        for i, vector in zip(self.bias_sums, self.vectors, strict=False):
+            put(f"b_in{i}", lambda v=vector: v)
+        of_act = dict(zip(self.act_sums, self.vectors[len(self.bias_sums) :], strict=True))
+        for name in self.flat.needed:
+            if name.startswith("act_in"):
+                vector = of_act.get(int(name.removeprefix("act_in")))
+                if vector is None:  # nothing reads it
+                    put(name, lambda n=name: torch.zeros_like(like[n]))
+                else:
+                    put(name, lambda n=name, v=vector: v if like[n].numel() > 1 else v.sum())
+            elif name == "lora_down" and self.grad_low is None:
+                put(name, lambda n=name: torch.zeros_like(like[n]))
+            elif name.startswith(("lora_a", "lora_b")):
+                i = int(name[-1])
+                if name.startswith("lora_a"):
+                    put(name, lambda n=name, i=i: self.lora_a[i][0] if i in self.lora_a else self.flat.empty(n))
+                elif like[name].shape[1] == 0:
+                    put(name, lambda n=name: self.flat.empty(n))
 
 
 registry.register("route_v1", "cuda", "triton", supports=accepts(supports_route))(route)
 registry.register("routed_ffn_v1", "cuda", "triton", supports=accepts(supports_routed_ffn))(routed_ffn)
+registry.register("routed_ffn_backward_v1", "cuda", "triton", supports=accepts(supports_routed_ffn_backward))(routed_ffn_backward)
