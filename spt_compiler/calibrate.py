@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import learning
 from .plan import GUARD_HEADROOM
-from .state import SiteState
+from .state import COUNTERS, SiteState
 
 log = logging.getLogger(__name__)
 
@@ -27,94 +27,178 @@ _LEVELS = (1.0, GUARD_HEADROOM, DENSE)
 
 @torch.no_grad()
 def maintain(state: SiteState, weights: Callable[[], Any], *, after_backward: bool, pinned: bool = False) -> None:
-    """One turn of a site's upkeep: counts the step, learns where due, judges its quality, sets budget and probes.
+    """One turn of a site's upkeep: counts the step, judges its quality, learns where due, sets budget and probes.
 
     Args:
         weights: gives the FFN's real weights when asked. after_backward: False for the first-use initialisation of a model
             that only runs without gradients. pinned: the site is one of `dense_layers`.
+
+    With several processes everything that is decided here is decided on the samples of all of them, and at steps that the
+    number of backwards alone fixes: their states stay equal, and none waits for a collective that another does not enter.
     """
     config = state.settings
     part = config.attention if state.kind == "attention" else config.ffn  # type: ignore[union-attr]
     learns = part.select != "mean" if state.kind == "attention" else part.router != "random" or part.compensation
     if after_backward:
         state.set_counter("steps", state.counter("steps") + 1)
-    steps = state.counter("steps")
-    interval = config.guard.interval  # type: ignore[union-attr]
-    if state.initialised:
-        _judge(state, weights, part)
-    if learns and (not state.initialised or learning.is_due(steps)):
-        learned = learning.learn(
-            state, weights() if state.kind == "ffn" else None, density=part.density, seed=config.seed
-        )  # type: ignore[union-attr]
-        if learned and after_backward:
-            _share(state)
+    steps, interval = state.counter("steps"), config.guard.interval  # type: ignore[union-attr]
+    replicas = _replicas() if after_backward else 1
+    together = replicas > 1 and (learning.is_due(steps) or _is_measured(steps, interval))
+    observed = state.asked("collect", "measure", "collect_no_grad")
+    fresh = learning.new_rows(state) if observed else None
+    if together:
+        fresh = _gather(state, fresh, replicas)
+    alone = replicas == 1
+    if state.initialised and (together or (alone and observed)):
+        _judge(state, fresh, weights, part, together)
+    if learns and fresh is not None and (learning.is_due(steps) or (alone and not state.initialised)):
+        rows = fresh
+        if state.kind == "ffn" and alone and fresh.shape[-2]:
+            rows = learning.all_rows(state)
+        learning.learn(
+            state,
+            rows,
+            weights() if state.kind == "ffn" else None,
+            density=_base(state, part) * _density(state, part, config.dense_steps) / part.density,  # type: ignore[union-attr]
+            seed=config.seed,  # type: ignore[union-attr]
+        )
     elif not learns and not state.initialised:
         state.set_counter("initialised", 1)
+    if together:
+        _share(state)
     state.set_budget(_budget(state, part, pinned, config.dense_steps))  # type: ignore[union-attr]
+    if state.kind == "ffn":
+        blocks = state.tensors["always_on"].numel()
+        n_keep = learning.blocks_kept(state.budget * _base(state, part), blocks)
+        state.set_correction(0 <= state.budget and n_keep == state.counter("fitted_keep"))
     next_step = steps + 1
+    # The first sparse step is measured, then one in every `guard.interval`.
+    measure = state.initialised and (
+        _is_measured(next_step, interval) or (interval > 0 and state.counter("measured_at") == 0)
+    )
+    collect = learns and (not state.initialised or learning.is_due(next_step))
     state.set_probe(
-        collect=learns and (not state.initialised or learning.is_due(next_step)),
-        # The first sparse step is measured, then one in every `guard.interval`.
-        measure=state.initialised and (state.counter("measured_at") == 0 or next_step % interval == 0),
+        collect=collect or (measure and state.kind == "ffn"),  # an FFN is measured on sampled tokens
+        measure=measure,
         collect_no_grad=learns and not state.initialised,
         measure_no_grad=False,
     )
 
 
+def _is_measured(steps: int, interval: int) -> bool:
+    return interval > 0 and steps > 0 and steps % interval == 0
+
+
+def _base(state: SiteState, part: Any) -> float:
+    """The configured density; of an FFN, what whole blocks make of it (the graph's budget is a factor on this)."""
+    if state.kind == "attention":
+        return part.density
+    blocks = state.tensors["always_on"].numel()
+    return learning.blocks_kept(part.density, blocks) / blocks
+
+
+def _density(state: SiteState, part: Any, dense_steps: int) -> float:
+    """Density in force after this step, the guard's factor included: on the way along the schedule, or the configured one."""
+    density = part.density
+    if part.schedule is not None:
+        start, length = part.schedule
+        done = (state.counter("steps") - dense_steps) / length if length else 1.0
+        density = start + (density - start) * min(max(done, 0.0), 1.0)
+    return min(1.0, density * max(1.0, _LEVELS[state.counter("densified")]))
+
+
 def _budget(state: SiteState, part: Any, pinned: bool, dense_steps: int) -> float:
+    """What graphs multiply the configured density by; negative: everything."""
     if pinned or state.counter("steps") < dense_steps or not state.initialised:
         return DENSE
-    return _LEVELS[state.counter("densified")]
+    if _LEVELS[state.counter("densified")] < 0:
+        return DENSE
+    density = _density(state, part, dense_steps)
+    return DENSE if density >= 1 and part.density < 1 else density / part.density
 
 
-def _judge(state: SiteState, weights: Callable[[], Any], part: Any) -> None:
-    """Turns what was observed into metrics, and lets the guard act on them."""
-    measured = _attention_quality(state) if state.kind == "attention" else _ffn_quality(state, weights, part)
+def _judge(state: SiteState, fresh: Tensor | None, weights: Callable[[], Any], part: Any, together: bool) -> None:
+    """Turns what was observed into metrics, and lets the guard act on them. Rows are judged before anything learns from them."""
+    if state.kind == "attention":
+        measured = _attention_quality(state, together)
+    elif fresh is not None and state.budget >= 0:
+        measured = learning.router_quality(state, fresh, weights(), state.budget * _base(state, part))
+    else:
+        measured = {}
     if not measured:
         return
     state.metrics.update(measured)
     state.set_counter("measured_at", max(1, state.counter("steps")))
+    name = f"{state.path or '?'}/{state.kind}"
+    log.info("step %d %s: %s", state.counter("steps"), name, ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
     limit, error = part.max_rel_error, measured["rel_error"]
     if limit is None or error <= limit or state.counter("densified") >= len(_LEVELS) - 1:
         return
     level = state.counter("densified") + 1
-    if _LEVELS[level] * part.density > 1:
+    if _LEVELS[level] * part.density >= 1:
         level = len(_LEVELS) - 1
     state.set_counter("densified", level)
     warnings.warn(
-        f"spt_compiler: {state.path or '?'}/{state.kind} has relative error {error:.3f}, above "
-        f"{state.kind}.max_rel_error = {limit}; it becomes {'dense' if _LEVELS[level] < 0 else 'denser'}",
+        f"spt_compiler: {name} has relative error {error:.3f}, above {state.kind}.max_rel_error = {limit}; "
+        f"it becomes {'dense' if _LEVELS[level] < 0 else 'denser'}",
         stacklevel=2,
     )
 
 
-def _attention_quality(state: SiteState) -> dict[str, float]:
-    mass, error, reference, count = state.tensors["quality"].tolist()
+def _attention_quality(state: SiteState, together: bool) -> dict[str, float]:
+    sums = state.tensors["quality"].clone()
+    state.tensors["quality"].zero_()
+    if together:
+        torch.distributed.all_reduce(sums)
+    mass, error, reference, count = sums.tolist()
     if count <= 0:
         return {}
-    state.tensors["quality"].zero_()
     return {"mass": mass / count, "rel_error": (max(error, 0.0) / max(reference, 1e-30)) ** 0.5}
 
 
-def _ffn_quality(state: SiteState, weights: Callable[[], Any], part: Any) -> dict[str, float]:
-    # Fresh rows are there only when they were asked for; measuring before learning makes them held-out data.
-    if int(state.tensors["cursor"]) == 0:
-        return {}
-    return learning.router_quality(state, weights(), part.density)
+def _replicas() -> int:
+    """How many processes train copies of this model."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _gather(state: SiteState, fresh: Tensor | None, replicas: int) -> Tensor:
+    """Rows of every process, as many in all as one process samples; the same tensor everywhere."""
+    sample = state.tensors["sample"]
+    share = max(1, sample.shape[-2] // replicas)
+    mine = sample.new_full((*sample.shape[:-2], share, sample.shape[-1]), torch.nan)
+    if fresh is not None and fresh.shape[-2]:
+        n = min(share, fresh.shape[-2])
+        picked = torch.arange(n, device=fresh.device) * fresh.shape[-2] // n
+        mine[..., :n, :] = fresh.index_select(-2, picked)
+    theirs = [torch.empty_like(mine) for _ in range(replicas)]
+    torch.distributed.all_gather(theirs, mine)
+    rows = torch.cat(theirs, -2)
+    keep = rows.isfinite().movedim(-2, 0).flatten(1).all(1)
+    return rows[..., keep, :]
+
+
+# What a process keeps for itself: its own data, and observations not yet added up.
+_LOCAL = ("sample", "cursor", "probe", "quality", "budget", "correction_gate")
 
 
 def _share(state: SiteState) -> None:
-    """Makes the state of rank 0 that of every rank: ranks saw different data."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
+    """Makes the state of rank 0 that of every rank: equal input gives equal results only on equal machines."""
+    counters = state.tensors["counters"].to(state.tensors["budget"].device)
+    torch.distributed.broadcast(counters, src=0)
+    for name in ("initialised", "updates", "densified", "measured_at", "fitted_keep"):
+        state.set_counter(name, int(counters[COUNTERS[name]]))
     for name in state.spec.inputs:
-        if name not in ("sample", "probe"):
+        if name not in _LOCAL:
             value = state.tensors[name].detach()
-            sent = value.to(torch.uint8) if value.dtype == torch.bool else value
-            dist.broadcast(sent, src=0)
+            sent = value.to(torch.uint8) if value.dtype == torch.bool else value.contiguous()
+            torch.distributed.broadcast(sent, src=0)
             if sent is not value:
                 value.copy_(sent)
+    if state.kind == "attention":
+        moment = state.tensors["query_moment"].to(state.tensors["budget"].device)
+        torch.distributed.broadcast(moment, src=0)
+        state.assign(query_moment=moment)
 
 
 def pinned_sites(counts: Sequence[int], layers: tuple[int, int]) -> list[bool]:

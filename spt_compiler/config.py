@@ -85,6 +85,7 @@ class AttentionConfig:
     codewords: int = 16
     tile: tuple[int, int] = (64, 16)
     max_rel_error: float | None = None
+    schedule: tuple[float, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class FFNConfig:
     compensation: bool = True
     min_width: int | None = None
     max_rel_error: float | None = None
+    schedule: tuple[float, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -463,6 +465,15 @@ _density = _number(lambda value: 0 < value <= 1, "a number above 0 and at most 1
 _positive = _number(lambda value: value > 0, "a number above 0")
 _count = _integer(0)
 
+
+
+def _ramp(value: Any) -> tuple[float, int]:
+    """[density, steps]"""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise _Expected("a pair [start density, steps], such as [1.0, 200]")
+    return _density(value[0]), _count(value[1])
+
+
 _SPECS: dict[str, _Spec] = {
     spec.name: spec
     for spec in (
@@ -482,11 +493,17 @@ _SPECS: dict[str, _Spec] = {
             "fewer keys than this: dense. null: measured break-even; 0: none",
             optional=True,
         ),
-        _spec("attention.subspaces", _integer(1, 1024), "PQ subspaces per head. null: head width / 8", optional=True),
+        _spec("attention.subspaces", _integer(1, 1024), "PQ subspaces per head. null: head width / 4, or / 8 for 'pq-match'", optional=True),
         _spec("attention.codewords", _integer(2, 256), "codewords per subspace"),
         _spec("attention.tile", _pair(_integer(1, 1024), "[queries, keys]"), "tile sizes of granularity 'tile'"),
         _spec(
             "attention.max_rel_error", _positive, "the guard densifies above this. null: it only reports", optional=True
+        ),
+        _spec(
+            "attention.schedule",
+            _ramp,
+            "[start density, steps]: from there to attention.density, linearly, once sparsity starts. null: at once",
+            optional=True,
         ),
         _spec("ffn.density", _density, "share of the blocks computed per token (rounded, at least one block)"),
         _spec("ffn.blocks", _integer(1, 4096), "blocks the hidden units are divided into"),
@@ -499,6 +516,12 @@ _SPECS: dict[str, _Spec] = {
         _spec("ffn.compensation", _boolean, "add the mean output of each dropped block"),
         _spec("ffn.min_width", _count, "narrower ones stay dense. null: measured break-even; 0: none", optional=True),
         _spec("ffn.max_rel_error", _positive, "the guard densifies above this. null: it only reports", optional=True),
+        _spec(
+            "ffn.schedule",
+            _ramp,
+            "[start density, steps]: from there to ffn.density, linearly, once sparsity starts. null: at once",
+            optional=True,
+        ),
         _spec("dense_layers", _pair(_count, "[first, last]"), "how many layers at each end of the model stay dense"),
         _spec("dense_steps", _count, "training steps before sparsity starts"),
         _spec("guard.interval", _count, "backward passes between two measurements of quality; 0: never"),
@@ -523,10 +546,12 @@ EXACT: dict[str, Any] = {
     "attention.density": 1.0,
     "attention.compensation": False,
     "attention.min_keys": 0,
+    "attention.schedule": None,
     "ffn.density": 1.0,
     "ffn.gate": "hard",
     "ffn.compensation": False,
     "ffn.min_width": 0,
+    "ffn.schedule": None,
     "dense_layers": (0, 0),
     "dense_steps": 0,
 }

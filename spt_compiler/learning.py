@@ -1,7 +1,7 @@
 """How a site learns: initialisation and updates of codebooks and routers from sampled activations, on the host.
 
-Graphs only sample rows into `SiteState.tensors["sample"]`; everything here runs between steps (`calibrate.maintain`), works
-in place on fixed storage, and is a deterministic function of the state, the weights and the option `seed`.
+Graphs only sample rows into `SiteState.tensors["sample"]`, a ring; everything here runs between steps (`calibrate.maintain`),
+works in place on fixed storage, and is a deterministic function of the state, the weights and the option `seed`.
 """
 
 from __future__ import annotations
@@ -23,33 +23,12 @@ CODEBOOK_DECAY = 0.9
 MEAN_DECAY = 0.9
 UPDATE_RIDGE = 3.0  # later fits trust what was learned before ten times more than the first one trusts zero
 COMPENSATION_DECAY = 0.5
+GROWN = 1.3  # this many times the rows of the last clustering are worth another one
 
 
 def is_due(steps: int) -> bool:
     """Whether learning happens after this many backward passes."""
     return steps > 0 and (steps % PERIOD == 0 or (steps < PERIOD and steps & (steps - 1) == 0))
-
-
-def learn(state: SiteState, weights: Any, *, density: float, seed: int) -> bool:
-    """Initialises or updates the site from the rows sampled since; returns whether anything was learned.
-
-    Args:
-        weights: for an FFN a mapping {w_in, b_in, w_out, act, act_in} of real tensors; unused for attention.
-        density: the site's configured density. seed: option `seed`.
-    Rows with NaN or infinity are left out and counted in the counter `skipped_rows`.
-    """
-    rows = _finite_rows(state)
-    if rows.shape[-2] < MIN_ROWS:
-        return False
-    seed = site_seed(state, seed)
-    if state.kind == "attention":
-        _learn_codebook(state, rows, seed)
-    else:
-        _learn_router(state, rows, weights, density, seed)
-    state.set_counter("initialised", 1)
-    state.set_counter("updates", state.counter("updates") + 1)
-    state.tensors["cursor"].zero_()
-    return True
 
 
 def site_seed(state: SiteState, seed: int) -> int:
@@ -60,17 +39,55 @@ def site_seed(state: SiteState, seed: int) -> int:
     return number
 
 
-def _finite_rows(state: SiteState) -> Tensor:
+def new_rows(state: SiteState) -> Tensor:
+    """The rows sampled since the last call, [..., n, D]; those with NaN or infinity are left out and counted."""
     sample = state.tensors["sample"]
-    filled = min(int(state.tensors["cursor"]), sample.shape[-2])
-    rows = sample[..., :filled, :]
-    # A row counts only if it is finite for every head and for query and key alike: they are sampled together.
-    keep = rows.isfinite().flatten(0, -3).all(0).all(-1) if rows.dim() > 2 else rows.isfinite().all(-1)
-    dropped = filled - int(keep.sum())
+    size, cursor = sample.shape[-2], int(state.tensors["cursor"])
+    read = state.counter("rows_read")
+    count = min(size, cursor - read if cursor >= read else cursor)  # a cursor that went back was folded, or loaded
+    state.set_counter("rows_read", cursor)
+    rows, dropped = _finite(_ring(sample, cursor, count))
     if dropped:
         state.set_counter("skipped_rows", state.counter("skipped_rows") + dropped)
-        rows = rows[..., keep, :]
     return rows
+
+
+def all_rows(state: SiteState) -> Tensor:
+    """Every finite row in the ring, oldest first: several observations, which one fit may use together."""
+    sample, cursor = state.tensors["sample"], int(state.tensors["cursor"])
+    return _finite(_ring(sample, cursor, min(cursor, sample.shape[-2])))[0]
+
+
+def _ring(sample: Tensor, cursor: int, count: int) -> Tensor:
+    index = torch.arange(cursor - count, cursor, device=sample.device) % sample.shape[-2]
+    return sample.index_select(-2, index)
+
+
+def _finite(rows: Tensor) -> tuple[Tensor, int]:
+    # A row counts only if it is finite for every head and for query and key alike: they are sampled together.
+    keep = rows.isfinite().flatten(0, -3).all(0).all(-1) if rows.dim() > 2 else rows.isfinite().all(-1)
+    dropped = len(keep) - int(keep.sum())
+    return (rows[..., keep, :] if dropped else rows), dropped
+
+
+def learn(state: SiteState, rows: Tensor, weights: Any, *, density: float, seed: int) -> bool:
+    """Initialises or updates the site; returns whether anything was learned.
+
+    Args:
+        rows: [2, Hkv, n, D] queries and keys, or [n, E] tokens (FFN), all finite.
+        weights: for an FFN a mapping {w_in, b_in, w_out, act, act_in} of real tensors; unused for attention.
+        density: share of the blocks in force (FFN). seed: option `seed`.
+    """
+    if rows.shape[-2] < MIN_ROWS:
+        return False
+    seed = site_seed(state, seed)
+    if state.kind == "attention":
+        _learn_codebook(state, rows, seed)
+    else:
+        _learn_router(state, rows, weights, density, seed)
+    state.set_counter("initialised", 1)
+    state.set_counter("updates", state.counter("updates") + 1)
+    return True
 
 
 def _learn_codebook(state: SiteState, rows: Tensor, seed: int) -> None:
@@ -116,12 +133,18 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     n_keep = blocks_kept(density, n_blocks)
     router = state.settings.ffn.router if state.settings is not None else "learned"  # type: ignore[attr-defined]
     h, w_out = hidden(weights, x), weights["w_out"].float()
-    first = not state.initialised
+    scale = routing.output_scale(h @ w_out.t())
+    scaled = w_out * scale.unsqueeze(1)
+    # While the ring fills, every fit starts anew from all that is in it: one batch is a poor picture of what units do. A router
+    # that the user trains keeps its blocks.
+    grown = x.shape[0] >= GROWN * state.counter("clustered_rows") and not state.parameters_taken
+    first = not state.initialised or grown
     if first:
-        permutation = routing.cluster((h.abs() * w_out.norm(dim=0)).T, n_blocks, seed, n_keep=n_keep)
-        state.assign(permutation=permutation.to(t["permutation"].device))
+        state.set_counter("clustered_rows", x.shape[0])
+        permutation = routing.cluster((h.abs() * scaled.norm(dim=0)).T, n_blocks, seed, n_keep=n_keep)
+        state.assign(permutation=permutation)
     permutation = t["permutation"]
-    target = routing.block_norms(h, w_out, permutation, n_blocks)
+    target = routing.block_norms(h, scaled, permutation, n_blocks)
     if router == "static":
         weight, bias = routing.static_router(target, x.shape[1])
         state.assign(router_weight=weight, router_bias=bias)
@@ -142,35 +165,48 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
         )
         state.assign(router_weight=weight, router_bias=bias)
     scores = torch.nn.functional.linear(x, t["router_weight"].detach(), t["router_bias"].detach())
-    if first:
-        nobody = torch.zeros_like(t["always_on"])
-        state.assign(always_on=routing.always_on(routing.choose(scores, nobody, n_keep)))
+    # What is hot may cool down as the data drifts: judged anew each time, without those that are forced now.
+    state.assign(always_on=routing.always_on(routing.choose(scores, torch.zeros_like(t["always_on"]), n_keep)))
     kept = routing.choose(scores, t["always_on"], n_keep)
-    mean = routing.fit_compensation(routing.block_outputs(h, w_out, permutation, n_blocks), kept)
+    outputs = routing.block_outputs(h, w_out, permutation, n_blocks)
+    mean = routing.fit_compensation(outputs, kept)
     if not first:
-        mean = t["compensation"].lerp(mean.to(t["compensation"].device), 1 - COMPENSATION_DECAY)
+        mean = t["compensation"].lerp(mean, 1 - COMPENSATION_DECAY)
     state.assign(compensation=mean)
+    missing = torch.where(kept[..., None], 0.0, outputs).sum(1) - (~kept).to(mean.dtype) @ t["compensation"]
+    rank = t["correction_in"].shape[0]
+    down, shift, up = routing.fit_correction(x, missing, scale, rank, seed)
+    state.assign(correction_in=down, correction_shift=shift, correction_out=up)
+    state.set_counter("fitted_keep", n_keep)
 
 
-def router_quality(state: SiteState, weights: Any, density: float) -> dict[str, float]:
-    """What routing costs on the sampled rows: relative output error, load of the hottest block, share dropped (by norm)."""
-    x = _finite_rows(state)
+def router_quality(state: SiteState, x: Tensor, weights: Any, density: float) -> dict[str, float]:
+    """What routing costs on tokens x [n, E]: relative output error (plain, and with every output channel
+    measured by its own spread), load of the hottest block relative to the mean, share dropped (by norm).
+
+    Returns: {} where there are too few rows to tell.
+    """
     if x.shape[0] < MIN_ROWS:
         return {}
     t = state.tensors
     n_blocks = t["router_weight"].shape[0]
     h, w_out = hidden(weights, x), weights["w_out"].float()
     scores = torch.nn.functional.linear(x, t["router_weight"].detach(), t["router_bias"].detach())
-    kept = routing.choose(scores, t["always_on"], blocks_kept(density, n_blocks))
+    n_keep = blocks_kept(density, n_blocks)
+    kept = routing.choose(scores, t["always_on"], n_keep)
     y_blocks = routing.block_outputs(h, w_out, t["permutation"], n_blocks)
     missing = torch.where(kept[..., None], 0.0, y_blocks)
     error = missing.sum(1)
     if state.settings is None or state.settings.ffn.compensation:  # type: ignore[attr-defined]
         error = error - (~kept).to(y_blocks.dtype) @ t["compensation"]
+        if n_keep == state.counter("fitted_keep"):
+            features = torch.nn.functional.linear(x, t["correction_in"], t["correction_shift"])
+            error = error - features @ t["correction_out"].t()
     dense = y_blocks.sum(1)
-    norms = y_blocks.norm(dim=-1)
+    norms, scale = y_blocks.norm(dim=-1), routing.output_scale(dense)
     return {
         "rel_error": float(error.norm() / dense.norm().clamp_min(1e-20)),
+        "scaled_error": float((error * scale).norm() / (dense * scale).norm().clamp_min(1e-20)),
         "load_max": float(kept.float().mean(0).max() * n_blocks / kept.float().sum(1).mean().clamp_min(1e-20)),
         "dropped_share": float(1 - torch.where(kept, norms, 0.0).sum() / norms.sum().clamp_min(1e-20)),
     }

@@ -17,7 +17,7 @@ from .scope import Recipe, Scope
 from .state import StateSpec, TensorSpec, common_tensors
 
 if TYPE_CHECKING:
-    from .config import SPTConfig
+    from .config import AttentionConfig, FFNConfig, SPTConfig
     from .pattern import Match, Skipped
 
 # Measured break-even points (docs/break_even.md has the runs). Below them the dense operators win, so the site stays dense.
@@ -28,6 +28,10 @@ MIN_TOKENS = {"cpu": 256, "cuda": 2048}
 # Rows of activations kept per site for learning, and taken per observation.
 ATTENTION_SAMPLES = 512
 FFN_SAMPLES = 1024
+# Numbers an FFN's ring may hold: several observations of a narrow model, one of a wide one (16 MiB), and at most MOST of them.
+_RING_NUMBERS, _MOST_OBSERVATIONS = 1 << 22, 4
+# Rank of the FFN's correction: a fiftieth of the FFN's work at model width 384, less of wider ones.
+CORRECTION_RANK = 32
 
 # How much denser than configured the guard may make a site before it goes dense (only where a limit lets it act).
 GUARD_HEADROOM = 2.0
@@ -183,7 +187,7 @@ def _plan_attention(match: Match, scope: Scope, config: SPTConfig) -> Plan | Rej
     anchor = scope.anchor(c.k, c.v, c.q)
     if anchor is None:
         anchor = scope.downstream_anchor(match.output)
-    subspace = options_subspace(head_dim, options.subspaces)
+    subspace = options_subspace(head_dim, options)
     if isinstance(subspace, Reject):
         return subspace
     shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, subspaces=head_dim // subspace)
@@ -202,7 +206,6 @@ def _plan_attention(match: Match, scope: Scope, config: SPTConfig) -> Plan | Rej
         key = (kv_heads, head_dim, value_dim, n_sub, n_code)
         spec = StateSpec("attention", key, tuple(tensors.items()))
     density = 1.0 if config.exact else options.density
-    headroom = GUARD_HEADROOM if options.max_rel_error is not None and not config.exact else 1.0
     return Plan(
         match,
         config,
@@ -211,20 +214,32 @@ def _plan_attention(match: Match, scope: Scope, config: SPTConfig) -> Plan | Rej
         spec,
         {},
         density,
-        min(1.0, density * headroom),
+        _most(density, options),
         0 if _static(n_k) else minimum,
         shape,
         masks.lift(c, scope, n_q, n_k),
     )  # type: ignore[arg-type]  # the report is filled in by plan_site
 
 
-def options_subspace(head_dim: int, subspaces: int | None) -> int | Reject:
-    """Width of a PQ subspace: 8 where it divides the head dim (the paper), else its largest divisor below 8."""
-    if subspaces is not None:
-        if head_dim % subspaces:
-            return Reject("head dim {} is not divisible by attention.subspaces = {}", head_dim, subspaces)
-        return head_dim // subspaces
-    return max(d for d in range(1, 9) if head_dim % d == 0)
+def _most(density: float, options: AttentionConfig | FFNConfig) -> float:
+    """The largest density that data may ask for: static storage has to hold it."""
+    headroom = GUARD_HEADROOM if options.max_rel_error is not None else 1.0
+    start = options.schedule[0] if options.schedule is not None else 0.0
+    return min(1.0, max(density * headroom, start))
+
+
+def options_subspace(head_dim: int, options: AttentionConfig) -> int | Reject:
+    """Width of a PQ subspace: at most 8 where codes are compared (the paper), else at most 4, a divisor of the head dim.
+
+    With 16 codewords, width 4 keeps .94 and .97 of the oracle's attention mass at densities 1/8 and 1/4 on MiniLM where width 8
+    keeps .89 and .94; a codebook has the same size, and assignment the same products, at either width.
+    """
+    if options.subspaces is not None:
+        if head_dim % options.subspaces:
+            return Reject("head dim {} is not divisible by attention.subspaces = {}", head_dim, options.subspaces)
+        return head_dim // options.subspaces
+    widest = 8 if options.select == "pq-match" else 4
+    return max(d for d in range(1, widest + 1) if head_dim % d == 0)
 
 
 def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
@@ -268,6 +283,7 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
     learned = options.router == "learned" and not config.exact
     trainable = options.gate != "hard" and not config.exact
     learns = options.router in ("learned", "static") and not config.exact
+    rows = min(max(_RING_NUMBERS // model_width, FFN_SAMPLES), _MOST_OBSERVATIONS * FFN_SAMPLES)
     # The rows of w_in that this site uses are part of its identity: two halves of one fused weight are two sites.
     key = (width, n_blocks, c.w_in[0].start or 0, options.router)
     tensors = {
@@ -275,12 +291,15 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
         "router_weight": TensorSpec((n_blocks, model_width), requires_grad=trainable and learned),
         "router_bias": TensorSpec((n_blocks,), requires_grad=trainable and learned),
         "compensation": TensorSpec((n_blocks, model_width)),
+        "correction_in": TensorSpec((CORRECTION_RANK, model_width)),
+        "correction_shift": TensorSpec((CORRECTION_RANK,)),
+        "correction_out": TensorSpec((model_width, CORRECTION_RANK)),
+        "correction_gate": TensorSpec((1,)),
         "always_on": TensorSpec((n_blocks,), torch.bool),
-        "sample": TensorSpec((FFN_SAMPLES, model_width)),
+        "sample": TensorSpec((rows, model_width)),
         **common_tensors(-1.0 if learns else 1.0),
     }
     density = 1.0 if config.exact else max(1, int(options.density * n_blocks + 0.5)) / n_blocks
-    headroom = GUARD_HEADROOM if options.max_rel_error is not None and not config.exact else 1.0
     return Plan(
         match,
         config,
@@ -289,7 +308,7 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
         StateSpec("ffn", key, tuple(tensors.items())),
         weights,
         density,
-        min(1.0, density * headroom),
+        _most(density, options),
         0 if _static(tokens) else min_tokens,
         dict(width=width, blocks=n_blocks, block=block, model_width=model_width),
     )

@@ -434,11 +434,28 @@ class Rewriter:
             ),
         )
         y = self.emit(operator.getitem, result, 0)
+        if compensation is not None:
+            y = self.emit(torch.add, y, self._correction(plan, x, value.dtype, offsets))
         if not config.exact:
             probe = self._probe(self.root._bind(plan))
             fixed = self.emit(torch.ops.aten.detach.default, x)
             self._observe(plan, self.emit(torch.ops.spt.stats_ffn_v1.default, fixed, FFN_SAMPLES, probe), None)
         return y if value.dim() == 2 else self.emit(torch.ops.aten.view_as.default, y, c.x)
+
+    def _correction(self, plan: Plan, x: fx.Node, dtype: torch.dtype, offsets: fx.Node) -> fx.Node:
+        """The low-rank linear estimate of what the dropped blocks would have added beyond their means: [N, E]."""
+        down, shift, up = (
+            self._cast_state(self.state(plan, f"correction_{part}"), dtype) for part in ("in", "shift", "out")
+        )
+        gate = self.state(plan, "correction_gate")
+        if plan.minimum > 0:  # few tokens: the op keeps every block
+            gate = self.emit(torch.mul, gate, self.emit(torch.ge, self.emit(torch.narrow, offsets, 0, 0, 1), 0))
+        features = self.emit(torch.nn.functional.linear, x, down, shift)
+        features = self.emit(torch.mul, features, self._cast_state(gate, dtype))
+        return self.emit(torch.nn.functional.linear, features, up)
+
+    def _cast_state(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if dtype == torch.float32 else self.emit(torch.ops.aten.to.dtype, node, dtype)
 
     def _rows(self, weight: Weight) -> fx.Node:
         if weight.start is None and weight.stop is None:

@@ -23,6 +23,10 @@ _PRICE_ROUNDS = 25
 # Ridge of the compensation fit, relative to the number of tokens per block: keeps blocks that are always dropped
 # together apart, and a block that is hardly ever dropped near zero.
 _COMPENSATION_RIDGE = 0.1
+# Ridge of the correction, relative to the mean squared norm of the tokens along one direction, and extra directions and rounds
+# of the search for its best few.
+_CORRECTION_RIDGE = 0.1
+_OVERSAMPLE, _SEARCH_ROUNDS = 8, 3
 
 
 def block_sizes(n_units: int, n_blocks: int) -> list[int]:
@@ -163,6 +167,22 @@ def block_norms(h: Tensor, w_out: Tensor, permutation: Tensor, n_blocks: int) ->
     return norms
 
 
+def output_scale(y: Tensor) -> Tensor:
+    """What an error in each output channel costs: the reciprocal of its spread, about 1 on average.
+
+    The output of an FFN is added to a residual stream and normalised before the next layer looks at it. A few channels of
+    pretrained models are a hundred times larger than the rest; measured by the plain norm they decide everything, and the
+    blocks that matter for what comes later look alike (cosine of MiniLM's embeddings at density 1/2: +.01).
+
+    Args: y: [S, E] outputs.  Returns: [E] fp32, finite and positive.
+    """
+    variance = _finite(y).var(0, correction=0) if y.shape[0] else y.new_zeros(y.shape[1], dtype=torch.float32)
+    mean = variance.mean()
+    if not mean > 0:
+        return torch.ones_like(variance)
+    return ((variance + 1e-3 * mean) / mean).rsqrt()
+
+
 def fit_router(
     x: Tensor,
     target: Tensor,
@@ -271,6 +291,52 @@ def fit_compensation(y_blocks: Tensor, kept: Tensor) -> Tensor:
     strength = torch.tensor(_COMPENSATION_RIDGE * n_rows / n_blocks, dtype=torch.float64, device=y_blocks.device)
     change = _solve((dropped.t() @ dropped).double(), strength, (dropped.t() @ missing).double())
     return mean + torch.where(dropped.any(0).unsqueeze(1), change.float(), 0)
+
+
+def fit_correction(x: Tensor, missing: Tensor, scale: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best linear map of low rank from tokens to what routing leaves out: missing ~ (x down^T + shift) up^T.
+
+    Which blocks a token drops, and what they would have said, both depend on the token: its mean, which
+    `fit_compensation` adds, is only the constant part of the answer. Reduced-rank ridge regression.
+
+    Args:
+        x: [S, E] float.  missing: [S, E_out], the dense output minus the compensated sparse one; rows that are not finite in
+            either are left out.  scale: [E_out], see `output_scale`.  rank: r.  seed: of the search for the subspace.
+    Returns: down [r, E], shift [r], up [E_out, r] fp32; zeros where there is nothing to correct.
+    """
+    usable = x.isfinite().all(1) & missing.isfinite().all(1)
+    x, wanted = x[usable].float(), missing[usable].float() * scale
+    n_rows, width = x.shape
+    down, shift = x.new_zeros(rank, width), x.new_zeros(rank)
+    up = x.new_zeros(wanted.shape[1], rank)
+    mean = x.mean(0) if n_rows else x.new_zeros(width)
+    centred = x - mean
+    energy = centred.square().sum().double()
+    if n_rows < 2 or not energy > 0 or not wanted.any():
+        return down, shift, up
+    strength = _CORRECTION_RIDGE * energy / min(n_rows, width)
+    # The smaller of the two systems; the full map [E, E_out] is never formed in the dual form.
+    outer = centred @ centred.t() if n_rows <= width else centred.t() @ centred
+    right = wanted if n_rows <= width else centred.t() @ wanted
+    solution = _solve(outer.double(), strength, right.double()).float()
+    fitted = outer @ solution if n_rows <= width else centred @ solution
+    # The directions of largest fitted energy, by subspace iteration (a full decomposition would cost E^3).
+    wide = min(rank + _OVERSAMPLE, *fitted.shape)
+    basis = torch.randn(fitted.shape[1], wide, generator=torch.Generator().manual_seed(seed)).to(fitted.device)
+    for _ in range(_SEARCH_ROUNDS):
+        basis = torch.linalg.qr(fitted.t() @ (fitted @ basis))[0]
+    _, size, turn = torch.linalg.svd(fitted @ basis, full_matrices=False)
+    found = min(rank, int((size > 1e-6 * size[0]).sum()))
+    if found == 0:
+        return down, shift, up
+    directions = basis @ turn[:found].t()  # [E_out, found]
+    spread = (size[:found] / n_rows**0.5).clamp_min(1e-20)  # the low-rank features get unit size: half precision holds them
+    to_features = solution @ directions
+    if n_rows <= width:
+        to_features = centred.t() @ to_features
+    down[:found] = (to_features / spread).t()
+    up[:, :found] = directions * spread / scale.unsqueeze(1)
+    return down, -(down @ mean), up
 
 
 def always_on(kept: Tensor, threshold: float = 0.9) -> Tensor:

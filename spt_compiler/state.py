@@ -83,6 +83,10 @@ COUNTERS = {
     "densified": 4,
     "measured_at": 5,
     "pending": 6,
+    "rows_read": 7,
+    "fitted_keep": 8,
+    "corrects": 9,
+    "clustered_rows": 10,
 }
 
 
@@ -116,7 +120,9 @@ class SiteState:
         return [self.tensors[name] for name in self.spec.inputs]
 
     def counter(self, name: str) -> int:
-        """A host-side counter: steps (backwards seen), initialised, updates, skipped_rows, densified, measured_at."""
+        """A host-side counter: steps (backwards seen), initialised, updates (times it learned), skipped_rows (not finite, left
+        out), densified (level of the guard), measured_at (step), pending, rows_read (of the ring, by the last turn of upkeep),
+        fitted_keep (blocks a token kept when the compensation was fitted)."""
         return int(self.tensors["counters"][COUNTERS[name]])
 
     def set_counter(self, name: str, value: int) -> None:
@@ -135,11 +141,22 @@ class SiteState:
             self.tensors["probe_host"].copy_(wanted)
             self.tensors["probe"].copy_(wanted)
 
+    def asked(self, *flags: str) -> bool:
+        """Whether any of these observations was asked of the last forward; known on the host, without a look at the device."""
+        return any(bool(self.tensors["probe_host"][PROBE[flag]]) for flag in flags)
+
     def set_budget(self, density: float) -> None:
-        """Sets the density that graphs read as data; negative: everything is selected."""
+        """Sets the factor on the configured density that graphs read as data; negative: everything is selected."""
         if float(self.tensors["budget_host"]) != density:
             self.tensors["budget_host"].fill_(density)
             self.tensors["budget"].fill_(density)
+
+    def set_correction(self, on: bool) -> None:
+        """Whether an FFN adds its correction, which holds for the number of blocks that it was fitted for."""
+        gate = self.tensors["correction_gate"]
+        if self.counter("corrects") != int(on):
+            self.set_counter("corrects", int(on))
+            gate.fill_(float(on))
 
     @property
     def budget(self) -> float:

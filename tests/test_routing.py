@@ -257,3 +257,47 @@ def test_block_norms_and_outputs_agree():
     torch.testing.assert_close(y.sum(1), h @ w_out.t())
     torch.testing.assert_close(routing.block_norms(h, w_out, permutation, 8), y.norm(dim=2))
     assert not routing.block_outputs(h[:, :9], w_out[:, :9], torch.arange(9), 8)[:, 5:].any()
+
+
+def test_output_scale_evens_out_channels():
+    y = torch.randn(500, 6) * torch.tensor([100.0, 1, 1, 2, 0.5, 1]) + 7
+    scale = routing.output_scale(y)
+    spread = (y * scale).std(0)
+    assert spread.max() < 1.2 * spread[:1] and (spread[1:] > 0.5 * spread[0]).sum() >= 1
+    assert scale[0] < scale[3] < scale[1]
+    assert torch.equal(routing.output_scale(torch.ones(5, 3)), torch.ones(3))
+    assert torch.equal(routing.output_scale(y[:0]), torch.ones(6))
+
+
+@pytest.mark.parametrize("n_rows", [30, 400])  # fewer and more rows than columns: both forms of the system
+def test_correction_finds_a_planted_map(n_rows):
+    generator = torch.Generator().manual_seed(5)
+    down, up = torch.randn(3, 40, generator=generator), torch.randn(24, 3, generator=generator)
+    x = torch.randn(n_rows, 40, generator=generator) + 1
+    noise = 0.1 * torch.randn(n_rows, 24, generator=generator)
+    missing = (x - 1) @ down.t() @ up.t() + noise
+    scale = torch.rand(24, generator=generator) + 0.5
+    got_down, shift, got_up = routing.fit_correction(x, missing, scale, 8, 0)
+    left = missing - (x @ got_down.t() + shift) @ got_up.t()
+    assert left.norm() < (0.5 if n_rows < 40 else 0.1) * missing.norm()
+    features = x @ got_down.t() + shift
+    assert features.mean(0).abs().max() < 1e-3 and features.std(0).max() < 2  # centred, and of a size half precision holds
+
+
+def test_correction_of_rank_one_is_the_best_one():
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(2000, 10, generator=generator)
+    whole = torch.randn(10, 12, generator=generator) * torch.logspace(0, -2, 12)
+    missing = x @ whole
+    down, shift, up = routing.fit_correction(x, missing, torch.ones(12), 1, 0)
+    left = (missing - (x @ down.t() + shift) @ up.t()).norm()
+    best = torch.linalg.svdvals(missing)[1:].norm()
+    assert best * 0.999 < left < best * 1.05
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(9, 4), torch.ones(9, 4) * 7, torch.randn(1, 4), torch.zeros(0, 4), torch.full((9, 4), torch.nan)]
+)
+def test_useless_rows_give_no_correction(x):
+    for part in routing.fit_correction(x, torch.randn(x.shape[0], 5), torch.ones(5), 2, 0):
+        assert not part.any()
