@@ -493,7 +493,12 @@ _SPECS: dict[str, _Spec] = {
             "fewer keys than this: dense. null: measured break-even; 0: none",
             optional=True,
         ),
-        _spec("attention.subspaces", _integer(1, 1024), "PQ subspaces per head. null: head width / 4, or / 8 for 'pq-match'", optional=True),
+        _spec(
+            "attention.subspaces",
+            _integer(1, 1024),
+            "PQ subspaces per head. null: head width / 4, or / 8 for 'pq-match'",
+            optional=True,
+        ),
         _spec("attention.codewords", _integer(2, 256), "codewords per subspace"),
         _spec("attention.tile", _pair(_integer(1, 1024), "[queries, keys]"), "tile sizes of granularity 'tile'"),
         _spec(
