@@ -7,7 +7,7 @@ import torch
 from interpreter import check_close, double, prepare
 
 from spt_compiler import pq
-from spt_compiler.lowering import registry, triton_attention
+from spt_compiler.lowering import registry, triton_attention, triton_selection
 from spt_compiler.ops import reference
 
 prepare()
@@ -20,6 +20,14 @@ def blocked_bias(n_q: int, n_k: int) -> torch.Tensor:
     bias = torch.randn(1, 4, n_q, n_k)
     bias[:, :, min(5, n_q - 1)] = -INF
     bias[..., ::3] = -INF
+    return bias
+
+
+def open_bias(n_q: int, n_k: int) -> torch.Tensor:
+    """The same with whole tiles that everyone else sees."""
+    bias = blocked_bias(n_q, n_k)
+    bias[..., 8:20] = torch.randn(1, 4, n_q, 12)
+    bias[:, :, min(5, n_q - 1)] = -INF
     return bias
 
 
@@ -53,6 +61,9 @@ MASKS = {
     "heads": lambda n_q, n_k: (None, "(h > 1) | (q - k < 3)", []),
     "bool": lambda n_q, n_k: (torch.rand(1, 1, n_q, n_k) > 0.7, "", []),
     "float": lambda n_q, n_k: (blocked_bias(n_q, n_k), "", []),
+    "open float": lambda n_q, n_k: (open_bias(n_q, n_k), "", []),
+    "shared float": lambda n_q, n_k: (torch.randn(1, 1, n_q, n_k), "k <= q + 9", []),
+    "row float": lambda n_q, n_k: (torch.randn(1, 4, 1, n_k), "", []),
     "float and causal": lambda n_q, n_k: (blocked_bias(n_q, n_k), "k <= q", []),
 }
 
@@ -89,20 +100,54 @@ def test_tile_attention(nan_empty, mask, extra):
     check_close(lse, exact[1], eager[1], "lse")
 
 
+def plain(definition, *args):
+    """The definition with all its arithmetic in the dtype of the tensors, as a program without kernels has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "compute_dtype", lambda q, *_: q.dtype)
+        return definition(*args)
+
+
+def check_gradients(op, case, lists, rest, needs, compensate=(), repeat=False):
+    """The kernels of an op's backward against the definition; case: q, k, v, bias."""
+    supports = getattr(triton_attention, f"supports_{op}_backward")
+    kernels, definition = getattr(triton_attention, f"{op}_backward"), getattr(reference, f"{op}_backward")
+    forward = getattr(reference, op)
+    out, lse = forward(*case, *lists, *rest, *compensate)
+    grad = torch.randn(()).to(out.dtype).expand(out.shape) if repeat else torch.randn_like(out)
+    args = (grad, *case, out, lse, *lists, *rest, needs, *compensate)
+    assert supports(*args) is None
+    got = kernels(*args)
+    exact_in = double([grad, *case])
+    exact_out = forward(*exact_in[1:], *lists, *rest, *compensate)
+    exact = definition(*exact_in, *exact_out, *lists, *rest, needs, *compensate)
+    eager = plain(definition, *args)
+    for name, *grads in zip(("dq", "dk", "dv", "dbias"), got, exact, eager, strict=True):
+        check_close(*grads, name)
+        assert grads[0].is_contiguous()
+    if repeat:
+        assert all(map(torch.equal, got, kernels(*args)))  # bit by bit
+
+
+ALL, NO_BIAS = [True] * 4, [True, True, True, False]
+
+
 @pytest.mark.parametrize(
     ("mask", "extra"),
     [
-        ("none", {"expanded": True}),
+        ("none", {"repeat": True}),
         ("causal", {"dims": (16, 24), "needs": [True, False, False, False]}),
         ("padded", {"empty": "nan", "p": 0.3, "all_tiles": True}),
         ("documents", {"dtype": torch.float16, "needs": [False, True, True, False]}),
         ("bool", {"empty": "uniform", "tile": (16, 4)}),
-        ("float and causal", {"empty": "nan", "softcap": 2.0}),
+        ("bool", {"empty": "uniform", "p": 0.4}),
+        ("float and causal", {"empty": "nan", "softcap": 2.0, "needs": ALL}),
         ("alibi", {"p": 0.5, "tile": (5, 16), "dtype": torch.bfloat16}),
+        ("shared float", {"needs": ALL, "all_tiles": True, "p": 0.2}),
+        ("row float", {"needs": [False, False, False, True], "dtype": torch.bfloat16}),
     ],
 )
 def test_tile_attention_backward(nan_empty, mask, extra):
-    dims, needs = extra.get("dims", (24, 40)), extra.get("needs", [True, True, True, False])
+    dims = extra.get("dims", (24, 40))
     batch = 2 if extra.get("all_tiles") else 1
     n_q, n_k = (11, 17) if batch == 2 else (19, 29)
     q, k, v = qkv(n_q, n_k, dim=dims[0], value_dim=dims[1], batch=batch, dtype=extra.get("dtype", torch.float32))
@@ -115,22 +160,113 @@ def test_tile_attention_backward(nan_empty, mask, extra):
     if mask == "padded":
         expr_in = [expr_in[0].expand(batch, -1)]
     p = extra.get("p", 0.0)
-    seed = torch.tensor([99]) if p else None
-    rest = (expr, expr_in, seed, p, 0.3, extra.get("softcap"), extra.get("empty", "zero"), *tile)
-    out, lse = reference.tile_attention(q, k, v, bias, *lists, *rest)
-    grad = torch.randn(()).to(q.dtype).expand(out.shape) if extra.get("expanded") else torch.randn_like(out)
-    args = (grad, q, k, v, bias, out, lse, *lists, *rest, needs)
-    assert triton_attention.supports_tile_attention_backward(*args) is None
-    got = triton_attention.tile_attention_backward(*args)
-    exact_in = double([grad, q, k, v, bias])
-    exact_out = reference.tile_attention(*exact_in[1:], *lists, *rest)
-    exact = reference.tile_attention_backward(*exact_in, *exact_out, *lists, *rest, needs)
-    eager = reference.tile_attention_backward(*args)
-    for name, *grads in zip(("dq", "dk", "dv", "dbias"), got, exact, eager, strict=True):
-        check_close(*grads, name)
-        assert grads[0].is_contiguous()
-    if extra.get("expanded"):  # bitwise repeatable
-        assert all(map(torch.equal, got, triton_attention.tile_attention_backward(*args)))
+    rest = (expr, expr_in, torch.tensor([99]) if p else None, p, 0.3, extra.get("softcap"), extra.get("empty", "zero"), *tile)
+    bias = bias if bias is None or bias.dtype == torch.bool else bias.to(q.dtype)
+    check_gradients("tile_attention", (q, k, v, bias), lists, rest, extra.get("needs", NO_BIAS), repeat=extra.get("repeat"))
+
+
+def test_long_lists_are_split(nan_empty):
+    """Tile 0 is listed by every row, which is more than four times the mean."""
+    q, k, v = qkv(24, 48, heads=2, groups=1, dim=16, value_dim=8)
+    tiles, counts = torch.randint(1, 12, (1, 1, 6, 2)).int(), torch.full((1, 1, 6), 2, dtype=torch.int32)
+    tiles[..., 0] = 0
+    assert triton_attention.split_of(6, 12, 2) == triton_attention.Split(4, 15, 6)
+    rest = ("", [], None, 0.0, 0.3, None, "zero", 4, 4)
+    check_gradients("tile_attention", (q, k, v, None), (tiles, counts), rest, NO_BIAS, repeat=True)
+    # Beside it a head with a row that lists everything, and queries that see nothing.
+    q, k, v = qkv(24, 48, heads=2, groups=2, dim=16, value_dim=8)
+    tiles, counts = tiles.repeat(1, 2, 1, 1), counts.repeat(1, 2, 1)
+    counts[0, 1, 3] = -1
+    bias = torch.rand(1, 1, 24, 48) > 0.5
+    bias[:, :, 11] = False
+    rest = ("", [], torch.tensor([5]), 0.3, 0.3, None, "uniform", 4, 4)
+    check_gradients("tile_attention", (q, k, v, bias), (tiles, counts), rest, NO_BIAS, compensate=(True,))
+
+
+@pytest.mark.parametrize("n_lists", [1, 3, 40])
+def test_every_part_of_a_list_has_one_program(n_lists):
+    tiles = torch.rand(1, 2, n_lists, 30).argsort(-1)[..., :4].sort(-1).values.int()
+    tiles[..., 0] = 0
+    counts = torch.randint(1, 5, (1, 2, n_lists)).int()
+    split = triton_attention.split_of(n_lists, 30, 4)
+    assert (split is None) == (n_lists < 40)
+    marks = triton_attention.mark_lists(tiles, counts, 30)
+    assert torch.equal(marks != 0, reference.listed(tiles, counts, 30))
+    found = triton_attention.transpose_lists(tiles, counts, marks, split)
+    length = found["ends_ptr"] - found["starts_ptr"]
+    assert torch.equal(length, marks.sum(2).int()) and not found["anyone_ptr"].any()
+    for head in range(2):
+        for tile in range(30):
+            rows = found["rows_ptr"][0, head, found["starts_ptr"][0, head, tile] : found["ends_ptr"][0, head, tile]]
+            assert rows.tolist() == marks[0, head, :, tile].nonzero().flatten().tolist()
+    if split is None:
+        return
+    for head in range(2):
+        parts = (length[0, head] + split.chunk - 1).div(split.chunk, rounding_mode="floor").clamp(min=1)
+        items = torch.arange(30).repeat_interleave(parts).tolist()
+        assert found["item_tiles_ptr"][0, head].tolist() == items + [30] * (split.n_items - len(items))
+        assert found["first_items_ptr"][0, head].tolist() == (parts.cumsum(0) - parts).tolist()
+        slots = torch.where(parts > 1, parts, 0)
+        assert (parts > 1).any() and slots.sum() <= split.n_slots
+        assert found["first_slots_ptr"][0, head].tolist() == torch.where(parts > 1, slots.cumsum(0) - slots, -1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("mask", "extra"),
+    [
+        ("none", {"softcap": 2.0, "needs": NO_BIAS}),
+        ("causal", {"p": 0.3, "square": True}),
+        ("padded", {"dtype": torch.bfloat16, "square": True}),
+        ("open float", {"empty": "nan"}),
+        ("shared float", {"p": 0.2, "softcap": 1.5, "dtype": torch.float16}),
+        ("alibi", {"square": True}),
+    ],
+)
+def test_pseudo_keys_of_dropped_tiles(nan_empty, mask, extra):
+    n_q, n_k = (26, 26) if extra.get("square") else (13, 26)
+    q, k, v = qkv(n_q, n_k, heads=2, groups=1, dtype=extra.get("dtype", torch.float32))
+    tile = (13, 4)
+    lists = tile_lists(q, k, *tile, slots=2)
+    if extra.get("square"):
+        lists[1][0, 0, -1] = -1
+    bias, expr, expr_in = MASKS[mask](n_q, n_k)
+    bias = bias if bias is None else bias[:, :2].to(q.dtype)
+    p = extra.get("p", 0.0)
+    rest = (expr, expr_in, torch.tensor([99]) if p else None, p, 0.3, extra.get("softcap"), extra.get("empty", "zero"), *tile)
+    case = (q, k, v, bias)
+    assert triton_attention.supports_tile_attention(*case, *lists, *rest, True) is None
+    out, lse = triton_attention.tile_attention(*case, *lists, *rest, True)
+    exact = reference.tile_attention(*double([*case]), *lists, *rest, True)
+    eager = reference.tile_attention(*case, *lists, *rest, True)
+    check_close(out, exact[0], eager[0], "out")
+    # The mean keys of the kernels have the dtype of the keys.
+    precision = torch.finfo(q.dtype).eps if q.dtype != torch.float32 else 1e-6
+    torch.testing.assert_close(lse.double(), exact[1], rtol=precision, atol=precision)
+    needs = extra.get("needs", ALL if bias is not None else NO_BIAS)
+    check_gradients("tile_attention", case, lists, rest, needs, compensate=(True,))
+
+
+@pytest.mark.parametrize("compensate", [(), (True,)])
+def test_rows_hidden_by_finite_values_are_uniform(nan_empty, compensate):
+    """What models add in place of -inf: beside finfo.min, the log-sum-exp of a row has no digits left."""
+    q, k, v = qkv(9, 24)
+    bias = torch.zeros(1, 1, 9, 24)
+    bias[:, :, 3] = bias[..., 5:9] = torch.finfo(torch.float32).min
+    lists = (torch.tensor([0, 2]).expand(1, 2, 2, 2).int(), torch.full((1, 2, 2), 2, dtype=torch.int32))
+    rest = ("", [], None, 0.0, 0.3, None, "zero", 8, 8)
+    out, _ = triton_attention.tile_attention(q, k, v, bias, *lists, *rest, *compensate)
+    exact, _ = reference.tile_attention(*double([q, k, v, bias]), *lists, *rest, *compensate)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    check_gradients("tile_attention", (q, k, v, bias), lists, rest, ALL, compensate=compensate)
+
+
+def key_lists(n_q, n_k, everything=False, batch=1):
+    order = torch.rand(batch, 4, n_q, n_k).argsort(-1)[..., :9].sort(-1).values.int()
+    counts = torch.randint(0, 10, (batch, 4, n_q)).int()
+    order[torch.arange(9) >= counts.unsqueeze(-1)] = -1
+    if everything:
+        counts[:, 1] = -1
+    return order, counts
 
 
 @pytest.mark.parametrize(
@@ -140,24 +276,38 @@ def test_tile_attention_backward(nan_empty, mask, extra):
         ("padded", {"p": 0.3, "dtype": torch.float16}),
         ("float", {"empty": "uniform", "p": 0.25, "softcap": 2.0}),
         ("bool", {"empty": "uniform", "everything": True}),
+        ("shared float", {"batch": 2, "scratch": 2 * 7 * 37, "dims": (80, 96)}),
     ],
 )
-def test_key_attention(nan_empty, mask, extra):
-    q, k, v = qkv(7, dtype=extra.get("dtype", torch.float32))
+def test_key_attention(nan_empty, monkeypatch, mask, extra):
+    if "scratch" in extra:  # marks of two heads at a time
+        monkeypatch.setattr(triton_attention, "SCRATCH_BYTES", extra["scratch"])
+    dim, value_dim = extra.get("dims", (24, 40))
+    batch = extra.get("batch", 1)
+    q, k, v = qkv(7, dim=dim, value_dim=value_dim, batch=batch, dtype=extra.get("dtype", torch.float32))
     n_q, n_k = q.shape[2], k.shape[2]
     bias, expr, expr_in = MASKS[mask](n_q, n_k)
-    order = torch.rand(1, 4, n_q, n_k).argsort(-1)[..., :9].sort(-1).values.int()
-    counts = torch.randint(0, 10, (1, 4, n_q)).int()
-    if extra.get("everything"):
-        counts[:, 1] = -1
+    lists = key_lists(n_q, n_k, extra.get("everything", False), batch)
     p = extra.get("p", 0.0)
     rest = (expr, expr_in, torch.tensor([-5]) if p else None, p, 0.3, extra.get("softcap"), extra.get("empty", "zero"))
-    assert triton_attention.supports_key_attention(q, k, v, bias, order, counts, *rest) is None
-    out, lse = triton_attention.key_attention(q, k, v, bias, order, counts, *rest)
-    exact = reference.key_attention(*double([q, k, v, bias]), order, counts, *rest)
-    eager = reference.key_attention(q, k, v, bias, order, counts, *rest)
+    assert triton_attention.supports_key_attention(q, k, v, bias, *lists, *rest) is None
+    out, lse = triton_attention.key_attention(q, k, v, bias, *lists, *rest)
+    exact = reference.key_attention(*double([q, k, v, bias]), *lists, *rest)
+    eager = reference.key_attention(q, k, v, bias, *lists, *rest)
     check_close(out, exact[0], eager[0], "out")
     check_close(lse, exact[1], eager[1], "lse")
+    needs = ALL if bias is not None and bias.is_floating_point() else NO_BIAS
+    check_gradients("key_attention", (q, k, v, bias), lists, rest, needs, repeat="scratch" in extra)
+
+
+def test_more_queries_and_keys_than_a_block(nan_empty):
+    q, k, v = qkv(70, 75, dim=16, value_dim=16)
+    lists = key_lists(70, 75)
+    rest = ("k <= q", [], None, 0.0, 0.3, None, "zero")
+    out, _ = triton_attention.key_attention(q, k, v, None, *lists, *rest)
+    exact, _ = reference.key_attention(*double([q, k, v]), None, *lists, *rest)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    check_gradients("key_attention", (q, k, v, None), lists, rest, NO_BIAS)
 
 
 def codebook_for(k):
@@ -186,8 +336,8 @@ def test_select_tiles(nan_empty, mask, rule, extra):
     tile = extra.get("tile", (16, 8))
     args = (q, k, bias, expr, expr_in, *codebook_for(k), torch.tensor([extra.get("density", 0.3)]), 0.4)
     args = (*args, *tile, 0.3, extra.get("softcap"), rule, extra.get("min_keys", 0))
-    assert triton_attention.supports_select_tiles(*args) is None
-    for got, exact in zip(triton_attention.select_tiles(*args), reference.select_tiles(*args), strict=True):
+    assert triton_selection.supports_select_tiles(*args) is None
+    for got, exact in zip(triton_selection.select_tiles(*args), reference.select_tiles(*args), strict=True):
         assert got.dtype == torch.int32 and torch.equal(got, exact)
 
 
@@ -207,8 +357,8 @@ def test_select_keys(nan_empty, mask, rule, extra):
     bias = bias if bias is None or bias.shape[1] == 1 else bias[:, :2]
     args = (q, k, bias, expr, expr_in, *codebook_for(k), torch.tensor([extra.get("density", 0.3)]), 0.4)
     args = (*args, 0.3, extra.get("softcap"), rule, 0)
-    assert triton_attention.supports_select_keys(*args) is None
-    for got, exact in zip(triton_attention.select_keys(*args), reference.select_keys(*args), strict=True):
+    assert triton_selection.supports_select_keys(*args) is None
+    for got, exact in zip(triton_selection.select_keys(*args), reference.select_keys(*args), strict=True):
         assert got.dtype == torch.int32 and torch.equal(got, exact)
 
 
@@ -216,7 +366,7 @@ def test_codes_and_decoded_keys(nan_empty):
     _, k, _ = qkv(n_k=45, dim=24)
     codebook, mean = codebook_for(k)
     codebook[:, :, 3] = codebook[:, :, 7]  # ties go to the lower code
-    codes, decoded = triton_attention.pq_assign(codebook, k, mean, codes=True, decoded=torch.float32)
+    codes, decoded = triton_selection.pq_assign(codebook, k, mean, codes=True, decoded=torch.float32)
     expected = pq.assign(codebook, k - mean.unsqueeze(-2))
     assert codes.dtype == torch.uint8 and torch.equal(codes.long(), expected)
     torch.testing.assert_close(decoded, pq.reconstruct(codebook, k, mean))

@@ -28,7 +28,7 @@ def test_json_has_the_agreed_form(capsys):
 def test_table_names_every_kernel(capsys):
     assert main(["kernels", "--target", "gfx942", "--dtype", "fp16", "--filter", "pool"]) == 0
     out = capsys.readouterr().out
-    assert "select_tiles_pool_kernel" in out and "gfx942" in out and "0 failed" in out
+    assert "pool_tiles_kernel" in out and "gfx942" in out and "0 failed" in out
 
 
 def test_a_kernel_that_does_not_compile_is_reported_and_fails_the_command(monkeypatch, capsys):

@@ -84,14 +84,29 @@ def rows():
             yield {"indirect": indirect, "bias_out": bias, "compensation": compensation}
 
 
-ATTENTION = {"dropout": (False, True), "softcap": (False, True), "empty": ("zero", "nan", "uniform")}
+EMPTY = ("uniform", "nan", "zero", "uniform", "nan")
+# All options together under every mask, and each alone under two.
+BACKWARD = ("dropout", "softcap", "special", "blank_dropout", "split")
+LISTS = ({"single": True, "pseudo": None}, *({"single": False, "pseudo": p} for p in (None, "plain", "causal", "masked")))
+
+
+def listed(options):
+    for kind in LISTS:
+        everything = list(masked())
+        for chosen, structures in ((options, everything), *(((one,), everything[::11]) for one in options)):
+            flags = {name: name in chosen and not (kind["single"] and name == "split") for name in options}
+            yield from ({**structure, **kind, **flags} for structure in structures)
+
+
 DOT = {"softcap": (False, True), "dot_type": ("float16", "bfloat16", "float32")}
 FLAGS = ("mean", "codes", "decoded")
 STRUCTURES = {
-    "tile_attention_fwd": lambda: masked(**ATTENTION),
-    "tile_attention_bwd": lambda: masked(dropout=(False, True), softcap=(False, True), special=(False, True)),
-    "transpose_lists": lambda: [{}],
-    "key_attention_fwd": lambda: masked(**ATTENTION),
+    "tile_attention_fwd": lambda: (
+        {**x, "empty": empty} for x, empty in zip(listed(("dropout", "softcap")), itertools.cycle(EMPTY), strict=False)
+    ),
+    "tile_attention_bwd": lambda: listed(BACKWARD),
+    "transpose_lists": lambda: [{"split": False}, {"split": True}],
+    "pool_tiles": lambda: [{}],
     "select_tiles": lambda: itertools.chain(
         masked(**DOT, pooled=(False,), causal=(False,)),
         (

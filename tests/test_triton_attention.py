@@ -6,7 +6,7 @@ import pytest
 import torch
 from interpreter import run_interpreted
 
-from spt_compiler.lowering import registry, triton_attention, triton_catalog, triton_common
+from spt_compiler.lowering import registry, triton_attention, triton_catalog, triton_common, triton_selection
 
 triton = pytest.importorskip("triton")
 
@@ -16,6 +16,7 @@ OPS = (
     "tile_attention_v1",
     "tile_attention_backward_v1",
     "key_attention_v1",
+    "key_attention_backward_v1",
 )
 
 
@@ -40,7 +41,7 @@ def check_compiled(entry: triton_catalog.Entry, target: str) -> None:
         ("bf16", "tile d128 causal", "tile_attention"),
         ("fp16", "tile d64 padded dropout", "tile_attention_fwd"),
         ("fp16", "tile d64 padded dropout", "select_tiles_scores"),
-        ("bf16", "token d64 causal", "key_attention"),
+        ("bf16", "token d64 causal", "tile_attention"),
     ],
 )
 def test_kernels_compile_for_hopper_without_a_gpu(dtype, config, kernel):
@@ -85,18 +86,17 @@ def test_what_is_not_supported_is_refused_with_the_reason(change, reason):
 
 def test_supported_arguments_are_accepted(monkeypatch):
     assert triton_attention.supports_tile_attention(*attention_arguments()) is None
-    monkeypatch.setattr(triton_attention, "available", lambda: False)
+    monkeypatch.setattr(triton_selection, "available", lambda: False)
     assert "triton" in str(triton_attention.supports_tile_attention(*attention_arguments()))
 
 
-def test_what_the_backward_kernels_leave_to_the_reference():
-    q, k, v, bias, tiles, counts, *rest = attention_arguments()
-    arguments = [q, q, k, v, bias, q, q, tiles, counts, *rest, [True, True, True, True]]
+def test_gradients_of_masks_have_kernels_and_other_dtypes_of_gradients_have_not():
+    q, k, v, _, tiles, counts, *rest = attention_arguments()
+    bias = torch.zeros(1, 1, 64, 64, dtype=q.dtype)
+    arguments = [q, q, k, v, bias, q, q, tiles, counts, *rest, [True] * 4]
     assert triton_attention.supports_tile_attention_backward(*arguments) is None
-    arguments[4] = torch.zeros(1, 1, 64, 64, dtype=q.dtype)
-    assert "gradient of a mask" in str(triton_attention.supports_tile_attention_backward(*arguments))
-    arguments[-1], arguments[12], arguments[15] = [True, True, True, False], 0.5, "uniform"
-    assert "dropout" in str(triton_attention.supports_tile_attention_backward(*arguments))
+    arguments[0] = q.float()
+    assert "gradient has dtype" in str(triton_attention.supports_tile_attention_backward(*arguments))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -104,23 +104,22 @@ def test_gpus_run_these_ops_by_triton_first(op):
     assert registry.chosen(op, "cuda") == "triton"
 
 
-def test_launches_hold_nothing_per_pair_of_query_and_key():
+def test_launches_hold_nothing_per_pair_of_query_and_key(monkeypatch):
     """The largest tensor a tile selection and attention hand to a kernel is the inputs', not [Tq, Tk]."""
-    sizes = []
-    tensors = triton_attention.launch
+    sizes = {}
 
     def spy(template, structure, kernel, grid, args, constants, **tuning):
-        sizes.extend(value.numel() for value in args.values() if isinstance(value, torch.Tensor))
+        sizes[kernel] = max(value.numel() for value in args.values() if isinstance(value, torch.Tensor))
 
-    triton_attention.launch, n = spy, 1 << 15
-    try:
-        q, k = (torch.empty(1, 1, n, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
-        budget = torch.empty(1, device="meta")
-        mask, rule = (None, "k <= q", []), ("mean", 0)
-        lists = triton_attention.select_tiles(q, k, *mask, None, None, budget, 0.125, 64, 16, 0.1, None, *rule)
-        rest = (*lists, "k <= q", [], None, 0.0, 0.1, None, "zero", 64, 16)
-        out, lse = triton_attention.tile_attention(q, k, k, None, *rest)
-        triton_attention.tile_attention_backward(out, q, k, k, None, out, lse, *rest, [True, True, True, False])
-    finally:
-        triton_attention.launch = tensors
-    assert sizes and max(sizes) <= n * n // (64 * 16) * 2
+    for module in (triton_attention, triton_selection):
+        monkeypatch.setattr(module, "launch", spy)
+    n = 1 << 15
+    q, k = (torch.empty(1, 1, n, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    budget = torch.empty(1, device="meta")
+    mask, rule = (None, "k <= q", []), ("mean", 0)
+    lists = triton_selection.select_tiles(q, k, *mask, None, None, budget, 0.125, 64, 16, 0.1, None, *rule)
+    rest = (*lists, "k <= q", [], None, 0.0, 0.1, None, "zero", 64, 16)
+    out, lse = triton_attention.tile_attention(q, k, k, None, *rest, True)
+    triton_attention.tile_attention_backward(out, q, k, k, None, out, lse, *rest, [True, True, True, False], True)
+    assert {"tile_attention_fwd_kernel", "tile_attention_bwd_kernel_combine", "select_tiles_scores_kernel"} <= sizes.keys()
+    assert max(sizes.values()) <= n * n // (64 * 16) * 2, sizes

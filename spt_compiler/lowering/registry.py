@@ -34,7 +34,11 @@ _LOWERING_MODULES: dict[str, tuple[str, ...]] = {
         "spt_compiler.lowering.cpu_key_attention",
         "spt_compiler.lowering.cpu_ffn",
     ),
-    "cuda": ("spt_compiler.lowering.triton_attention", "spt_compiler.lowering.triton_ffn"),
+    "cuda": (
+        "spt_compiler.lowering.triton_selection",
+        "spt_compiler.lowering.triton_attention",
+        "spt_compiler.lowering.triton_ffn",
+    ),
 }
 _REFERENCE_MODULES = ("spt_compiler.ops.reference", "spt_compiler.ops.reference_ffn")
 _OP_MODULES = ("spt_compiler.ops.attention", "spt_compiler.ops.ffn")

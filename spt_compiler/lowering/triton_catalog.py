@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spt_compiler.lowering import triton_attention, triton_ffn
+from spt_compiler.lowering import triton_attention, triton_ffn, triton_selection
 from spt_compiler.lowering.triton_common import KernelSpec, recording
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -40,15 +40,39 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 _B, _H, _HKV, _T = 2, 8, 2, 4096
 _TILE_Q, _TILE_K = 64, 16
 
-# name -> (head dim, value dim, mask expression, bias, dropout, softcap, empty)
-_ATTENTION: dict[str, tuple[int, int, str, str | None, float, float | None, str]] = {
-    "d64 causal": (64, 64, "k <= q", None, 0.0, None, "zero"),
-    "d128 causal": (128, 128, "k <= q", None, 0.0, None, "zero"),
-    "d64 padded dropout": (64, 64, "(k <= q) & t0[b, k]", None, 0.1, None, "nan"),
-    "d128 bias softcap": (128, 128, "", "float", 0.0, 30.0, "uniform"),
-    "d80 dv96 no mask": (80, 96, "", None, 0.0, None, "zero"),
-    "d256 causal": (256, 256, "k <= q", None, 0.0, None, "zero"),
+@dataclass(frozen=True)
+class _Attention:
+    """An attention site of the grid.
+
+    Args: dim, value_dim: head dimensions.  expr: mask expression ("t0[b, k]" is a padding mask).  bias: a float mask.  p:
+        dropout.  compensate: pseudo-keys for dropped tiles.
+    """
+
+    dim: int
+    value_dim: int
+    expr: str = ""
+    bias: bool = False
+    p: float = 0.0
+    softcap: float | None = None
+    empty: str = "zero"
+    compensate: bool = False
+
+
+_TILES = {
+    "d64 causal": _Attention(64, 64, "k <= q"),
+    "d128 causal": _Attention(128, 128, "k <= q"),
+    "d16 padded": _Attention(16, 16, "t0[b, k]"),
+    "d64 padded dropout": _Attention(64, 64, "(k <= q) & t0[b, k]", p=0.1, empty="nan"),
+    "d128 bias softcap": _Attention(128, 128, bias=True, softcap=30.0, empty="uniform"),
+    "d80 dv96 no mask": _Attention(80, 96),
+    "d64 causal pseudo-keys": _Attention(64, 64, "k <= q", compensate=True),
+    "d128 padded pseudo-keys": _Attention(128, 128, "(k <= q) & t0[b, k]", compensate=True),
+    "d160 causal": _Attention(160, 160, "k <= q"),
+    "d256 causal": _Attention(256, 256, "k <= q"),
 }
+_KEYS = ("d64 causal", "d64 padded dropout", "d128 causal")
+# In float32, which few train in and which takes the compiler longest, a part of the grid.
+_FULL_PRECISION = ("d64 causal", "d64 padded dropout", "d128 bias softcap", "d80 dv96 no mask", "d256 causal")
 
 
 @dataclass(frozen=True)
@@ -79,27 +103,28 @@ _FFN_SITES = {
 
 
 def _attention(name: str, dtype: torch.dtype, granularity: str) -> None:
-    dim, value_dim, expr, bias_kind, p, softcap, empty = _ATTENTION[name]
-    q, k = _meta(_B, _H, _T, dim, dtype=dtype), _meta(_B, _HKV, _T, dim, dtype=dtype)
-    v = _meta(_B, _HKV, _T, value_dim, dtype=dtype)
-    bias = _meta(_B, 1, _T, _T, dtype=dtype) if bias_kind else None
-    expr_in = [_meta(_B, _T, dtype=torch.bool)] if "t0" in expr else []
-    seed = _meta(1, dtype=torch.int64) if p else None
-    scale = dim**-0.5
-    codebook, mean = _meta(_HKV, dim // 8, 16, 8, dtype=torch.float32), _meta(_HKV, dim, dtype=torch.float32)
+    site = _TILES[name]
+    q, k = _meta(_B, _H, _T, site.dim, dtype=dtype), _meta(_B, _HKV, _T, site.dim, dtype=dtype)
+    v = _meta(_B, _HKV, _T, site.value_dim, dtype=dtype)
+    bias = _meta(_B, 1, _T, _T, dtype=dtype) if site.bias else None
+    expr_in = [_meta(_B, _T, dtype=torch.bool)] if "t0" in site.expr else []
+    seed = _meta(1, dtype=torch.int64) if site.p else None
+    scale, p, softcap = site.dim**-0.5, site.p, site.softcap
+    codebook, mean = _meta(_HKV, site.dim // 8, 16, 8, dtype=torch.float32), _meta(_HKV, site.dim, dtype=torch.float32)
     budget = _meta(1, dtype=torch.float32)
-    masked = (expr, expr_in, seed, p, scale, softcap, empty)
-    chosen_by = (q, k, bias, expr, expr_in, codebook, mean, budget, 0.25)
+    masked = (site.expr, expr_in, seed, p, scale, softcap, site.empty)
+    chosen_by = (q, k, bias, site.expr, expr_in, codebook, mean, budget, 0.125)
+    needs = [True, True, True, bias is not None]
     if granularity == "tile":
-        tiles, counts = triton_attention.select_tiles(*chosen_by, _TILE_Q, _TILE_K, scale, softcap, "pq", 0)
-        tiling = (_TILE_Q, _TILE_K)
-        out, lse = triton_attention.tile_attention(q, k, v, bias, tiles, counts, *masked, *tiling)
-        results = (out, lse, tiles, counts, *masked, *tiling)
-        triton_attention.tile_attention_backward(out, q, k, v, bias, *results, [True, True, True, False])
+        tiles, counts = triton_selection.select_tiles(*chosen_by, _TILE_Q, _TILE_K, scale, softcap, "pq", 0)
+        lists = (tiles, counts, *masked, _TILE_Q, _TILE_K)
+        out, lse = triton_attention.tile_attention(q, k, v, bias, *lists, site.compensate)
+        triton_attention.tile_attention_backward(out, q, k, v, bias, out, lse, *lists, needs, site.compensate)
     else:
         for rule in ("pq", "pq-match"):
-            keys, counts = triton_attention.select_keys(*chosen_by, scale, softcap, rule, 0)
-        triton_attention.key_attention(q, k, v, bias, keys, counts, *masked)
+            keys, counts = triton_selection.select_keys(*chosen_by, scale, softcap, rule, 0)
+        out, lse = triton_attention.key_attention(q, k, v, bias, keys, counts, *masked)
+        triton_attention.key_attention_backward(out, q, k, v, bias, out, lse, keys, counts, *masked, needs)
 
 
 def _ffn(name: str, dtype: torch.dtype) -> None:
@@ -146,13 +171,14 @@ def _ffn(name: str, dtype: torch.dtype) -> None:
 # Kernels that gather single rows or count; the others multiply matrices.
 _NO_MATRIX = (
     "pq_assign_kernel",
-    "select_tiles_pool_kernel",
+    "pool_tiles_kernel",
     "select_tiles_top_kernel",
     "select_keys_top_kernel",
-    "key_attention_fwd_kernel",
     "route_top_kernel",
     "transpose_lists_mark_kernel",
+    "transpose_lists_offsets_kernel",
     "transpose_lists_fill_kernel",
+    "tile_attention_bwd_kernel_combine",
     "route_rows_kernel",
     "routed_ffn_rows_combine_kernel",
     "routed_ffn_sums_columns_kernel",
@@ -179,9 +205,9 @@ def entries(target: str, dtypes: tuple[str, ...] = ("fp16", "bf16", "fp32")) -> 
                 yield Entry(config, dtype, spec, multiplies)
 
     for dtype in dtypes:
-        for name in _ATTENTION:
+        for name in _FULL_PRECISION if dtype == "fp32" else _TILES:
             yield from listed(f"tile {name}", dtype, lambda n=name, d=dtype: _attention(n, DTYPES[d], "tile"))
-        for name in ("d64 causal", "d64 padded dropout"):
+        for name in _KEYS[:1] if dtype == "fp32" else _KEYS:
             yield from listed(f"token {name}", dtype, lambda n=name, d=dtype: _attention(n, DTYPES[d], "token"))
         for name in _FFN_SITES:
             yield from listed(f"ffn {name}", dtype, lambda n=name, d=dtype: _ffn(n, DTYPES[d]))

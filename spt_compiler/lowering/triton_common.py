@@ -223,6 +223,19 @@ def byte_view(mask: Tensor) -> Tensor:
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
 
 
+def bias_structure(bias: Tensor | None) -> str | None:
+    """The constant `bias` of templates."""
+    return None if bias is None else "bool" if bias.dtype == torch.bool else "float"
+
+
+def bias_arguments(bias: Tensor | None, shape: tuple[int, ...]) -> dict[str, Any]:
+    """A mask tensor as arguments of kernels, expanded to shape [B, H, Tq, Tk]; none without one."""
+    if bias is None:
+        return {}
+    view = byte_view(bias).expand(shape)
+    return {"bias_ptr": view, **strides("bias", view, "bhqk")}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Expressions
 # ---------------------------------------------------------------------------------------------------------------------
