@@ -205,17 +205,17 @@ SOURCE = "VALUE = 41\n"
 
 
 def test_files_are_private_and_written_once(cache):
-    path = render._store("kernel.py", SOURCE)
+    path = render.store("kernel.py", SOURCE)
     assert path == cache / "kernel.py" and path.read_text() == SOURCE
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700 and not stat.S_IMODE(path.stat().st_mode) & 0o022
     before = path.stat().st_mtime_ns
-    assert render._store("kernel.py", SOURCE).stat().st_mtime_ns == before
+    assert render.store("kernel.py", SOURCE).stat().st_mtime_ns == before
     assert os.listdir(cache) == ["kernel.py"]
 
 
 @pytest.mark.parametrize("damage", ["", "VALUE = 42\n", SOURCE + "import os\n", "\udcff"])
 def test_a_corrupt_entry_is_rebuilt_and_never_run(cache, damage):
-    path = render._store("corrupt.py", SOURCE)
+    path = render.store("corrupt.py", SOURCE)
     path.write_bytes(damage.encode("utf-8", "surrogateescape"))
     module = render._import("corrupt", SOURCE)
     assert module.VALUE == 41 and path.read_text() == SOURCE
@@ -227,8 +227,8 @@ def test_a_folder_that_others_can_write_is_refused_with_one_warning(cache):
     cache.chmod(0o777)
     (cache / "kernel.py").write_text("raise SystemExit('planted')\n")
     with pytest.warns(UserWarning, match="can be written by others") as caught:
-        path = render._store("kernel.py", SOURCE)
-        render._store("other.py", SOURCE)
+        path = render.store("kernel.py", SOURCE)
+        render.store("other.py", SOURCE)
     assert len(caught) == 1
     assert path.parent != cache and path.read_text() == SOURCE
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
@@ -237,14 +237,14 @@ def test_a_folder_that_others_can_write_is_refused_with_one_warning(cache):
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
 def test_links_and_writable_files_are_not_trusted(cache, tmp_path):
-    path = render._store("kernel.py", SOURCE)
+    path = render.store("kernel.py", SOURCE)
     path.chmod(0o666)
-    assert not stat.S_IMODE(render._store("kernel.py", SOURCE).stat().st_mode) & 0o022
+    assert not stat.S_IMODE(render.store("kernel.py", SOURCE).stat().st_mode) & 0o022
     target = tmp_path / "elsewhere.py"
     target.write_text(SOURCE)
     path.unlink()
     path.symlink_to(target)
-    assert not render._store("kernel.py", SOURCE).is_symlink() and target.read_text() == SOURCE
+    assert not render.store("kernel.py", SOURCE).is_symlink() and target.read_text() == SOURCE
     render._usable_folder.cache_clear()
     moved = cache.with_name("moved")
     cache.rename(moved)
@@ -258,8 +258,8 @@ def test_a_folder_that_cannot_be_made_costs_a_warning_only(tmp_path, monkeypatch
     monkeypatch.setenv("SPT_CACHE_DIR", str(tmp_path / "file" / "below"))
     render._usable_folder.cache_clear()
     with pytest.warns(UserWarning, match="SPT_CACHE_DIR") as caught:
-        assert render._store("kernel.py", SOURCE).read_text() == SOURCE
-        assert render._store("other.py", SOURCE).read_text() == SOURCE
+        assert render.store("kernel.py", SOURCE).read_text() == SOURCE
+        assert render.store("other.py", SOURCE).read_text() == SOURCE
     assert len(caught) == 1
     render._usable_folder.cache_clear()
 
@@ -275,7 +275,7 @@ def test_a_disk_that_fills_up_later_costs_a_warning_only(cache, monkeypatch):
 
     monkeypatch.setattr(render.tempfile, "mkstemp", full)
     with pytest.warns(UserWarning, match="No space left"):
-        assert render._store("kernel.py", SOURCE).read_text() == SOURCE
+        assert render.store("kernel.py", SOURCE).read_text() == SOURCE
 
 
 def test_concurrent_writers_leave_one_whole_file(cache):
@@ -284,7 +284,7 @@ def test_concurrent_writers_leave_one_whole_file(cache):
 
     def write():
         for _ in range(5):
-            found.append(render._store("big.py", source).read_text() == source)
+            found.append(render.store("big.py", source).read_text() == source)
 
     threads = [threading.Thread(target=write) for _ in range(6)]
     with warnings.catch_warnings():

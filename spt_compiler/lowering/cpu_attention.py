@@ -34,10 +34,10 @@ from spt_compiler.ops.reference import check_attention, compute_dtype
 _CAUSAL = "k <= q"
 # Beyond this |lse| (in units of log 2) fp32 cannot tell probabilities from lse: rows whose every key is masked by a finite
 # value such as finfo.min, which softmax turns into uniform ones.
-_LSE_LIMIT = 1e3
+LSE_LIMIT = 1e3
 
 
-def _fused(
+def fused(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, counts: Tensor, expr: str, p: float, softcap: float | None
 ) -> bool:
     """Whether torch's own fused attention computes exactly this: everything selected, and a mask it knows."""
@@ -96,7 +96,7 @@ def tile_attention(
 ) -> tuple[Tensor, Tensor]:
     """`spt::tile_attention_v1`; see there."""
     check_attention(q, k, v, bias, tiles, counts, seed, p, empty, tile_q, tile_k)
-    if _fused(q, k, v, bias, counts, expr, p, softcap):
+    if fused(q, k, v, bias, counts, expr, p, softcap):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         out, lse = op(q, k, v, 0.0, expr == _CAUSAL, scale=scale)
@@ -183,7 +183,7 @@ def tile_attention_backward(
     need_q, need_k, need_v, need_bias = needs
     need_bias = need_bias and bias is not None and bias.is_floating_point()
     none = q.new_empty(0)
-    if _fused(q, k, v, bias, counts, expr, p, softcap):
+    if fused(q, k, v, bias, counts, expr, p, softcap):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
         grads = op(grad_out.contiguous(), q, k, v, out, lse, 0.0, expr == _CAUSAL, scale=scale)
@@ -220,7 +220,7 @@ def tile_attention_backward(
             pack_rows(level, lse[b, heads].unsqueeze(-1), shape, -LOG2E, beyond=-torch.inf)
             level.masked_fill_(level == torch.inf, -torch.inf)
             # Where lse is so large that fp32 cannot tell probabilities from it, they are normalised anew.
-            far = (level.abs() > _LSE_LIMIT) & (level != -torch.inf)
+            far = (level.abs() > LSE_LIMIT) & (level != -torch.inf)
             self.coarse = far.flatten(1).any(1).tolist()
             if need_scores:
                 delta = (grad_out[b, heads].to(dtype) * out[b, heads]).sum(-1)

@@ -4,7 +4,8 @@ The row list is walked in spans. A span holds part of a large block, so that its
 when the second GEMM reads them, or several small blocks, so that one gather, one activation and one scatter serve them
 all. Weights are read through the permutation (as views where it is the identity) and never moved; their permuted copies
 live for one call, which costs 2 * F * E values of traffic against N * F * E multiplications. Accumulation over blocks
-runs in fp32 for 16-bit inputs.
+runs in fp32 for 16-bit inputs. What lies between the GEMMs runs in generated C++ where there is a compiler (`cpp_ffn.py`),
+else in ATen operators.
 
 Results are bitwise repeatable. A token's result may depend in the last bit on which other tokens share its GEMMs,
 because the vendor library picks its kernel by the number of rows.
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from spt_compiler import expression
+from spt_compiler.lowering import cpp_ffn
+from spt_compiler.lowering.cpu_tiles import Buffers
 from spt_compiler.lowering.registry import register
 from spt_compiler.ops.reference_ffn import (
     FlatGrads,
@@ -114,15 +117,19 @@ class _Span:
     def n_rows(self) -> int:
         return self.part.stop - self.part.start
 
-    def take(self, source: Tensor) -> Tensor:
-        """The span's rows of [N, ...]."""
-        return source[self.part] if self.tokens is None else source.index_select(0, self.tokens)
+    def take(self, source: Tensor, work: _Work | None = None, name: str = "") -> Tensor:
+        """The span's rows of [N, ...]; in scratch memory of that name if given."""
+        if self.tokens is None:
+            return source[self.part]
+        if work is None or work.kernels is None or source.stride(1) != 1:
+            return source.index_select(0, self.tokens)
+        return work.kernels.gather_rows(source, self.tokens, work.buffers.get(name, self.n_rows, source.shape[1]))
 
     def of(self, saved: Tensor) -> list[Tensor]:
         """The span's saved pre-activations: a [n, width] view per in-projection."""
         return [s[self.slots, : self.width] for s in saved]
 
-    def add_product(self, target: Tensor, left: Tensor, weight: Tensor) -> None:
+    def add_product(self, work: _Work, target: Tensor, left: Tensor, weight: Tensor) -> None:
         """target[tokens] += left @ weight[units], for [n, W] and [F, K] in block order."""
         if self.tokens is None:
             (segment,) = self.segments
@@ -131,13 +138,13 @@ class _Span:
             else:
                 target[self.part] += torch.mm(left, weight[segment.units])
             return
-        if len(self.segments) == 1:
-            product = torch.mm(left, weight[self.segments[0].units])
+        product = work.buffers.get("product", self.n_rows, weight.shape[1])
+        for segment in self.segments:
+            torch.mm(left[segment.rows], weight[segment.units], out=product[segment.rows])
+        if work.kernels is not None and target.dtype == torch.float32:
+            work.kernels.add_rows(target, self.tokens, product, distinct=len(self.segments) == 1)
         else:
-            product = left.new_empty((self.n_rows, weight.shape[1]))
-            for segment in self.segments:
-                torch.mm(left[segment.rows], weight[segment.units], out=product[segment.rows])
-        target.index_add_(0, self.tokens, product.to(target.dtype))
+            target.index_add_(0, self.tokens, product.to(target.dtype))
 
     def gate_index(self, n_blocks: int) -> Tensor:
         """Where the gates of the span's rows lie in a flattened [N, G]."""
@@ -151,7 +158,17 @@ class _Span:
 class _Work:
     """What forward and backward share: the spans, the order of the weights, and the dtypes of accumulation."""
 
-    def __init__(self, x: Tensor, gates, blocks: Tensor, rows: Tensor, offsets: Tensor, permutation: Tensor):
+    def __init__(
+        self,
+        x: Tensor,
+        gates: Tensor | None,
+        blocks: Tensor,
+        rows: Tensor,
+        offsets: Tensor,
+        permutation: Tensor,
+        kernels: cpp_ffn.Kernels | None = None,
+    ):
+        self.kernels, self.buffers = kernels, Buffers(x.dtype)
         self.n_tokens = x.shape[0]
         self.n_units = permutation.shape[0]
         self.n_blocks = offsets.shape[0] - 1
@@ -241,11 +258,19 @@ class _Work:
 
     def arrange(self, weight: Tensor) -> Tensor:
         """[F, ...] in block order: a copy, or the tensor itself where the units are in order."""
-        if self.units is None:
-            return weight
+        return weight if self.units is None else self._pick(weight, self.units)
+
+    def _pick(self, weight: Tensor, units: Tensor) -> Tensor:
+        """weight[units] in the layout of weight."""
+        kernels = self.kernels if weight.dim() == 2 and weight.dtype == self.buffers.dtype and weight.numel() else None
         if _units_inside(weight):
-            return weight.t().index_select(1, self.units).t()
-        return weight.index_select(0, self.units)
+            inside = weight.t()
+            if kernels is None or inside.stride(1) != 1:
+                return inside.index_select(1, units).t()
+            return kernels.gather_columns(inside, units, torch.empty(inside.shape, dtype=inside.dtype)).t()
+        if kernels is None or weight.stride(1) != 1:
+            return weight.index_select(0, units)
+        return kernels.gather_rows(weight, units, torch.empty(weight.shape, dtype=weight.dtype))
 
     def gradient(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Buffer for the gradient of an [F, ...] weight in block order, zero if some block has no token."""
@@ -260,9 +285,7 @@ class _Work:
             return gradient
         inverse = torch.empty_like(self.units)
         inverse[self.units] = torch.arange(self.n_units)
-        if _units_inside(gradient):
-            return gradient.t().index_select(1, inverse).t()
-        return gradient.index_select(0, inverse)
+        return self._pick(gradient, inverse)
 
 
 def _units_inside(weight: Tensor) -> bool:
@@ -297,6 +320,7 @@ class _Inputs:
             (a.to(x.dtype), work.arrange(b).to(x.dtype)) if b.shape[1] else None for a, b in zip(lora_a_out, lora_b, strict=True)
         ] or [None] * len(w_in)
         self.act = expression.parse(act_expr)
+        self.names = [f"x{i}" for i in range(len(w_in))]
         self.act_in = {f"a{i}": (work.arrange(a) if _per_unit(a) else a).to(x.dtype) for i, a in enumerate(act_in)}
         # What differs between the blocks of a span has to be the same for each of its rows.
         self.merge = p == 0 and not any(_per_unit(a) for a in act_in)
@@ -306,7 +330,7 @@ class _Inputs:
         if saved is not None:
             pre = span.of(saved)
         else:
-            pre = [rows.new_empty((span.n_rows, span.width)) for _ in self.w_in]
+            pre = [self.work.buffers.get(f"pre{i}", span.n_rows, span.width) for i in range(len(self.w_in))]
         for z, w, b, lora in zip(pre, self.w_in, self.b_in, self.lora, strict=True):
             low = None if lora is None else span.take(lora[0])
             for segment in span.segments:
@@ -328,6 +352,9 @@ class _Inputs:
 
     def hidden(self, span: _Span, pre: list[Tensor]) -> Tensor:
         """[n, W] after the activation; not to be written to (it may be a pre-activation itself)."""
+        kernels = self.work.kernels
+        if kernels is not None:
+            return kernels.activate(pre, self.env(span, []), self.work.buffers.get("hidden", span.n_rows, span.width))
         value = expression.evaluate(self.act, self.env(span, pre))
         return value.to(self.x.dtype).expand_as(pre[0])
 
@@ -383,7 +410,8 @@ def routed_ffn(
     """`spt::routed_ffn_v1` on the CPU; see `ops/ffn.py` for the arguments."""
     weights, random = (w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down), (seed, p, lora_seed, lora_p)
     check_arguments(x, *weights, gates, blocks, rows, offsets, permutation, compensation, act_in, *random)
-    work = _Work(x, gates, blocks, rows, offsets, permutation)
+    kernels = cpp_ffn.kernels(act_expr, len(w_in), len(act_in), x.dtype)
+    work = _Work(x, gates, blocks, rows, offsets, permutation, kernels)
     low_rank = _LowRank(work, lora_down, lora_seed, lora_p, x.dtype)
     inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in, max(p, low_rank.p))
     w_down = work.arrange(w_out.t())
@@ -404,16 +432,16 @@ def routed_ffn(
 
     flat_gates = None if gates is None else gates.reshape(-1)
     for span in work.spans(merge=inputs.merge):
-        pre = inputs.pre_activations(span, saved if save and not work.dense else None, span.take(x))
+        pre = inputs.pre_activations(span, saved if save and not work.dense else None, span.take(x, work, "x"))
         hidden = inputs.hidden(span, pre)
         if p > 0 and seed is not None:
             hidden = hidden * work.dropout(span, seed, p, hidden.dtype)
         if flat_gates is not None:
             scale = flat_gates.index_select(0, span.gate_index(work.n_blocks))
             hidden = hidden * scale.to(hidden.dtype).unsqueeze(1)
-        span.add_product(y, hidden, w_down)
+        span.add_product(work, y, hidden, w_down)
         if low_rank.down is not None:
-            span.add_product(low, low_rank.dropped(span, hidden), low_rank.down)
+            span.add_product(work, low, low_rank.dropped(span, hidden), low_rank.down)
     return y.to(x.dtype), saved, low.to(x.dtype)
 
 
@@ -464,7 +492,10 @@ def routed_ffn_backward(
     flat.put("b_out", lambda: grad_y.sum(0, dtype=torch.promote_types(grad_y.dtype, torch.float32)))
     if flat.needed <= {"b_out"}:
         return flat.tensors()
-    work = _Work(x, gates, blocks, rows, offsets, permutation)
+    kernels = cpp_ffn.kernels(act_expr, len(w_in), len(act_in), x.dtype)
+    if any(name.startswith("act_in") for name in flat.needed):
+        kernels = None  # they compute no such gradient
+    work = _Work(x, gates, blocks, rows, offsets, permutation, kernels)
     low_rank = _LowRank(work, lora_down, lora_seed, lora_p, x.dtype)
     inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in, max(p, low_rank.p))
     grads = _Gradients(work, flat)
@@ -474,42 +505,46 @@ def routed_ffn_backward(
     flat_gates = None if gates is None else gates.reshape(-1)
     recompute = work.dense or saved.shape[1] == 0
     for span in work.spans(merge=inputs.merge):
-        x_rows = span.take(x) if recompute or grads.uses_x else None
+        x_rows = span.take(x, work, "x") if recompute or grads.uses_x else None
         pre = inputs.pre_activations(span, None, x_rows) if recompute else span.of(saved)
-        grad = span.take(grad_y)
+        grad = span.take(grad_y, work, "grad")
         keep = work.dropout(span, seed, p, x.dtype) if p > 0 and seed is not None else None
         index = scale = None
         if flat_gates is not None:
             index = span.gate_index(work.n_blocks)
             scale = flat_gates.index_select(0, index).to(x.dtype).unsqueeze(1)
 
-        hidden = None
-        if grads.uses_hidden:
-            hidden = inputs.hidden(span, pre)
-            hidden = hidden if keep is None else hidden * keep
-        scaled = hidden if scale is None or hidden is None else hidden * scale
         low_grad = None if low_rank.down is None else span.take(grad_low).to(x.dtype)
+        grad_hidden = None
+        if w_down is not None:
+            grad_hidden = work.buffers.get("grad_hidden", span.n_rows, span.width)
+            for segment in span.segments:
+                torch.mm(grad[segment.rows], w_down[segment.units].t(), out=grad_hidden[segment.rows])
+            if low_rank.down is not None:
+                grad_hidden += low_rank.back(span, low_grad)
+        hidden, slopes = None, []
+        if kernels is not None and grads.names and grads.names == inputs.names and scale is None and keep is None:
+            # One pass over the hidden units for both.
+            hidden = work.buffers.get("hidden", span.n_rows, span.width) if grads.uses_hidden else None
+            slopes = kernels.activate_backward(pre, inputs.env(span, []), grad_hidden, hidden)
+        else:
+            if grads.uses_hidden:
+                hidden = inputs.hidden(span, pre)
+                hidden = hidden if keep is None else hidden * keep
+            if grads.gates is not None:
+                value = (grad_hidden * hidden).sum(1, dtype=grads.gates.dtype)
+                grads.gates.view(-1).index_copy_(0, index, value)
+            for factor in (scale, keep):
+                if factor is not None and grad_hidden is not None:
+                    grad_hidden.mul_(factor)
+            if grads.names:
+                slopes = expression.vjp(inputs.act, inputs.env(span, pre), grads.names, grad_hidden)
+        scaled = hidden if scale is None or hidden is None else hidden * scale
         if grads.w_out is not None:
             grads.add_rows(grads.w_out, span, scaled, grad)
         if grads.lora_down is not None:
             grads.add_rows(grads.lora_down, span, low_rank.dropped(span, scaled), low_grad)
-        if w_down is None:
-            continue
-
-        grad_hidden = grad.new_empty((span.n_rows, span.width))
-        for segment in span.segments:
-            torch.mm(grad[segment.rows], w_down[segment.units].t(), out=grad_hidden[segment.rows])
-        if low_rank.down is not None:
-            grad_hidden += low_rank.back(span, low_grad)
-        if grads.gates is not None:
-            value = (grad_hidden * hidden).sum(1, dtype=grads.gates.dtype)
-            grads.gates.view(-1).index_copy_(0, index, value)
-        if scale is not None:
-            grad_hidden.mul_(scale)
-        if keep is not None:
-            grad_hidden.mul_(keep)
         if grads.names:
-            slopes = expression.vjp(inputs.act, inputs.env(span, pre), grads.names, grad_hidden)
             grads.add(inputs, span, dict(zip(grads.names, slopes, strict=True)), x_rows)
     grads.store()
     return flat.tensors()
@@ -556,10 +591,10 @@ class _Gradients:
                 continue
             grad = slopes[f"x{i}"].to(inputs.x.dtype)
             if self.x is not None:
-                span.add_product(self.x, grad, inputs.w_in[i])
+                span.add_product(self.work, self.x, grad, inputs.w_in[i])
             lora = inputs.lora[i]
             if lora is not None and self.lora_a_out[i] is not None:
-                span.add_product(self.lora_a_out[i], grad, lora[1])
+                span.add_product(self.work, self.lora_a_out[i], grad, lora[1])
             low = span.take(lora[0]) if lora is not None and self.lora_b[i] is not None else None
             for segment in span.segments:
                 part, units, first = grad[segment.rows], segment.units, segment.first
@@ -567,7 +602,9 @@ class _Gradients:
                     _accumulate_product(self.w_in[i][units], part.t(), x_rows[segment.rows], first)
                 if self.b_in[i] is not None:
                     bias = self.b_in[i][units]
-                    if first:
+                    if self.work.kernels is not None and bias.dtype == torch.float32 and part.stride(1) == 1:
+                        self.work.kernels.sum_rows(bias, part, add=not first)
+                    elif first:
                         torch.sum(part, 0, dtype=bias.dtype, out=bias)
                     else:
                         bias += part.sum(0, dtype=bias.dtype)

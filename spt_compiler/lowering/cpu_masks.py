@@ -6,9 +6,11 @@ does not depend on the query: padding), and a rest that has to be evaluated at (
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spt_compiler import expression
@@ -136,9 +138,176 @@ class Masks:
         return found.expand(batch, heads, n_q)
 
 
-def split(
-    bias: Tensor | None, expr: str, expr_in: list[Tensor], shape: tuple[int, int, int, int], dtype: torch.dtype
-) -> Masks:
+# ---------------------------------------------------------------------------------------------------------------------
+# Classes of blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+NOTHING, SOMETHING, ALL = 0, 1, 2  # what masks do to a block: nothing, something, or hide all of it
+# Integers beyond this are not exact in the fp64 of the bounds.
+_EXACT = 1 << 53
+
+
+def classes(masks: Masks, tile_q: int, tile_k: int) -> Tensor | None:
+    """What the masks do to each block of tile_q queries and tile_k keys: uint8 [B or 1, H or 1, nQ, nK]; None: nothing at all.
+
+    A block is `SOMETHING` where the masks might add to some of its scores, and also where that cannot be told cheaply. Costs
+    O(nQ * nK) for expressions (from bounds of what they read), O(Tq * Tk) only for a bias tensor.
+    """
+    _, _, n_q, n_k = masks.shape
+    n_rows, n_cols = -(-n_q // tile_q), -(-n_k // tile_k)
+    q0, k0 = torch.arange(n_rows).mul_(tile_q).view(1, 1, -1, 1), torch.arange(n_cols).mul_(tile_k).view(1, 1, 1, -1)
+    q1, k1 = (q0 + (tile_q - 1)).clamp_(max=n_q - 1), (k0 + (tile_k - 1)).clamp_(max=n_k - 1)
+    found: list[Tensor] = []
+    if masks.causal:
+        found.append((k1 > q0).to(torch.uint8) + (k0 > q1))
+    if masks.rest is not None:
+        low, high = _bounds(masks.rest, _Ranges(masks, (q0, q1, tile_q), (k0, k1, tile_k)))
+        if expression.kind_of(masks.rest, _kinds(masks.expr_in)) == "bool":
+            found.append((low < 1).to(torch.uint8) + (high <= 0))
+        else:
+            found.append(((low != 0) | (high != 0)).to(torch.uint8))
+    if masks.key is not None:
+        key = F.pad(masks.key, (0, -n_k % tile_k), value=-torch.inf).unflatten(2, (n_cols, tile_k)).unsqueeze(2)
+        found.append((key != 0).any(-1).to(torch.uint8) + (key == -torch.inf).all(-1))
+    elif n_k % tile_k:
+        found.append((k0 + tile_k > n_k).to(torch.uint8))
+    if masks.bias is not None:
+        found.append(_bias_classes(masks.bias, n_q, n_k, tile_q, tile_k))
+    if not found:
+        return None
+    total = functools.reduce(torch.maximum, found)
+    return total.expand(-1, -1, n_rows, n_cols).contiguous()
+
+
+def _bias_classes(bias: Tensor, n_q: int, n_k: int, tile_q: int, tile_k: int) -> Tensor:
+    """The same for a bias tensor alone, a few rows of blocks at a time."""
+    found = []
+    step = tile_q * max(1, _CHUNK // max(1, bias.shape[0] * bias.shape[1] * tile_q * n_k))
+    for start in range(0, n_q, step):
+        part = bias[:, :, start : start + step].expand(-1, -1, -1, n_k)
+        plain = part if part.dtype == torch.bool else part == 0
+        hidden = ~part if part.dtype == torch.bool else part == -torch.inf
+        pads = (0, -n_k % tile_k, 0, -part.shape[2] % tile_q)
+        plain, hidden = (
+            F.pad(x, pads, value=True).unflatten(3, (-1, tile_k)).all(-1).unflatten(2, (-1, tile_q)).all(3) for x in (plain, hidden)
+        )
+        found.append((~plain).to(torch.uint8) + (hidden & ~plain))
+    return torch.cat(found, dim=2)
+
+
+def _kinds(expr_in: list[Tensor]) -> dict[str, str]:
+    kinds = {
+        f"t{i}": "bool" if t.dtype == torch.bool else "float" if t.is_floating_point() else "int" for i, t in enumerate(expr_in)
+    }
+    return {"b": "int", "h": "int", "q": "int", "k": "int"} | kinds
+
+
+class _Ranges:
+    """Smallest and largest value, over each block, of what an expression reads; fp64 tensors that broadcast to [B, H, nQ, nK]."""
+
+    def __init__(self, masks: Masks, rows: tuple[Tensor, Tensor, int], columns: tuple[Tensor, Tensor, int]):
+        batch, heads, n_q, n_k = masks.shape
+        b = torch.arange(batch).add_(masks.first[0]).view(-1, 1, 1, 1)
+        h = torch.arange(heads).add_(masks.first[1]).view(1, -1, 1, 1)
+        self.expr_in = masks.expr_in
+        self.ends = {"b": (b, b), "h": (h, h), "q": rows[:2], "k": columns[:2]}
+        self.lengths = {"q": (n_q, rows[2]), "k": (n_k, columns[2])}
+
+    def variable(self, name: str) -> tuple[Tensor, Tensor]:
+        if name in self.ends:
+            low, high = self.ends[name]
+            return low.double(), high.double()
+        tensor = self.expr_in[int(name[1:])]
+        return (tensor.double(), tensor.double()) if tensor.dim() == 0 else _anything(tensor)
+
+    def read(self, node: expression.Expression) -> tuple[Tensor, Tensor]:
+        tensor = self.expr_in[int(node.value[1:])]
+        axes = [a.value if a.op == "var" else None for a in node.args]
+        positions = [a for a in axes if a in self.lengths]
+        if None in axes or len(axes) != tensor.dim() or len(positions) > 1:
+            return _anything(tensor)
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if axis in self.lengths and size < self.lengths[axis][0]:
+                return _anything(tensor)
+        values = tensor.double()
+        odd = values.isnan() if tensor.is_floating_point() else values.abs() > _EXACT
+        if bool(odd.any()):
+            return _anything(tensor)
+        if positions:  # the axis of positions to the end, in tiles
+            at = axes.index(positions[0])
+            length, tile = self.lengths[positions[0]]
+            values = values.movedim(at, -1)[..., :length]
+            values = F.pad(values, (0, -length % tile), mode="constant", value=torch.nan).unflatten(-1, (-1, tile))
+            beyond = values.isnan()
+            shaped = (values.masked_fill(beyond, torch.inf).amin(-1), values.masked_fill(beyond, -torch.inf).amax(-1))
+            rest = [a for a in axes if a != positions[0]]
+        else:
+            rest, shaped = list(axes), (values, values)
+        # What is left of the index picks batch rows and heads.
+        index = tuple(self.ends[a][0].flatten() for a in rest)
+        if len(rest) == 2:
+            index = (
+                (index[0].view(-1, 1), index[1].view(1, -1)) if rest == ["b", "h"] else (index[0].view(1, -1), index[1].view(-1, 1))
+            )
+        lead = {(): (1, 1), ("b",): (-1, 1), ("h",): (1, -1)}.get(tuple(rest))
+        result = []
+        for x in shaped:
+            x = x[index] if index else x
+            tail = x.shape[-1:] if positions else ()
+            x = x.reshape((*lead, *tail) if lead is not None else (*x.shape[:2], *tail))
+            x = x.unsqueeze(2) if positions == ["k"] else x.unsqueeze(3) if positions == ["q"] else x[..., None, None]
+            result.append(x)
+        return result[0], result[1]
+
+
+def _anything(like: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = (0.0, 1.0) if like.dtype == torch.bool else (-torch.inf, torch.inf)
+    return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+
+
+def _bounds(node: expression.Expression, ranges: _Ranges) -> tuple[Tensor, Tensor]:
+    """Interval arithmetic over blocks; booleans are 0 and 1, and unknown where the two differ."""
+    if node.op == "const":
+        value = torch.tensor(float(node.value), dtype=torch.float64)
+        return value, value
+    if node.op == "var":
+        return ranges.variable(str(node.value))
+    if node.op == "read":
+        return ranges.read(node)
+    parts = [_bounds(a, ranges) for a in node.args]
+    if len(parts) == 1:
+        ((low, high),) = parts
+        if node.op == "neg":
+            return -high, -low
+        if node.op == "not":
+            return 1 - high, 1 - low
+        return _unknown(node)
+    if len(parts) != 2:
+        return _unknown(node)
+    (a, z), (b, y) = parts
+    if node.op in ("&", "|"):
+        both = torch.minimum if node.op == "&" else torch.maximum
+        return both(a, b), both(z, y)
+    if node.op in ("+", "-"):
+        low, high = (a + b, z + y) if node.op == "+" else (a - y, z - b)
+        return low.masked_fill(low.isnan(), -torch.inf), high.masked_fill(high.isnan(), torch.inf)
+    if node.op in ("<", ">=", ">", "<="):
+        if node.op in (">", "<="):
+            (a, z), (b, y) = (b, y), (a, z)
+        sure, possible = (z < b).double(), (a < y).double()  # of the first being smaller
+        return (sure, possible) if node.op in ("<", ">") else (1 - possible, 1 - sure)
+    if node.op in ("==", "!="):
+        sure, possible = ((a == z) & (b == y) & (a == b)).double(), ((a <= y) & (b <= z)).double()
+        return (sure, possible) if node.op == "==" else (1 - possible, 1 - sure)
+    return _unknown(node)
+
+
+def _unknown(node: expression.Expression) -> tuple[Tensor, Tensor]:
+    """Bounds of what is not analysed. They hold for a boolean too: every use asks whether a bound is 0 or 1, or compares."""
+    return torch.tensor(-torch.inf, dtype=torch.float64), torch.tensor(torch.inf, dtype=torch.float64)
+
+
+def split(bias: Tensor | None, expr: str, expr_in: list[Tensor], shape: tuple[int, int, int, int], dtype: torch.dtype) -> Masks:
     """Takes the masks of a call apart."""
     batch, heads, _, n_k = shape
     causal = False

@@ -31,6 +31,7 @@ _LOWERING_MODULES: dict[str, tuple[str, ...]] = {
     "cpu": (
         "spt_compiler.lowering.cpu_selection",
         "spt_compiler.lowering.cpu_attention",
+        "spt_compiler.lowering.cpp_attention",
         "spt_compiler.lowering.cpu_key_attention",
         "spt_compiler.lowering.cpu_ffn",
     ),
@@ -65,12 +66,14 @@ class Candidate:
     Args:
         name: for reports ("cpu", "triton").  run: takes the arguments of the op, returns its results.
         supports: takes the arguments, says whether `run` can take them; None: always. It must not read tensor data.
+        ready: says whether it can be used in this process at all (a compiler that may be missing); None: always.
         failed: what it failed with; it is not tried again.
     """
 
     name: str
     run: Callable[..., Any]
     supports: Callable[..., Any] | None = None
+    ready: Callable[[], bool] | None = None
     failed: str | None = None
 
 
@@ -88,13 +91,20 @@ _table = _Table()
 
 
 def register(
-    op_name: str, device_type: str, name: str, *, supports: Callable[..., Any] | None = None
+    op_name: str,
+    device_type: str,
+    name: str,
+    *,
+    supports: Callable[..., Any] | None = None,
+    ready: Callable[[], bool] | None = None,
+    preferred: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function implements `spt::<op_name>` on a device, after the candidates registered before it.
 
     Args:
         op_name: with version, e.g. "tile_attention_v1".  device_type: "cpu", "cuda".  name: for reports.
         supports: (*args of the op) -> falsy where the function cannot take them (a `Reject` gives the reason).
+        ready: () -> whether the function can be used in this process.  preferred: before those registered so far.
     Raises: SPTError for an op that does not exist. Registering a name again replaces it (a module that is reloaded).
     """
     if op_name not in OPS:
@@ -103,12 +113,12 @@ def register(
     def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
         with _table.lock:
             present = _table.candidates.setdefault((op_name, device_type), [])
-            fresh = Candidate(name, run, supports)
+            fresh = Candidate(name, run, supports, ready)
             for i, candidate in enumerate(present):
                 if candidate.name == name:
                     present[i] = fresh
                     return run
-            present.append(fresh)
+            present.insert(0 if preferred else len(present), fresh)
         return run
 
     return decorate
@@ -147,7 +157,8 @@ def _load(device_type: str) -> None:
 
 def _usable(op_name: str, device_type: str) -> Sequence[Candidate]:
     _load(device_type)
-    return [c for c in _table.candidates.get((op_name, device_type), ()) if c.failed is None]
+    present = _table.candidates.get((op_name, device_type), ())
+    return [c for c in present if c.failed is None and (c.ready is None or c.ready())]
 
 
 def _blame(op_name: str, device_type: str, candidate: Candidate, cause: Exception) -> None:

@@ -28,7 +28,7 @@ import tempfile
 import threading
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,26 @@ def _emit(expr: Expression, names: Mapping[str, str], kinds: Mapping[str, str] |
     return expression.triton_source(expr, names, kinds)
 
 
+def _cpp_mask(expr: Expression, reads: Sequence[Mapping[str, Any]]) -> str:
+    """In templates: a mask over b, h, q, k as C++. Reads are from pointers of their name with the strides a.<name>_s<axis>."""
+    names, kinds = {name: name for name in "bhqk"}, dict.fromkeys("bhqk", "int")
+    for read in reads:
+        name, terms = read["name"], [f"({{{d}}}) * a.{read['name']}_s{d}" for d in range(read["rank"])]
+        names[name], kinds[name] = f"{name}[{' + '.join(terms) or 0}]", read["kind"]
+    return expression.cpp_source(expr, names, kinds)
+
+
+# Functions of the printed C++ that a template replaces by ones which compilers turn into vector code.
+_FAST_CPP = re.compile(r"\b(?:std::(exp|erf|tanh)|spt_(sigmoid|silu|gelu_tanh|gelu))\(")
+
+
+def _cpp_activation(expr: Expression, pre: Sequence[str], captured: Sequence[str]) -> str:
+    """In templates: an activation, or a derivative of one, of float variables of the names given, as C++."""
+    names = {name: name for name in (*pre, *captured)}
+    source = expression.cpp_source(expr, names, dict.fromkeys(names, "float"))
+    return _FAST_CPP.sub(lambda m: f"fast_{m[1] or m[2]}(", source)
+
+
 # Stands for a line that a macro left empty; `render` removes it with its newline.
 _NO_LINE = "\x00"
 
@@ -96,7 +116,14 @@ def environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,  # Python source, not HTML
     )
-    env.globals.update(emit=_emit, kind_of=expression.kind_of, lines=_lines)
+    env.globals.update(
+        emit=_emit,
+        cpp_mask=_cpp_mask,
+        cpp_activation=_cpp_activation,
+        prelude=expression.CPP_PRELUDE,
+        kind_of=expression.kind_of,
+        lines=_lines,
+    )
     return env
 
 
@@ -119,9 +146,10 @@ def _helpers_used(body: str) -> str:
     return "\n\n".join(text for name, text in helpers.items() if name in wanted)
 
 
-def template_names() -> list[str]:
-    """Names of all kernel templates, without their ending."""
-    return sorted(f.name.removesuffix(".py.jinja") for f in _template_folder().iterdir() if f.name.endswith(".py.jinja"))
+def template_names(language: str = "py") -> list[str]:
+    """Names of all kernel templates of a language ("py" for Triton, "cpp"), without their ending."""
+    ending = f".{language}.jinja"
+    return sorted(f.name.removesuffix(ending) for f in _template_folder().iterdir() if f.name.endswith(ending))
 
 
 def _check_constant(name: str, value: Any) -> None:
@@ -140,24 +168,26 @@ def _check_constant(name: str, value: Any) -> None:
         raise SPTError(f"template constant {name} has type {type(value).__name__}", stage="lower")
 
 
-def render(template: str, constants: Mapping[str, Any]) -> str:
+def render(template: str, constants: Mapping[str, Any], language: str = "py") -> str:
     """The source of a kernel file.
 
     Args:
-        template: name of a file of `templates/`, without ".py.jinja".
+        template: name of a file of `templates/`, without its ending.  language: "py" (Triton) or "cpp".
         constants: by name; None, numbers, plain lower-case words, `Expression`s, and lists and dicts of these.
     Raises: SPTError for another constant, an unknown template, or a template that needs a constant not given.
     """
     for name, value in constants.items():
         _check_constant(name, value)
     try:
-        loaded = environment().get_template(f"{template}.py.jinja")
+        loaded = environment().get_template(f"{template}.{language}.jinja")
+        if language == "cpp":
+            return loaded.render(**constants)
         # Twice: which helpers are needed is known once the body is there.
         body = loaded.render(**constants, helpers="")
         source = loaded.render(**constants, helpers=_helpers_used(body))
         return re.sub(rf"[ ]*{_NO_LINE}\n", "", source)
     except jinja2.TemplateNotFound as error:
-        raise SPTError(f"no template {template!r}; there are {', '.join(template_names())}", stage="lower") from error
+        raise SPTError(f"no template {template!r}; there are {', '.join(template_names(language))}", stage="lower") from error
     except jinja2.UndefinedError as error:
         raise SPTError(f"template {template!r}: {error.message}", stage="lower") from error
 
@@ -178,7 +208,7 @@ def _default_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "spt_compiler"
 
 
-def _fault(path: Path) -> str | None:
+def fault(path: Path) -> str | None:
     """Why a folder or file must not be trusted, or None. Symbolic links are not followed."""
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
@@ -196,7 +226,7 @@ def _prepare(folder: Path) -> str | None:
     """Makes the folder ready; why it cannot be used, or None."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        reason = _fault(folder)
+        reason = fault(folder)
         if reason is None and not os.access(folder, os.W_OK | os.X_OK):
             reason = "cannot be written"
     except OSError as error:
@@ -235,11 +265,11 @@ def _write(path: Path, source: str) -> None:
         raise
 
 
-def _store(name: str, source: str) -> Path:
+def store(name: str, source: str) -> Path:
     """A file `name` of the cache folder that holds `source`; one that holds anything else is replaced."""
     path = cache_folder() / name
     try:
-        if path.is_file() and _fault(path) is None:
+        if path.is_file() and fault(path) is None:
             if path.read_text(encoding="utf-8", errors="replace") == source:
                 return path
             log.info("cached kernel %s is corrupt and is written anew", path)
@@ -262,11 +292,12 @@ _modules: dict[str, types.ModuleType] = {}
 _by_constants: dict[tuple[str, Any], types.ModuleType] = {}
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
+    """Constants as a hashable key; equal for constants that render alike."""
     if isinstance(value, Mapping):
-        return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
+        return tuple(sorted((k, frozen(v)) for k, v in value.items()))
     if isinstance(value, (list, tuple)):
-        return tuple(_frozen(v) for v in value)
+        return tuple(frozen(v) for v in value)
     # 1, 1.0 and True render differently.
     return (type(value).__name__, value)
 
@@ -277,7 +308,7 @@ def load(template: str, constants: Mapping[str, Any]) -> types.ModuleType:
     The module has `__file__`, the generated file, which a person can read and run. Imports triton.
     Raises: SPTError as `render`; whatever importing triton raises.
     """
-    key = (template, _frozen(constants))
+    key = (template, frozen(constants))
     found = _by_constants.get(key)
     if found is not None:
         return found
@@ -294,7 +325,7 @@ def load(template: str, constants: Mapping[str, Any]) -> types.ModuleType:
 
 
 def _import(name: str, source: str) -> types.ModuleType:
-    path = _store(f"{name}.py", source)
+    path = store(f"{name}.py", source)
     module = types.ModuleType(f"spt_compiler_kernels.{name}", f"Generated from {path.name}")
     module.__file__ = str(path)
     # The very text that was rendered is run, not what the file holds by now; triton reads its source through linecache.
