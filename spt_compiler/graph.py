@@ -253,6 +253,10 @@ INPLACE_OPERATORS: dict[Callable, Callable] = {
 }
 
 
+# Python writes a trailing underscore where a name is a keyword: these are pure.
+_NO_WRITES = {operator.and_, operator.or_, operator.not_, operator.is_}
+
+
 def storage(node: Any) -> int | None:
     """Identity of the memory behind a tensor node: equal for views of one tensor. None where it cannot be told."""
     found = value(node)
@@ -280,7 +284,7 @@ def mutated_arguments(node: fx.Node) -> tuple[fx.Node, ...]:
                     written.append(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
     elif node.op == "call_function" and (node.target in INPLACE_OPERATORS or node.target is operator.setitem):
         written.append(first)
-    elif name.endswith("_") and not name.endswith("__"):
+    elif name.endswith("_") and not name.endswith("__") and node.target not in _NO_WRITES:
         written.append(first)
     elif isinstance(node.target, torch._ops.HigherOrderOperator) and "triton" in name:
         written.extend(node.all_input_nodes)

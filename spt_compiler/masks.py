@@ -1,32 +1,36 @@
-"""Masks are code where that can be proved: recognises the producers of masks that depend on positions alone.
+"""Masks are code where that can be proved: what a site's masks say about (b, h, q, k), as one expression.
 
-A mask that the graph builds from `arange` and constants is a function of the static sizes, so evaluating its producer once
-*is* the proof of what it says: compared entry by entry with a causal, windowed or all-true mask, it becomes an expression,
-and the rewritten graph neither builds nor reads a Tq x Tk tensor. A conjunction is taken apart first; what depends on data
-(padding) stays a tensor, but one of [B, 1, 1, Tk] and no longer [B, 1, Tq, Tk]. Symbolic sizes prove nothing: such masks
-are read as tensors.
+A mask is lifted in one of two ways. `lifting` reads the graph that makes it, which works for symbolic lengths and leaves
+reads of per-token vectors (padding, packed documents). Failing that, a mask that depends on static positions alone is
+evaluated once, which *is* the proof of what it says, and compared with a band. A conjunction is taken apart first, so that
+one stubborn part stays a tensor and no more. The rewritten graph neither builds nor reads what was lifted.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from .expression import Expression, call, conjuncts, const, parse, var
+from .graph import dtype, is_tensor, needs_grad, rank, same_size, settled, shape
+from .lifting import Index, Lifter, NotLifted, renamed
 from .scope import Scope
 
 CAUSAL = "k <= q"
+_CAUSAL = parse(CAUSAL)
 # Evaluating a producer takes memory for the whole mask, once, while compiling.
 _LARGEST = 1 << 28
 # An additive mask at or below this gives weights of exactly zero beside any allowed key.
 _MASKED_OUT = -1e30
 
-_AND = {operator.and_, torch.logical_and, torch.bitwise_and, torch.Tensor.logical_and, "logical_and", "bitwise_and", "__and__"}
-_RESHAPES = {torch.ops.aten.expand.default, "expand", "contiguous", "bool", "clone", torch.clone}
+_AND = {operator.and_, torch.logical_and, torch.bitwise_and}
+_RESHAPES = {torch.ops.aten.expand.default, "expand", "contiguous", "clone", torch.clone}
 
 
 @dataclass(frozen=True)
@@ -34,97 +38,177 @@ class LiftedMask:
     """What is left of a site's masks.
 
     Attributes:
-        expr: the expression that allows a pair ("" if there is none). allowed: bool masks that are still read (True = allowed).
-        bias: float masks that are still added, with their factors. empty: what a row with nothing allowed does.
+        expr: the expression in force ("" if there is none): bool (True = allowed), or float (added to the logits).
+        tensors: what it reads as t0, t1, ..., each with the graph that computes it.
+        allowed, disallowed: bool masks that are still read (True = allowed, True = masked out). bias: float masks that are
+        still added, with their factors. empty: what a row with nothing allowed does.
     """
 
     expr: str
+    tensors: tuple[tuple[Scope, fx.Node], ...]
     allowed: tuple[fx.Node, ...]
+    disallowed: tuple[fx.Node, ...]
     bias: tuple[tuple[fx.Node, float], ...]
     empty: str
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether "k <= q" is one of the conditions."""
+        return bool(self.expr) and _CAUSAL in conjuncts(parse(self.expr))
 
-def lift(capture: Any, scope: Scope, n_q: Any, n_k: Any) -> LiftedMask:
+
+def lift(capture: Any, scope: Scope, scores: tuple[Any, ...]) -> LiftedMask:
     """Takes the masks of one attention site apart.
 
-    Args: capture: an `AttentionCapture`. scope: the graph that holds it. n_q, n_k: lengths; symbolic ones lift nothing.
+    Args: capture: an `AttentionCapture`. scope: the graph that holds it. scores: sizes of its scores [..., H, Tq, Tk].
     """
-    exprs = [CAUSAL] if capture.causal else []
+    site = _Site(scope, tuple(map(settled, scores)))
+    conditions = [_CAUSAL] if capture.causal else []
+    added: list[Expression] = []
     allowed: list[fx.Node] = []
+    disallowed: list[fx.Node] = []
     bias: list[tuple[fx.Node, float]] = []
-    candidates = list(capture.allowed)
     for node, factor in capture.bias:
-        condition = _additive_condition(node) if factor == 1.0 else None
-        parts = [] if condition is None else [_expression(c, scope, n_q, n_k) for c in _conjuncts(condition)]
-        if condition is None or not parts or any(p is None or (p and CAUSAL not in p) for p in parts):
-            # With a tensor in it some row may allow nothing, and then the sum of score and fill matters: it stays added.
-            bias.append((node, factor))
+        found = site.additive(node) if factor == 1.0 else None
+        if found is None:
+            bias.append((_without_expansion(node), factor))
+        elif found == const(0.0):
+            continue  # it allows everything
+        elif _hides(found) and (found.args[2].value == float("-inf") or all(map(_keeps_itself, site.rows(found.args[0])))):
+            conditions.append(found.args[0])  # a finite fill is as good as -inf where every row allows something
         else:
-            candidates.append(condition)  # a causal mask or window: every row sees itself
-    for node in candidates:
-        for part in _conjuncts(node):
-            expr = _expression(part, scope, n_q, n_k)
-            if expr is None:
-                allowed.append(part)
-            elif expr and expr not in exprs:
-                exprs.append(expr)
+            added.append(found)
+    for given, kept, inverse in ((capture.allowed, allowed, False), (capture.disallowed, disallowed, True)):
+        for node in given:
+            for part in [node] if inverse else _conjuncts(node):
+                condition = site.condition(part)
+                if condition is None:
+                    kept.append(_without_expansion(part))
+                else:
+                    conditions.append(site.lifter.build.make("not", condition) if inverse else condition)
+    parts = _ordered(c for condition in conditions for c in conjuncts(condition))
+    exprs, tensors = renamed(site.lifter, [*parts, *added])
     return LiftedMask(
-        " & ".join(exprs if len(exprs) < 2 else [f"({e})" for e in exprs]), tuple(allowed), tuple(bias), capture.empty
+        _joined(exprs[: len(parts)], exprs[len(parts) :]), tensors, tuple(allowed), tuple(disallowed), tuple(bias), capture.empty
     )
 
 
-def _value(node: Any) -> Any:
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+def _ordered(parts: Iterable[Expression]) -> list[Expression]:
+    """Each condition once, those on positions alone first."""
+    found = [p for p in dict.fromkeys(parts) if p != const(True)]
+    return sorted(found, key=lambda p: (p != _CAUSAL, any(n.startswith("t") for n in p.variables)))
+
+
+def _joined(conditions: list[Expression], added: list[Expression]) -> str:
+    expr: Expression | None = None
+    for condition in conditions:
+        expr = condition if expr is None else expr & condition
+    if added:
+        total = added[0]
+        for term in added[1:]:
+            total = total + term
+        expr = total if expr is None else call("where", expr, total, float("-inf"))
+    return "" if expr is None else str(expr)
+
+
+def _hides(expr: Expression) -> bool:
+    """Whether a value is a choice of 0 where allowed and something hopelessly low elsewhere."""
+    if expr.op != "where":
+        return False
+    _, kept, masked = expr.args
+    return kept.op == masked.op == "const" and kept.value == 0 and masked.value <= _MASKED_OUT
+
+
+def _keeps_itself(condition: Expression) -> bool:
+    """Whether a condition surely allows k == q: bounds on k - q on either side of zero, and no data."""
+    if condition == _CAUSAL or condition == parse("q <= k"):
+        return True
+    difference = condition.args[0] if condition.op == "<=" else None
+    return difference in (parse("k - q"), parse("q - k")) and condition.args[1].op == "const" and condition.args[1].value >= 0
+
+
+@dataclass
+class _Site:
+    """The masks of one site while they are lifted."""
+
+    scope: Scope
+    scores: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        *_, self.n_q, self.n_k = self.scores
+        extent = {"q": self.n_q, "k": self.n_k}
+        self.lifter = Lifter({n: s if isinstance(s, int) else None for n, s in extent.items()})
+
+    def rows(self, condition: Expression) -> list[Expression]:
+        """The conditions that a row must meet; with fewer keys than queries no row can count on its own position."""
+        return list(conjuncts(condition)) if same_size(self.n_q, self.n_k) else [const(False)]
+
+    def index(self, node: fx.Node) -> Index:
+        """The element of a mask that belongs to the score at b, h, q, k. Raises: NotLifted."""
+        lead = len(self.scores) - 2
+        b, h, q, k = map(var, "bhqk")
+        if lead <= 1:
+            full: list[Expression] = [b][:lead]  # [N, Tq, Tk]: N is the batch of the operator
+        else:
+            *batch, _ = self.scores[:lead]
+            full = [h]
+            for size in reversed(batch[1:]):  # leading dims are flattened into one
+                if not isinstance(size, int):
+                    raise NotLifted("symbolic leading dims")
+                full.insert(0, call("mod", b, size))
+                b = call("floordiv", b, size)
+            full.insert(0, b)
+        full += [q, k]
+        sizes = shape(node)
+        if len(sizes) > len(full):
+            raise NotLifted("a mask of more dims than the scores")
+        return tuple(const(0) if s == 1 else i for i, s in zip(full[len(full) - len(sizes) :], sizes, strict=True))
+
+    def condition(self, node: fx.Node) -> Expression | None:
+        """A bool mask as an expression, or None. A mask that is no larger than a vector stays a vector."""
+        try:
+            return self.lifter.element(self.scope, node, self.index(node))
+        except NotLifted:
+            text = _by_value(node, self.scope, self.n_q, self.n_k)
+            return None if text is None else parse(text or "true")
+
+    def additive(self, node: fx.Node) -> Expression | None:
+        """A float mask of the scores' size as an expression, or None."""
+        if needs_grad(node) or dtype(node) is torch.float64 or rank(node) < 2 or 1 in shape(node)[-2:]:
+            return None
+        try:
+            found = self.lifter.element(self.scope, node, self.index(node))
+        except NotLifted:
+            return None
+        # A bias per key is a small tensor as it is.
+        return found if {"q", "k"} <= found.variables or found == const(0.0) else None
 
 
 def _target(node: fx.Node) -> Any:
     return node.target if node.op in ("call_function", "call_method") else None
 
 
+def _without_expansion(node: fx.Node) -> fx.Node:
+    """The tensor that is broadcast to the scores, before it was expanded."""
+    while _target(node) in _RESHAPES and is_tensor(node.args[0]) and rank(node.args[0]) == rank(node):
+        node = node.args[0]
+    return node
+
+
 def _conjuncts(node: fx.Node) -> list[fx.Node]:
     """Parts of a conjunction that broadcast to the scores each on its own: of equal rank, behind expansions only."""
-    inner = node
-    while _target(inner) in _RESHAPES and isinstance(inner.args[0], fx.Node) and _value(inner.args[0]) is not None:
-        if _value(inner.args[0]).dim() != _value(inner).dim() or _value(inner.args[0]).dtype != torch.bool:
-            break
-        inner = inner.args[0]
+    inner = _without_expansion(node)
     if _target(inner) in _AND and len(inner.args) == 2:
-        values = [_value(a) for a in inner.args]
-        if all(isinstance(v, Tensor) and v.dtype == torch.bool and v.dim() in (0, _value(inner).dim()) for v in values):
+        if all(is_tensor(a) and dtype(a) is torch.bool and rank(a) in (0, rank(inner)) for a in inner.args):
             return [part for a in inner.args for part in _conjuncts(a)]
     return [inner]
 
 
-def _additive_condition(node: fx.Node) -> fx.Node | None:
-    """The bool mask behind `where(mask, 0, very negative)`, or None."""
-    value = _value(node)
-    while _target(node) in _RESHAPES and isinstance(node.args[0], fx.Node) and _value(node.args[0]).dim() == value.dim():
-        node = node.args[0]
-    if _target(node) is not torch.where or len(node.args) != 3:
-        return None
-    condition, kept, masked = node.args
-    kept, masked = _scalar(kept), _scalar(masked)
-    if not isinstance(condition, fx.Node) or kept != 0 or masked is None or masked > _MASKED_OUT or masked == float("-inf"):
-        return None
-    return condition if _value(condition).dim() == value.dim() else None
-
-
-def _scalar(value: Any) -> float | None:
-    """A Python number, or that of a constant 0-d tensor in the graph."""
-    if isinstance(value, int | float):
-        return float(value)
-    if isinstance(value, fx.Node) and _target(value) is torch.zeros and tuple(_value(value).shape) == ():
-        return 0.0
-    if isinstance(value, fx.Node) and _target(value) in (torch.tensor, torch.scalar_tensor):
-        return float(value.args[0]) if isinstance(value.args[0], int | float) else None
-    return None
-
-
-def _expression(node: fx.Node, scope: Scope, n_q: Any, n_k: Any) -> str | None:
-    """Text of a mask that depends on positions alone; "" if it allows everything; None if that cannot be proved."""
+def _by_value(node: fx.Node, scope: Scope, n_q: Any, n_k: Any) -> str | None:
+    """Text of a mask that depends on static positions alone; "" if it allows everything; None if that cannot be proved."""
     if not isinstance(n_q, int) or not isinstance(n_k, int) or n_q * n_k > _LARGEST:
         return None
-    if not isinstance(_value(node), Tensor) or _value(node).numel() > _LARGEST:
+    if not is_tensor(node) or node.meta["example_value"].numel() > _LARGEST:
         return None
     mask = scope.constant(node)
     if mask is None or mask.dtype != torch.bool:
@@ -140,9 +224,7 @@ def _expression(node: fx.Node, scope: Scope, n_q: Any, n_k: Any) -> str | None:
     if tuple(mask.shape) != (n_q, n_k):
         return None
     q, k = torch.arange(n_q)[:, None], torch.arange(n_k)[None]
-    if torch.equal(mask, k <= q):
-        return CAUSAL
-    return _window(mask, q, k)
+    return CAUSAL if torch.equal(mask, k <= q) else _window(mask, q, k)
 
 
 def _window(mask: Tensor, q: Tensor, k: Tensor) -> str | None:
@@ -159,7 +241,8 @@ def _window(mask: Tensor, q: Tensor, k: Tensor) -> str | None:
     return " & ".join(f"({p})" for p in parts) if len(parts) > 1 else parts[0]
 
 
-def text(lifted: LiftedMask, disallowed: Sequence[fx.Node]) -> str:
-    """For reports: the expression, and "tensor" for what is still read."""
-    tensors = ["tensor"] if lifted.allowed or lifted.bias or disallowed else []
-    return " & ".join([*([lifted.expr] if lifted.expr else []), *tensors])
+def text(mask: LiftedMask) -> str:
+    """For reports: the expression with the names of what it reads, and "tensor" for masks that are read as a whole."""
+    names = [node.name for _, node in mask.tensors]
+    expr = re.sub(r"\bt(\d+)\[", lambda found: f"{names[int(found[1])]}[", mask.expr)
+    return " & ".join([*([expr] if expr else []), *(["tensor"] if mask.allowed or mask.bias or mask.disallowed else [])])

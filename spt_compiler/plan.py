@@ -123,7 +123,7 @@ def plan_site(match: Match, scope: Scope, config: SPTConfig, *, training: bool) 
         executed=executed,
         expected_gain=gain,
         lowering=registry.chosen(op, device),
-        mask=masks.text(decided.mask, match.capture.disallowed) if decided.mask is not None else "",
+        mask=masks.text(decided.mask) if decided.mask is not None else "",
     )
     return replace(decided, report=row)
 
@@ -217,7 +217,7 @@ def _plan_attention(match: Match, scope: Scope, config: SPTConfig) -> Plan | Rej
         _most(density, options),
         0 if _static(n_k) else minimum,
         shape,
-        masks.lift(c, scope, n_q, n_k),
+        masks.lift(c, scope, (*sizes_q[:-2], n_q, n_k)),
     )  # type: ignore[arg-type]  # the report is filled in by plan_site
 
 
@@ -331,7 +331,7 @@ def _work(plan: Plan, kind: str, device: str) -> tuple[float | None, float | Non
         c = plan.match.capture
         q, k = value_of(c.q), value_of(c.k)
         same = statically_known_true(q.shape[-2] == k.shape[-1 if c.k_transposed else -2])
-        if plan.mask is not None and masks.CAUSAL in plan.mask.expr and same:
+        if plan.mask is not None and plan.mask.is_causal and same:
             executed = (2 * density - density**2) if density < 1 else 1.0
     cost = _COST.get((kind, device))
     if cost is None or density >= 1:

@@ -21,7 +21,7 @@ from .graph import settled, shape
 from .masks import LiftedMask
 from .patterns import AttentionCapture, FFNCapture, Weight
 from .plan import ATTENTION_SAMPLES, FFN_SAMPLES, Plan, value_of
-from .scope import Scope
+from .scope import Scope, is_pure
 from .state import StateSpec
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ class Rewriter:
         self.bindings: list[Binding] = []
         self.extra_outputs = 0
         self._inputs: dict[tuple[int, str], fx.Node] = {}
+        self._brought: dict[fx.Node, fx.Node] = {}
 
     def inside(self, body: fx.GraphModule, call: fx.Node) -> Rewriter:
         """A rewriter for the body of a call in this graph."""
@@ -138,6 +139,29 @@ class Rewriter:
         for node in sorted(plan.match.nodes, reverse=True):
             if not node.users:
                 self.graph.erase_node(node)
+        if plan.mask is not None:  # what made a mask that is code now is not built any more
+            c = plan.match.capture
+            self._prune([*c.allowed, *c.disallowed, *(node for node, _ in c.bias)])
+
+    def _prune(self, nodes: Sequence[fx.Node]) -> None:
+        """Erases pure nodes without users, and what only they used; in a body also the arguments that became idle."""
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            if node._erased or node.users:
+                continue
+            if node.op == "placeholder" and self.parent is not None and self.call is not None:
+                placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+                position = 1 + placeholders.index(node)
+                outer = self.call.args[position]
+                self.call.args = (*self.call.args[:position], *self.call.args[position + 1 :])
+                self.graph.erase_node(node)
+                if isinstance(outer, fx.Node):
+                    self.parent._prune([outer])
+            elif is_pure(node):
+                inputs = node.all_input_nodes
+                self.graph.erase_node(node)
+                stack.extend(inputs)
 
     def finish(self) -> fx.GraphModule:
         """Checks the edited graph and compiles its code."""
@@ -257,6 +281,7 @@ class Rewriter:
         mask = plan.mask
         assert mask is not None
         bias, expr = self._bias(c, mask, rank), mask.expr
+        expr_in = [self._vector(*source) for source in mask.tensors]
         quantised = plan.spec is not None and options.select != "mean"
         codebook = self.state(plan, "codebook") if quantised else None
         key_mean = self.state(plan, "key_mean") if quantised else None
@@ -271,7 +296,7 @@ class Rewriter:
             tail = tuple(options.tile)
             chosen = self.emit(
                 torch.ops.spt.select_tiles_v1.default,
-                *(fixed_q, fixed_k, fixed_bias, expr, [], fixed_codes, key_mean, budget, plan.max_density),
+                *(fixed_q, fixed_k, fixed_bias, expr, expr_in, fixed_codes, key_mean, budget, plan.max_density),
                 *(*tail, c.scale, c.softcap, rule, plan.minimum),
             )
             attend = torch.ops.spt.tile_attention_v1.default
@@ -280,20 +305,20 @@ class Rewriter:
         else:
             chosen = self.emit(
                 torch.ops.spt.select_keys_v1.default,
-                *(fixed_q, fixed_k, fixed_bias, expr, [], fixed_codes, key_mean, budget, plan.max_density),
+                *(fixed_q, fixed_k, fixed_bias, expr, expr_in, fixed_codes, key_mean, budget, plan.max_density),
                 *(c.scale, c.softcap, rule, plan.minimum),
             )
             attend = torch.ops.spt.key_attention_v1.default
         kept, counts = self.emit(operator.getitem, chosen, 0), self.emit(operator.getitem, chosen, 1)
         both = self.emit(
-            attend, q, k, v, bias, kept, counts, expr, [], seed, float(c.dropout_p), c.scale, c.softcap, mask.empty, *tail
+            attend, q, k, v, bias, kept, counts, expr, expr_in, seed, float(c.dropout_p), c.scale, c.softcap, mask.empty, *tail
         )
         out, lse = self.emit(operator.getitem, both, 0), self.emit(operator.getitem, both, 1)
         if plan.spec is not None and not config.exact:
             probe = self._probe(self.root._bind(plan))
             stats = self.emit(
                 torch.ops.spt.stats_attention_v1.default,
-                *(fixed_q, fixed_k, fixed_v, fixed_bias, expr, []),
+                *(fixed_q, fixed_k, fixed_v, fixed_bias, expr, expr_in),
                 *(self.emit(torch.ops.aten.detach.default, out), self.emit(torch.ops.aten.detach.default, lse)),
                 *(c.scale, c.softcap, ATTENTION_SAMPLES, probe),
             )
@@ -350,13 +375,32 @@ class Rewriter:
             term = self._mask_dims(term, value_of(node), c.q, rank)
             total = term if total is None else self.emit(torch.add, total, term)
         allowed: fx.Node | None = None
-        for node in (*mask.allowed, *c.disallowed):
-            term = self.emit(torch.logical_not, node) if node in c.disallowed else node
+        for node in (*mask.allowed, *mask.disallowed):
+            term = self.emit(torch.logical_not, node) if node in mask.disallowed else node
             term = self._mask_dims(term, value_of(node), c.q, rank)
             allowed = term if allowed is None else self.emit(torch.logical_and, allowed, term)
         if total is None or allowed is None:
             return total if allowed is None else allowed
         return self.emit(torch.where, allowed, total, float("-inf"))
+
+    def _vector(self, scope: Scope, node: fx.Node) -> fx.Node:
+        """A tensor that a mask expression reads, from the graph that computes it."""
+        node = self._bring(scope, node)
+        return node if value_of(node).dim() else self.emit(torch.reshape, node, (1,))
+
+    def _bring(self, scope: Scope, node: fx.Node) -> fx.Node:
+        """A value of this graph or of one around it, as an extra argument of the calls in between."""
+        if scope.module is self.module:
+            return node
+        if node not in self._brought:
+            assert self.parent is not None and self.call is not None
+            outer = self.parent._bring(scope, node)
+            last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+            with self.graph.inserting_after(last):
+                self._brought[node] = self.graph.placeholder(f"spt_mask_{len(self._brought)}")
+            self._brought[node].meta["example_value"] = node.meta["example_value"]
+            self.call.args = (*self.call.args, outer)
+        return self._brought[node]
 
     def _mask_dims(self, node: fx.Node, value: torch.Tensor, q: fx.Node, rank: int) -> fx.Node:
         """A mask that broadcasts to scores of `rank` dims -> one that broadcasts to [B, H, Tq, Tk]."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
+
+from .graph import Analysis, is_tensor, storage
 
 # The longest way from an activation back to its projection that real models need is about 40 nodes (rope, norms, casts).
 _REACH = 400
@@ -46,6 +49,17 @@ class Scope:
         while scope.parent is not None and node in scope.outer:
             node, scope = scope.outer[node], scope.parent
         return scope, node
+
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether a call of this graph writes to the memory of `node`: then it may hold another value when it is read."""
+        if not self._writes:
+            return False
+        own = storage(node)
+        return own in self._writes or (is_tensor(node) and (own is None or None in self._writes))
+
+    @cached_property
+    def _writes(self) -> set[int | None]:
+        return {s for _, s in Analysis(self.module).writes}
 
     def parameter(self, node: fx.Node) -> int | None:
         """Position of the Parameter that `node` is, or None if it is something else."""
@@ -92,9 +106,10 @@ class Scope:
     def constant(self, node: fx.Node) -> Tensor | None:
         """The value of a node that depends on no input at all (positions, fills, static sizes), computed on the CPU.
 
-        None where an input, a symbolic size, a random number or a graph attribute is involved, or the way is long.
+        None where an input, a symbolic size, a random number, a write in place or a graph attribute is involved, or the
+        way is long.
         """
-        _, node = self.source(node)
+        scope, node = self.source(node)
         order: list[fx.Node] = []
         stack: list[tuple[fx.Node, bool]] = [(node, False)]
         seen: set[fx.Node] = set()
@@ -104,7 +119,7 @@ class Scope:
                 order.append(current)
             elif current not in seen:
                 seen.add(current)
-                if len(seen) > 64 or not _is_pure(current):
+                if len(seen) > 64 or not is_pure(current) or scope.is_written(current):
                     return None
                 stack.append((current, True))
                 stack.extend((a, False) for a in current.all_input_nodes)
@@ -165,7 +180,7 @@ class Scope:
         return Recipe(tuple(freeze(*step) for step in steps))
 
 
-def _is_pure(node: fx.Node) -> bool:
+def is_pure(node: fx.Node) -> bool:
     """Whether a node computes something new from its arguments alone."""
     if node.op not in ("call_function", "call_method") or "rand" in str(node.target):
         return False

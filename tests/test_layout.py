@@ -17,7 +17,7 @@ ROOT = Path(spt_compiler.__file__).parent
 ROWS = {
     0: ["errors", "config"],
     1: ["pq", "routing", "expression", "graph", "scope"],
-    2: ["pattern", "canonicalize", "ops", "state"],
+    2: ["pattern", "canonicalize", "ops", "state", "lifting"],
     3: ["patterns", "lowering", "learning", "masks"],
     4: ["plan"],
     5: ["rewrite", "runtime", "calibrate", "debug"],

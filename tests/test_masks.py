@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import spt_compiler
@@ -56,61 +59,171 @@ def odd(b, t, lengths):
     return ((k + q) % 3 != 1)[None, None] | (k == q)
 
 
+def padded_left(b, t, lengths):
+    q, k = positions(t)
+    return (k <= q)[None, None] & (torch.arange(t) >= t - lengths[:, None])[:, None, None]
+
+
+def prefix(b, t, lengths):
+    q, k = positions(t)
+    return ((k <= q) | (k < 11))[None, None]
+
+
+def chunked(b, t, lengths):
+    q, k = positions(t)
+    return ((k <= q) & (k // 16 == q // 16))[None, None]
+
+
+def packed(b, t, lengths):
+    document = (torch.arange(t) >= lengths[:, None]).long()
+    return (document[:, :, None] == document[:, None, :])[:, None] & causal(b, t, lengths)
+
+
+def packed_padded_window(b, t, lengths):
+    return packed(b, t, lengths) & window(b, t, lengths) & padded_causal(b, t, lengths)
+
+
+def per_pair(b, t, lengths):
+    return (torch.rand(t, t)[None, None] >= 0) & causal(b, t, lengths)
+
+
+def flipped(b, t, lengths):
+    return causal(b, t, lengths).flip(-1).flip(-1) & (torch.arange(t) < lengths[:, None])[:, None, None]
+
+
+# (builder, text of a bool mask, text of the same mask added as a float: a row that allows nothing is then no special case)
 CASES = [
-    (causal, "k <= q"),
-    (window, "(k <= q) & (q - k <= 8)"),
-    (padded_causal, "k <= q & tensor"),
-    (everything, ""),
-    (odd, "tensor"),
+    (causal, "k <= q", "k <= q"),
+    (window, "(k <= q) & (q - k <= 8)", "(k <= q) & (q - k <= 8)"),
+    (padded_causal, "(k <= q) & lt[b, k]", "where((k <= q) & lt[b, k], 0.0, LOW)"),
+    (padded_left, "(k <= q) & ge[b, k]", "where((k <= q) & ge[b, k], 0.0, LOW)"),
+    (prefix, "(k <= q) | (k < 11)", "where((k <= q) | (k < 11), 0.0, LOW)"),
+    (
+        chunked,
+        "(k <= q) & (floordiv(k, 16) == floordiv(q, 16))",
+        "where((k <= q) & (floordiv(k, 16) == floordiv(q, 16)), 0.0, LOW)",
+    ),
+    (
+        packed,
+        "(k <= q) & (document[b, q] == document[b, k])",
+        "where((document[b, q] == document[b, k]) & (k <= q), 0.0, LOW)",
+    ),
+    (
+        packed_padded_window,
+        "(k <= q) & (q - k <= 8) & (document[b, q] == document[b, k]) & lt[b, k]",
+        "where((document[b, q] == document[b, k]) & (k <= q) & ((k <= q) & (q - k <= 8)) & ((k <= q) & lt[b, k]), 0.0, LOW)",
+    ),
+    (everything, "", ""),
+    (odd, "(mod(k + q, 3) != 1) | (k == q)", "where((mod(k + q, 3) != 1) | (k == q), 0.0, LOW)"),
+    (per_pair, "k <= q & tensor", "tensor"),
+    (flipped, "(k <= q) & lt[b, k]", "tensor"),
 ]
 
 
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("build, text", CASES, ids=[c[0].__name__ for c in CASES])
-def test_what_is_lifted_and_that_it_is_exact(build, text, eager):
+@pytest.mark.parametrize("build, text, added", CASES, ids=[c[0].__name__ for c in CASES])
+def test_what_is_lifted_and_that_it_is_exact(build, text, added, eager):
     model, x, lengths = Masked(build, eager), torch.randn(3, 70, 24), torch.tensor([70, 41, 5])
     (site,) = spt_compiler.explain(model, x, lengths, options=SPARSE).sites
-    # An additive mask that depends on data stays added: a row that allows nothing is then no special case.
-    text = "tensor" if eager and "tensor" in text else text
-    assert site.status == "replaced" and site.mask == text
+    expected = added.replace("LOW", str(torch.finfo(torch.float32).min)) if eager else text
+    assert site.status == "replaced" and site.mask == expected
     expected = gradients(model, model, x, lengths)
     assert_same(gradients(model, torch.compile(model, backend="spt", options=EXACT), x, lengths), expected)
 
 
-def test_symbolic_lengths_prove_nothing():
-    model, lengths = Masked(causal), torch.tensor([9, 9])
+@pytest.mark.parametrize("build", [padded_causal, padded_left, packed_padded_window])
+def test_sparse_sites_never_see_what_is_hidden(build):
+    """Other keys and values at hidden positions change nothing for the queries elsewhere."""
+    model, x, lengths = Masked(build), torch.randn(3, 70, 24), torch.tensor([70, 41, 5])
+    options = {**SPARSE, "attention.density": 0.05, "attention.granularity": "token"}
+    run = torch.compile(model, backend="spt", options=options)
+    hidden = ~build(3, 70, lengths)[:, 0].expand(3, 70, 70).any(1)  # keys that no query may see
+    other = torch.where(hidden[..., None], torch.randn_like(x), x)
+    with torch.no_grad():
+        run(x, lengths)  # the first call initialises the site
+        a, b = (run(y, lengths).transpose(1, 2) for y in (x, other))
+        dense = model(x, lengths).transpose(1, 2)
+    assert hidden.any() and torch.equal(a[~hidden], b[~hidden]) and not torch.allclose(a, dense, atol=1e-3)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("build", [causal, window, padded_causal, packed, chunked])
+def test_symbolic_lengths(build, eager):
+    """One dynamic graph, lifted without a guard: every length gives what eager gives."""
+    model, lengths = Masked(build, eager), torch.tensor([30, 9])
     run = torch.compile(model, backend="spt", options={**EXACT, "inner": "eager"}, dynamic=True)
-    for t in (70, 33):
+    for t in (70, 33, 81):
         x = torch.randn(2, t, 24)
         assert_same(gradients(model, run, x, lengths), gradients(model, model, x, lengths))
 
 
-def test_a_mask_that_is_code_is_not_built():
+def graph_nodes(model, *inputs, options=SPARSE, dynamic=None):
+    """The nodes of the rewritten graph with tensor values, bodies of higher-order ops included."""
     seen = []
 
     def spy(config, mode=None):
         def inner(gm, inputs):
-            from torch._dynamo.backends.common import aot_autograd
-            from torch._functorch.aot_autograd import make_boxed_func
-
-            def look(graph, _):
-                seen.extend(tuple(n.meta["val"].shape) for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
-                return make_boxed_func(graph.forward)
-
-            return aot_autograd(fw_compiler=look)(gm, inputs)
+            for module in gm.modules():
+                if isinstance(module, torch.fx.GraphModule):
+                    seen.extend(n for n in module.graph.nodes if isinstance(n.meta.get("example_value"), torch.Tensor))
+            return gm.forward
 
         return inner
 
-    x, lengths = torch.randn(2, 70, 24), torch.tensor([70, 41])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spt_compiler.backend.inner_compiler", spy)
-        torch.compile(Masked(padded_causal), backend="spt", options=SPARSE)(x, lengths)
-    assert seen and not any(shape[-2:] == (70, 70) for shape in seen)
+        torch.compile(model, backend="spt", options=options, dynamic=dynamic)(*inputs)
+    return seen
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("build", [causal, window, padded_causal, padded_left, prefix, chunked, packed, packed_padded_window])
+def test_a_mask_that_is_code_is_not_built(build, eager):
+    """No node of the rewritten graph has as many elements as there are (query, key) pairs."""
+    t = 200
+    nodes = graph_nodes(Masked(build, eager), torch.randn(2, t, 24), torch.tensor([200, 41]))
+    assert nodes and max(n.meta["example_value"].numel() for n in nodes) < t * t
+    dense = graph_nodes(Masked(per_pair, eager), torch.randn(2, t, 24), torch.tensor([200, 41]))
+    assert max(n.meta["example_value"].numel() for n in dense) >= t * t  # the test can tell
+
+
+def test_masks_of_a_checkpointed_body_come_from_outside():
+    """The mask is built before the checkpoint: its vectors become arguments of the body, the mask itself does not."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(24, 72), nn.Linear(24, 24)
+
+        def forward(self, x, mask):
+            b, t, _ = x.shape
+            q, k, v = self.qkv(x).view(b, t, 3, 2, 12).permute(2, 0, 3, 1, 4).unbind(0)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return x + self.out(y.transpose(1, 2).reshape(b, t, 24))
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x, lengths):
+            mask = padded_causal(*x.shape[:2], lengths)
+            for block in self.blocks:
+                x = torch.utils.checkpoint.checkpoint(block, x, mask, use_reentrant=False)
+            return x
+
+    model, x, lengths = Checkpointed(), torch.randn(2, 200, 24), torch.tensor([200, 41])
+    nodes = graph_nodes(model, x, lengths)
+    assert max(n.meta["example_value"].numel() for n in nodes) < 200 * 200
+    assert {s.mask for s in spt_compiler.explain(model, x, lengths, options=SPARSE).sites} == {"(k <= q) & lt[b, k]"}
+    expected = gradients(model, model, x, lengths)
+    assert_same(gradients(model, torch.compile(model, backend="spt", options=EXACT), x, lengths), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mistral"])
-@pytest.mark.parametrize("padded, text", [(False, "k <= q"), (True, "k <= q & tensor")])
-def test_decoders_of_transformers(family, padded, text):
+@pytest.mark.parametrize("padded", [False, True])
+def test_decoders_of_transformers(family, padded):
     model = models.build(family, layers=1)
     sites = spt_compiler.explain(model, options=SPARSE, **models.inputs(family, length=37, padded=padded)).sites
-    assert [s.mask for s in sites if s.kind == "attention"] == [text]
+    (mask,) = (s.mask for s in sites if s.kind == "attention")
+    assert re.fullmatch(r"\(k <= q\) & attention_mask\w*\[b, k\]" if padded else "k <= q", mask)
