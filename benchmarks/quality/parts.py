@@ -113,7 +113,8 @@ class Bench:
             yield f"models.{architecture}.{domain}", lambda a=architecture, d=domain: self._train(a, d)
         for name, subject in self._subjects():
             yield f"selection.{name}", lambda s=subject: self._selection(s())
-            yield f"ffn.{name}", lambda s=subject: self._ffn(s())
+            if not name.endswith(f"-{plan.lengths[-1]}") or len(plan.lengths) == 1:  # tokens are routed one by one
+                yield f"ffn.{name}", lambda s=subject: self._ffn(s())
         start = self.models / f"{plan.parity_architectures[0]}-{language_models.DOMAINS[0]}"
         recipe = dataclasses.replace(plan.tune, steps=plan.drift_steps)
         yield "drift", lambda: drift.measure(start, recipe, max(2, plan.drift_steps // 20), self.log)
