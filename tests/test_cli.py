@@ -537,6 +537,14 @@ def test_bench_table():
     assert bench.table_rows({"passes": {"skipped": "no C++ compiler"}})[0][1] == "no C++ compiler"
 
 
+def test_bench_hands_quality_over(monkeypatch, tmp_path):
+    main = pytest.importorskip("spt_compiler.benchmarks.quality.__main__")
+    calls = []
+    monkeypatch.setattr(main, "main", calls.append)
+    assert cli.main(["bench", "--only", "quality", "--quick", "--out", str(tmp_path)]) == 0
+    assert calls == [["--quick", "--out", str(tmp_path / "quality_quick")]]
+
+
 def test_wrapper_clock_splits_a_call():
     from spt_compiler.benchmarks.wrapper import _Clock
 

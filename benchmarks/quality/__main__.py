@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--budget", type=float, default=FULL_MINUTES, metavar="MINUTES", help=f"for it all ({FULL_MINUTES})")
     result.add_argument("--only", choices=PARTS, action="append", help="run this part alone (may be repeated)")
     result.add_argument("--match", default="", metavar="TEXT", help="run only units whose name contains it")
-    result.add_argument("--out", default="out/quality", metavar="DIR", help="where to write and to go on (out/quality)")
+    result.add_argument("--out", metavar="DIR", help="where to write and to go on (out/quality, or out/quality_quick)")
     result.add_argument("--minilm", metavar="DIR", help="folder of all-MiniLM-L6-v2 (default: the installed package)")
     result.add_argument("--model", metavar="DIR", help="folder of one more causal language model to measure, on code")
     result.add_argument("--threads", type=int, help="threads of torch (its own choice)")
@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     plan = Plan.smoke() if args.smoke else Plan.quick() if args.quick else Plan.for_budget(args.budget)
+    kind = "_smoke" if args.smoke else "_quick" if args.quick else ""
+    out = Path(args.out or f"out/quality{kind}")  # figures of different plans do not mix
     minilm = subjects.find_minilm(args.minilm)
     began = time.perf_counter()
 
@@ -50,11 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    bench = Bench(plan, Path(args.out), minilm=minilm, model=Path(args.model) if args.model else None, log=log)
+    bench = Bench(plan, out, minilm=minilm, model=Path(args.model) if args.model else None, log=log)
     if not args.report:
         bench.run(tuple(args.only or PARTS), args.match)
     results = collect(bench)
-    for path in report.write(results, Path(args.out), publish=ROOT if args.publish else None):
+    for path in report.write(results, out, publish=ROOT if args.publish else None):
         log(f"wrote {path}")
     return 0
 

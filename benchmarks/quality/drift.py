@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,28 +13,24 @@ from spt_compiler import learning
 from .tuning import VARIANTS, Recipe, Tuning
 
 
-def measure(start: Path, recipe: Recipe, interval: int, log: Callable[[str], None]) -> dict[str, Any]:
-    """{"on" | "off": {"attention" | "ffn": [(step, error, mass or None), ...], "heldout": loss}} of the balanced variant.
+def measure(start: Path, recipe: Recipe, interval: int, *, learns: bool) -> dict[str, Any]:
+    """{"attention" | "ffn": [(step, error, mass or None), ...], "heldout": loss} of the balanced variant.
 
-    Off: what was learned from the first step stays as it was. Errors are the guard's own measurements, mean over sites.
+    Without learning, what was learned from the first step stays as it was. Errors are the guard's own measurements, mean
+    over sites.
     """
-    results: dict[str, Any] = {}
     balanced = next(v for v in VARIANTS if v.name == "balanced")
-    for name in ("on", "off"):
-        tuning = Tuning(start, balanced, recipe, seed=0, **{"guard.interval": interval})
-        rows: dict[str, list] = {"attention": [], "ffn": []}
-        for step in range(recipe.steps):
-            if name == "off" and step >= 2:  # the first steps initialise the sites
-                with mock.patch.object(learning, "is_due", lambda steps: False):
-                    tuning.step()
-            else:
+    tuning = Tuning(start, balanced, recipe, seed=0, **{"guard.interval": interval})
+    rows: dict[str, list] = {"attention": [], "ffn": []}
+    for step in range(recipe.steps):
+        if learns or step < 2:  # the first steps initialise the sites
+            tuning.step()
+        else:
+            with mock.patch.object(learning, "is_due", lambda steps: False):
                 tuning.step()
-            # What a step measures is read at the start of the next one.
-            if step % interval == 0 and step > 0:
-                _read(tuning, step, rows)
-        results[name] = {**rows, "heldout": tuning.evaluate()}
-        log(f"drift, learning {name}: held-out {results[name]['heldout']:.4f}")
-    return results
+        if step % interval == 0 and step > 0:  # what a step measures is read at the start of the next one
+            _read(tuning, step, rows)
+    return {**rows, "heldout": tuning.evaluate()}
 
 
 def _read(tuning: Tuning, step: int, rows: dict[str, list]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -111,13 +112,14 @@ class Bench:
         plan = self.plan
         for architecture, domain in itertools.product(plan.architectures, language_models.DOMAINS):
             yield f"models.{architecture}.{domain}", lambda a=architecture, d=domain: self._train(a, d)
-        for name, subject in self._subjects():
+        for name, subject, length in self._subjects():
             yield f"selection.{name}", lambda s=subject: self._selection(s())
-            if not name.endswith(f"-{plan.lengths[-1]}") or len(plan.lengths) == 1:  # tokens are routed one by one
+            if length in (None, plan.lengths[0]):  # tokens are routed one by one: one length says it all
                 yield f"ffn.{name}", lambda s=subject: self._ffn(s())
         start = self.models / f"{plan.parity_architectures[0]}-{language_models.DOMAINS[0]}"
         recipe = dataclasses.replace(plan.tune, steps=plan.drift_steps)
-        yield "drift", lambda: drift.measure(start, recipe, max(2, plan.drift_steps // 20), self.log)
+        for name in ("on", "off"):
+            yield f"drift.{name}", lambda n=name: drift.measure(start, recipe, max(2, recipe.steps // 20), learns=n == "on")
         yield "guard", lambda: guard.measure(start, plan.tune, self.log)
         yield "speed", lambda: self._speed(start)
         # Seeds outermost: whenever it stops, the variants have been treated alike.
@@ -126,22 +128,18 @@ class Bench:
             name = f"parity.{architecture}.{kind}.{variant.name}.{seed}"
             yield name, lambda a=architecture, r=_TUNING_KINDS[kind], v=variant, s=seed: self._tune(a, r, v, s)
 
-    def _subjects(self) -> Iterator[tuple[str, Callable[[], subjects.Subject]]]:
+    def _subjects(self) -> Iterator[tuple[str, Callable[[], subjects.Subject], int | None]]:
+        """(name, function that loads it, context or None where there is but one)."""
         plan = self.plan
         if self.minilm is not None:
-            yield "minilm", lambda: subjects.pretrained(self.minilm, False, 512, plan.learning, plan.minilm)
+            yield "minilm", lambda: subjects.pretrained(self.minilm, False, 512, plan.learning, plan.minilm), None
         for architecture, domain, length in itertools.product(plan.architectures, language_models.DOMAINS, plan.lengths):
-            n = max(1, plan.heldout * 512 // length)
-            name = f"{architecture}-{domain}-{length}"
-            yield (
-                name,
-                lambda a=architecture, d=domain, t=length, n=n: subjects.own(a, d, t, self.models, plan.learning, n),
-            )
-        if self.model is not None:
-            for length in plan.lengths:
-                n = max(1, plan.heldout * 512 // length)
-                name = f"given-{length}"
-                yield name, lambda t=length, n=n: subjects.pretrained(self.model, True, t, plan.learning, n)
+            sizes = (plan.learning, max(1, plan.heldout * 512 // length))
+            own = functools.partial(subjects.own, architecture, domain, length, self.models, *sizes)
+            yield f"{architecture}-{domain}-{length}", own, length
+        for length in plan.lengths if self.model is not None else ():
+            sizes = (plan.learning, max(1, plan.heldout * 512 // length))
+            yield f"given-{length}", functools.partial(subjects.pretrained, self.model, True, length, *sizes), length
 
     def _train(self, architecture: str, domain: str) -> dict[str, Any]:
         steps = self.plan.code_steps if domain == language_models.DOMAINS[0] else self.plan.english_steps

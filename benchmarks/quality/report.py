@@ -143,14 +143,13 @@ def _routers(units: dict[str, Any]) -> str:
 
 
 def _drift(units: dict[str, Any]) -> str:
-    value = units["drift"]["value"]
     rows = []
-    for name in ("on", "off"):
+    for name, unit in of_part(units, "drift").items():
+        value = unit["value"]
         for kind in ("attention", "ffn"):
-            points = value[name][kind]
-            tail = points[-max(1, len(points) // 4) :]
-            last = statistics.fmean(p[1] for p in tail)
-            rows.append((name, kind, f"{points[0][1]:.3f}", f"{last:.3f}", f"{value[name]['heldout']:.4f}"))
+            points = value[kind]
+            last = statistics.fmean(p[1] for p in points[-max(1, len(points) // 4) :])
+            rows.append((name.split(".")[1], kind, f"{points[0][1]:.3f}", f"{last:.3f}", f"{value['heldout']:.4f}"))
     return table(("learning", "sites", "error at the start", "error in the last quarter", "held-out loss at the end"), rows)
 
 
@@ -272,7 +271,8 @@ def _draw_selection(plt: Any, units: dict[str, Any], which: int, label: str) -> 
     for panel in panels[:2]:
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False, title="density below")
+    figure.supxlabel("density", fontsize=9)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
@@ -294,18 +294,19 @@ def _draw_ffn(plt: Any, units: dict[str, Any]) -> Any:
                     panel.plot(densities, list(points.values()), line, color=colour, marker="o", ms=3, label=router)
             _density_axis(panel, list(subject["routers"]["learned"]))
             panel.set_title(f"{subject['name']}: {title}", fontsize=8)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, title="density below")
+    figure.supxlabel("density", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
 def _draw_drift(plt: Any, units: dict[str, Any]) -> Any:
-    if "drift" not in units:
+    runs = {name.split(".")[1]: unit["value"] for name, unit in of_part(units, "drift").items()}
+    if not runs:
         return None
-    value = units["drift"]["value"]
     figure, panels = _grid(plt, 2, 2, (4.2, 2.9))
     for panel, kind in zip(panels, ("attention", "ffn"), strict=False):
-        for name, colour in (("on", "#0b6e99"), ("off", "#d9730d")):
-            points = value[name][kind]
+        for name, value in runs.items():
+            points, colour = value[kind], {"on": "#0b6e99", "off": "#d9730d"}[name]
             panel.plot([p[0] for p in points], [p[1] for p in points], color=colour, marker="o", ms=3, label=f"learning {name}")
         panel.set_title(f"{kind} sites", fontsize=9)
         panel.set_xlabel("steps on the new domain")

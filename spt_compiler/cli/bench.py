@@ -1,4 +1,4 @@
-"""`spt bench`: compiler overhead, run-time overhead, and the gain in fine-tuning; JSON and a table in out/bench."""
+"""`spt bench`: compiler overhead, run-time overhead, the gain in fine-tuning, and on request quality; figures in out/bench."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ PARTS = ("passes", "wrapper", "finetune")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="out/bench", metavar="DIR", help="where to write (out/bench)")
-    parser.add_argument("--only", choices=PARTS, action="append", help="measure this part alone (may be repeated)")
+    words = "measure this part alone (may be repeated); quality takes hours, resumes, and runs only when named"
+    parser.add_argument("--only", choices=(*PARTS, "quality"), action="append", help=words)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, no figures to trust")
     parser.add_argument("--steps", type=int, help="measured steps of the fine-tuning (20)")
     parser.add_argument("--seq", type=int, help=f"tokens per sequence of the fine-tuning ({demo.LENGTH})")
@@ -38,6 +39,13 @@ def run(args: argparse.Namespace) -> int:
         options = {"attention.min_keys": 0, "ffn.min_width": 0, **options}  # below these nothing would be sparse
     SPTConfig.from_options(options)
     parts = args.only or PARTS
+    if "quality" in parts:
+        from spt_compiler.benchmarks.quality.__main__ import main
+
+        # A folder each: a run goes on from the figures that it finds there.
+        main(["--quick", "--out", str(out / "quality_quick")] if args.quick else ["--out", str(out / "quality")])
+        if len(set(parts)) == 1:
+            return 0
     context = workers.start(["spt_compiler.backend", "torch._inductor.compile_fx"])
     results: dict[str, Any] = {"created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "options": options, "quick": args.quick}
     if "passes" in parts:
