@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(plan, out, minilm=minilm, model=Path(args.model) if args.model else None, log=log)
     if not args.report:
         bench.run(tuple(args.only or PARTS), args.match)
+        if args.match and not args.publish:  # one of several runs: the last, or --report, writes it
+            return 0
     results = collect(bench)
     for path in report.write(results, out, publish=ROOT if args.publish else None):
         log(f"wrote {path}")
