@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from spt_compiler import pq  # noqa: E402
 from spt_compiler.benchmarks.quality import attention, goals, parts, report, texts, tuning  # noqa: E402
 from spt_compiler.benchmarks.quality.subjects import Heads  # noqa: E402
 
@@ -20,21 +21,18 @@ def seeded():
     torch.manual_seed(0)
 
 
-class _State:
-    """As much of a site's state as selection reads: one codeword for everything, or a fitted codebook."""
-
-    def __init__(self, k: torch.Tensor):
-        from spt_compiler import pq
-
-        keys = k[0]
-        self.tensors = {"key_mean": keys.mean(1), "codebook": pq.fit(keys - keys.mean(1, keepdim=True), 2, 16)}
+def codebook(k: torch.Tensor, width: int) -> dict[str, torch.Tensor]:
+    """As a site's state holds it, fitted to the keys themselves."""
+    keys = k[0]
+    return {"key_mean": keys.mean(1), "codebook": pq.fit(keys - keys.mean(1, keepdim=True), keys.shape[-1] // width, 16)}
 
 
 def layer(*, causal: bool, n: int = 300) -> attention._Layer:
     tiles = 1.5 * torch.randn(1, 2, -(-n // 16), 16)  # keys of a tile have something in common
     k = tiles.repeat_interleave(16, dim=2)[:, :, :n] + torch.randn(1, 2, n, 16)
     q, v = torch.randn(1, 4, n, 16), torch.randn(1, 2, n, 16)
-    return attention._Layer(Heads(2 * q, k, v, 0.25), _State(k), causal=causal, seed=0)
+    codebooks = {"pq": codebook(k, 4), "pq-match": codebook(k, 8)}
+    return attention._Layer(Heads(2 * q, k, v, 0.25), codebooks, causal=causal, seed=0)
 
 
 @pytest.mark.parametrize("causal", [False, True])

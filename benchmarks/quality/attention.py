@@ -19,7 +19,8 @@ from torch import Tensor
 import spt_compiler.backend  # noqa: F401  (registers the operators and their CPU path)
 from spt_compiler.ops import reference
 
-from .subjects import Heads, Learned, Subject, attention_inputs
+from . import subjects
+from .subjects import Heads, Subject, attention_inputs
 
 DENSITIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 TILE_RULES = ("oracle tile", "pq tile", "mean tile", "window tile", "random tile")
@@ -27,22 +28,28 @@ KEY_RULES = ("oracle token", "pq token", "pq-match token", "window token", "rand
 RULES = TILE_RULES + KEY_RULES
 TILE = (64, 16)
 SINKS = 4
+_ONLY_ATTENTION = {"attention.min_keys": 0, "ffn.min_width": 10**9}
 
 
-def measure(subject: Subject, learned: Learned) -> dict[str, Any]:
+def measure(subject: Subject) -> dict[str, Any]:
     """{rule: {density: [mass, error]}}: means over the layers and the held-out sequences of the subject.
 
     Mass: share of the softmax mass on the kept keys, mean over queries and heads. Error: norm of the difference of a layer's
     outputs (all heads, before the output projection) relative to the norm of the dense one.
     """
-    states = learned.of("attention")
+    learned = subjects.learn(subject, _ONLY_ATTENTION)
+    states = [state.tensors for state in learned.of("attention")]
+    head_dim = states[0]["key_mean"].shape[1]
+    # Codes are compared in subspaces 8 wide, as the paper does; keys are decoded from the backend's own choice.
+    wide = subjects.learn(subject, {**_ONLY_ATTENTION, "attention.subspaces": max(1, head_dim // 8)})
+    matching = [state.tensors for state in wide.of("attention")]
     sums: dict[str, dict[str, list[float]]] = {rule: {f"{d:.4f}": [0.0, 0.0] for d in DENSITIES} for rule in RULES}
     n = 0
     for ids in subject.heldout:
         layers = attention_inputs(subject, ids)
         assert len(layers) == len(states), f"{len(layers)} attention layers, {len(states)} sites"
-        for heads, state in zip(layers, states, strict=True):
-            layer = _Layer(heads, state, causal=subject.causal, seed=n)
+        for heads, state, match_state in zip(layers, states, matching, strict=True):
+            layer = _Layer(heads, {"pq": state, "pq-match": match_state}, causal=subject.causal, seed=n)
             n += 1
             for rule in RULES:
                 for density in DENSITIES:
@@ -56,9 +63,10 @@ def measure(subject: Subject, learned: Learned) -> dict[str, Any]:
 class _Layer:
     """One attention layer on one sequence: what is kept under each rule, and what that costs."""
 
-    def __init__(self, heads: Heads, state: Any, *, causal: bool, seed: int):
+    def __init__(self, heads: Heads, codebooks: dict[str, dict[str, Tensor]], *, causal: bool, seed: int):
+        """codebooks: {rule: {"codebook", "key_mean"}} of the rules "pq" and "pq-match"."""
         self.heads, self.causal = heads, causal
-        self.codebook, self.key_mean = state.tensors["codebook"].detach(), state.tensors["key_mean"].detach()
+        self.codebooks = {rule: (t["codebook"].detach(), t["key_mean"].detach()) for rule, t in codebooks.items()}
         self.expr = "k <= q" if causal else ""
         self.generator = torch.Generator().manual_seed(seed)
         _, self.n_heads, self.n, _ = heads.q.shape
@@ -90,7 +98,7 @@ class _Layer:
         if granularity == "tile":
             return self._tiles(name, density)
         if name in ("pq", "pq-match"):
-            keys, counts = torch.ops.spt.select_keys_v1(*self._selection(density), self.heads.scale, None, name, 0)
+            keys, counts = torch.ops.spt.select_keys_v1(*self._selection(name, density), self.heads.scale, None, name, 0)
             return reference.listed(keys, counts, self.n)
         count = _ceil(density * self.n)
         if name == "window":
@@ -102,10 +110,10 @@ class _Layer:
         scores, in_order = self._sorted[name]
         return scores >= in_order[..., count - 1 : count]  # all allowed keys where fewer are allowed
 
-    def _selection(self, density: float) -> tuple:
+    def _selection(self, rule: str, density: float) -> tuple:
         """The leading arguments of both selection operators, up to the maximal density."""
-        q, k = self.heads.q, self.heads.k
-        return q, k, None, self.expr, [], self.codebook, self.key_mean, torch.tensor([density]), density
+        q, k, budget = self.heads.q, self.heads.k, torch.tensor([density])
+        return q, k, None, self.expr, [], *self.codebooks.get(rule, (None, None)), budget, density
 
     def _window_rank(self) -> Tensor:
         """[T, T]: place of each key in the order first keys, nearest, farther; keys not allowed come last."""
@@ -114,7 +122,7 @@ class _Layer:
 
     def _tiles(self, name: str, density: float) -> Tensor:
         if name in ("pq", "mean"):
-            tiles, counts = torch.ops.spt.select_tiles_v1(*self._selection(density), *TILE, self.heads.scale, None, name, 0)
+            tiles, counts = torch.ops.spt.select_tiles_v1(*self._selection(name, density), *TILE, self.heads.scale, None, name, 0)
         else:
             tiles, counts = choose_tiles(self._tile_mass(name), self.n, density, causal=self.causal)
         return reference.kept_by_tiles(tiles, counts, self.n_heads, self.n, self.n, *TILE)

@@ -1,8 +1,9 @@
 """FFN error per layer and end-to-end similarity against density, for every router.
 
-Product routers (options `ffn.router`, `ffn.compensation`) learn through the backend from other text of the same domain.
-"contiguous + LS" is the starting point of KERNELS.md: blocks as the units lie, the same least-squares router, no compensation;
-it is put into the state of the learned one. "oracle" keeps the blocks of largest output norm (layer error only).
+The product's routers (option `ffn.router`) learn through the backend from other text of the same domain, and make up for what they
+drop. The others are put into the state of the learned one: it without the low-rank correction ("means only") and without any
+compensation ("blocks only"); "contiguous + LS", the plain way: blocks as the units lie, a least-squares router, no compensation;
+"oracle": the blocks of largest output norm (layer error only).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PRODUCT = {
     "static": {"ffn.router": "static"},
     "random": {"ffn.router": "random"},
 }
-ROUTERS = ("oracle", "learned", "learned, no compensation", "contiguous + LS", "static", "random")
+ROUTERS = ("oracle", "learned", "learned, means only", "learned, blocks only", "contiguous + LS", "static", "random")
 _ONLY_FFN = {"attention.min_keys": 10**9, "ffn.min_width": 0}
 _ROWS = 1024  # tokens that a least-squares router is fitted to, as many as the backend samples
 
@@ -45,9 +46,10 @@ def measure(subject: Subject) -> dict[str, Any]:
             results[router][key] = _evaluate(subject, learned, held, density, reference)
             if router == "learned":
                 results["oracle"][key] = {"error": _mean_error(learned, held, density, oracle=True)}
-                for state in learned.of("ffn"):
-                    state.assign(compensation=torch.zeros_like(state.tensors["compensation"]))
-                results["learned, no compensation"][key] = _evaluate(subject, learned, held, density, reference)
+                for name, tensor in (("means only", "correction_out"), ("blocks only", "compensation")):
+                    for state in learned.of("ffn"):
+                        state.tensors[tensor].zero_()
+                    results[f"learned, {name}"][key] = _evaluate(subject, learned, held, density, reference)
                 for state, activations in zip(learned.of("ffn"), fit, strict=True):
                     _make_contiguous(state, activations)
                 results["contiguous + LS"][key] = _evaluate(subject, learned, held, density, reference)
@@ -64,7 +66,6 @@ def _make_contiguous(state: Any, fit: Hidden) -> None:
         permutation=permutation,
         router_weight=weight,
         router_bias=bias,
-        compensation=torch.zeros_like(state.tensors["compensation"]),
         always_on=torch.zeros_like(state.tensors["always_on"]),
     )
 
@@ -104,6 +105,9 @@ def _error(t: dict[str, torch.Tensor], held: Hidden, density: float, oracle: boo
             scores = torch.nn.functional.linear(x, t["router_weight"].detach(), t["router_bias"].detach())
             kept = routing.choose(scores, t["always_on"], n_keep)
         error = torch.where(kept[..., None], 0.0, y).sum(1) - (~kept).to(y.dtype) @ t["compensation"]
+        if not oracle:  # the correction is fitted to what the learned router drops
+            features = torch.nn.functional.linear(x, t["correction_in"], t["correction_shift"])
+            error -= t["correction_gate"] * (features @ t["correction_out"].t())
         numerator += error.square().sum().item()
         denominator += y.sum(1).square().sum().item()
     return (numerator / max(denominator, 1e-30)) ** 0.5

@@ -146,8 +146,7 @@ class Bench:
         return language_models.train(architecture, domain, self.plan.size, steps, self.models, self.log)
 
     def _selection(self, subject: subjects.Subject) -> dict[str, Any]:
-        learned = subjects.learn(subject, {"attention.min_keys": 0, "ffn.min_width": 10**9})
-        return {"name": subject.name, "rules": attention.measure(subject, learned)}
+        return {"name": subject.name, "rules": attention.measure(subject)}
 
     def _ffn(self, subject: subjects.Subject) -> dict[str, Any]:
         return {"name": subject.name, "routers": ffn.measure(subject)}

@@ -17,7 +17,8 @@ _FRACTIONS = {"0.0625": "1/16", "0.1250": "1/8", "0.2500": "1/4", "0.5000": "1/2
 _STYLE = {
     "oracle": ("#555555", ":"), "pq": ("#0b6e99", "-"), "mean": ("#d9730d", "-"), "pq-match": ("#7a4fbf", "-"),
     "window": ("#4d8f3a", "--"), "random": ("#b0b0b0", "--"), "learned": ("#0b6e99", "-"),
-    "learned, no compensation": ("#7db8d4", "-"), "contiguous + LS": ("#7a4fbf", "--"), "static": ("#d9730d", "-"),
+    "learned, means only": ("#5fa3c4", "-."), "learned, blocks only": ("#a5cde0", "-."),
+    "contiguous + LS": ("#7a4fbf", "--"), "static": ("#d9730d", "-"),
     "dense": ("#222222", "-"), "balanced": ("#0b6e99", "-"), "paper": ("#7a4fbf", "-"),
 }  # fmt: skip
 
@@ -365,7 +366,8 @@ after eight sequences of other text. Tile rules keep as many key tiles per query
 included; token rules keep that share of the keys for each query. "oracle" knows the true scores."""
 
 _FFN = """\
-"learned" is the default: clustered blocks, least-squares router, compensation. "static" and "random" are the options of the
+"learned" is the default: clustered blocks, least-squares router, and for what is dropped conditional means and a low-rank
+correction; "means only" leaves out the correction, "blocks only" both. "static" and "random" are the options of the
 same name, "contiguous + LS" routes the units as they lie, without compensation, "oracle" keeps the blocks of largest norm.
 Layer errors are on inputs of the dense model; the cosine is between last hidden states, token by token, of the whole model
 with all FFNs routed and dense attention. Eight blocks. No weight was trained."""
