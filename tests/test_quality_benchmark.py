@@ -114,7 +114,7 @@ def _figures() -> dict:
     units = {
         "selection.a": {"name": "a", "rules": rules},
         "ffn.minilm": {"routers": {"learned": {"0.5000": {"token_cosine": 0.91, "cosine": 0.95}}}},
-        "guard": {"interval": 4, "spoiled": {"x/ffn/0": {"steps": 3, "others": 0}}},
+        "guard": {"interval": 4, "spoiled": {"x/ffn/0": {"steps": 3, "others": {}}}},
         **{f"parity.llama.full.{name}.0": dict(run) for name in ("dense", "balanced", "static")},
     }
     return {name: {"value": value} for name, value in units.items()}
@@ -137,7 +137,7 @@ def test_verdicts():
     assert len(broken("selection.a", "rules", "pq tile", "0.0625", value=[0.489, 0.1])) == 1
     assert len(broken("ffn.minilm", "routers", "learned", "0.5000", "token_cosine", value=0.89)) == 1
     assert len(broken("guard", "spoiled", "x/ffn/0", "steps", value=None)) == 1
-    assert len(broken("guard", "spoiled", "x/ffn/0", "others", value=1)) == 1
+    assert len(broken("guard", "spoiled", "x/ffn/0", "others", value={"y/ffn/0": 0.5})) == 1
     assert len(broken("parity.llama.full.balanced.0", "heldout", value=[[2, 1.011]])) == 2
     assert len(broken("parity.llama.full.balanced.0", "heldout", value=[[2, 1.001]])) == 1
     assert all(verdict == "open" for _, _, verdict in goals.judge({}))

@@ -100,6 +100,6 @@ def _guard(units: dict[str, Any]) -> tuple[str, str, str]:
     value = units["guard"]["value"]
     found = value["spoiled"].values()
     timely = sum(f["steps"] is not None and f["steps"] <= value["interval"] + 1 for f in found)
-    alone = sum(f["others"] == 0 for f in found)
+    alone = sum(not f["others"] for f in found)
     text = f"{timely} of {len(found)} sites found in time; no other site made denser in {alone} of {len(found)} runs"
     return goal, text, _verdict(timely == alone == len(found))

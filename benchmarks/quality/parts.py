@@ -200,7 +200,7 @@ def machine() -> dict[str, Any]:
 def _commit() -> str:
     """The last commit of what is measured, with a "+" where the tree differs from it; "" outside a checkout."""
     root = Path(__file__).parent.parent.parent
-    measured = ["--", "spt_compiler", "templates"]
+    measured = ["--", "spt_compiler", "templates", ":!spt_compiler/cli"]
     try:
         commit = subprocess.run(["git", "log", "-1", "--format=%h", *measured], cwd=root, capture_output=True, text=True)
         status = subprocess.run(["git", "diff", "--quiet", "HEAD", *measured], cwd=root, capture_output=True)

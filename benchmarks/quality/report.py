@@ -158,11 +158,11 @@ def _guard(units: dict[str, Any]) -> str:
     value = units["guard"]["value"]
     rows = []
     for site, found in value["spoiled"].items():
-        kind = site.split("/")[1]
         error = "-" if found["error"] is None else f"{found['error']:.2f}"
         steps = "not found" if found["steps"] is None else found["steps"]
-        rows.append((f"`{site}`", f"{value['clean'][site]:.2f}", f"{value['limits'][kind]:.2f}", error, steps, found["others"]))
-    columns = ("site", "error before", "limit", "error when found", "steps until denser", "other sites made denser")
+        others = ", ".join(f"`{name}` ({other:.2f})" for name, other in found["others"].items()) or "none"
+        rows.append((f"`{site}`", f"{value['clean'][site]:.3f}", error, steps, others))
+    columns = ("site", "error before", "error when found", "steps until denser", "other sites made denser")
     return f"One measurement every {value['interval']} steps.\n\n" + table(columns, rows)
 
 
@@ -377,8 +377,8 @@ The LLaMA-like model, fine-tuned from code to English in all weights with the ba
 keeps what was learned at the first steps."""
 
 _GUARD = """\
-The same fine-tuning, with limits 50 % above the worst clean site of each kind. In turn one site is spoiled: an attention
-site gets random codewords, an FFN a negated router."""
+The same fine-tuning; each site's limit is twice its own error before. In turn one site is spoiled (an attention site gets its
+codewords negated, an FFN a random router) and put back when it was found."""
 
 _PARITY = """\
 From the code model to English: the same batches, optimizer and steps for every variant. All sparse variants have attention
