@@ -25,7 +25,6 @@ DENSE = -1.0
 _LEVELS = (1.0, GUARD_HEADROOM, DENSE)
 
 
-@torch.no_grad()
 def maintain(state: SiteState, weights: Callable[[], Any], *, after_backward: bool, pinned: bool = False) -> None:
     """One turn of a site's upkeep: counts the step, judges its quality, learns where due, sets budget and probes.
 
@@ -36,6 +35,13 @@ def maintain(state: SiteState, weights: Callable[[], Any], *, after_backward: bo
     With several processes everything that is decided here is decided on the samples of all of them, and at steps that the
     number of backwards alone fixes: their states stay equal, and none waits for a collective that another does not enter.
     """
+    # The call may stand in the user's autocast region: states are fp32, and so is what is computed for them.
+    device = state.tensors["budget"].device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        _maintain(state, weights, after_backward, pinned)
+
+
+def _maintain(state: SiteState, weights: Callable[[], Any], after_backward: bool, pinned: bool) -> None:
     config = state.settings
     part = config.attention if state.kind == "attention" else config.ffn  # type: ignore[union-attr]
     learns = part.select != "mean" if state.kind == "attention" else part.router != "random" or part.compensation
@@ -44,20 +50,19 @@ def maintain(state: SiteState, weights: Callable[[], Any], *, after_backward: bo
     steps, interval = state.counter("steps"), config.guard.interval  # type: ignore[union-attr]
     replicas = _replicas() if after_backward else 1
     together = replicas > 1 and (learning.is_due(steps) or _is_measured(steps, interval))
-    observed = state.asked("collect", "measure", "collect_no_grad")
-    fresh = learning.new_rows(state) if observed else None
-    if together:
-        fresh = _gather(state, fresh, replicas)
     alone = replicas == 1
-    if state.initialised and (together or (alone and observed)):
-        _judge(state, fresh, weights, part, together)
-    if learns and fresh is not None and (learning.is_due(steps) or (alone and not state.initialised)):
-        rows = fresh
-        if state.kind == "ffn" and alone and fresh.shape[-2]:
-            rows = learning.all_rows(state)
+    due = learns and (learning.is_due(steps) or (alone and not state.initialised))
+    # Rows and sums lie on the device: they are looked at only in the turns that need them.
+    wanted = together or (alone and (due or state.asked("measure")))
+    fresh = learning.new_rows(state) if wanted and alone else None
+    if together:
+        fresh = _gather(state, learning.new_rows(state), replicas)
+    if wanted and interval > 0 and state.initialised:
+        _judge(state, fresh, weights, part, interval, together)
+    if due and fresh is not None and fresh.shape[-2]:
         learning.learn(
             state,
-            rows,
+            learning.rows_to_learn(state, fresh) if alone else fresh,
             weights() if state.kind == "ffn" else None,
             density=_base(state, part) * _density(state, part, config.dense_steps) / part.density,  # type: ignore[union-attr]
             seed=config.seed,  # type: ignore[union-attr]
@@ -76,7 +81,7 @@ def maintain(state: SiteState, weights: Callable[[], Any], *, after_backward: bo
     measure = state.initialised and (
         _is_measured(next_step, interval) or (interval > 0 and state.counter("measured_at") == 0)
     )
-    collect = learns and (not state.initialised or learning.is_due(next_step))
+    collect = learns and (not state.initialised or learning.is_due(next_step) or not learning.ring_is_full(state))
     state.set_probe(
         collect=collect or (measure and state.kind == "ffn"),  # an FFN is measured on sampled tokens
         measure=measure,
@@ -117,7 +122,7 @@ def _budget(state: SiteState, part: Any, pinned: bool, dense_steps: int) -> floa
     return DENSE if density >= 1 and part.density < 1 else density / part.density
 
 
-def _judge(state: SiteState, fresh: Tensor | None, weights: Callable[[], Any], part: Any, together: bool) -> None:
+def _judge(state: SiteState, fresh: Tensor | None, weights: Callable[[], Any], part: Any, interval: int, together: bool) -> None:
     """Turns what was observed into metrics, and lets the guard act on them. Rows are judged before anything learns from them."""
     if state.kind == "attention":
         measured = _attention_quality(state, together)
@@ -132,6 +137,8 @@ def _judge(state: SiteState, fresh: Tensor | None, weights: Callable[[], Any], p
     name = f"{state.path or '?'}/{state.kind}"
     log.info("step %d %s: %s", state.counter("steps"), name, ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
     limit, error = part.max_rel_error, measured["rel_error"]
+    if not _is_measured(state.counter("steps"), interval):
+        return  # between two intervals, while it settles, a site is only reported: what the guard does is for good
     if limit is None or error <= limit or state.counter("densified") >= len(_LEVELS) - 1:
         return
     level = state.counter("densified") + 1
@@ -162,12 +169,12 @@ def _replicas() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _gather(state: SiteState, fresh: Tensor | None, replicas: int) -> Tensor:
+def _gather(state: SiteState, fresh: Tensor, replicas: int) -> Tensor:
     """Rows of every process, as many in all as one process samples; the same tensor everywhere."""
     sample = state.tensors["sample"]
     share = max(1, sample.shape[-2] // replicas)
     mine = sample.new_full((*sample.shape[:-2], share, sample.shape[-1]), torch.nan)
-    if fresh is not None and fresh.shape[-2]:
+    if fresh.shape[-2]:
         n = min(share, fresh.shape[-2])
         picked = torch.arange(n, device=fresh.device) * fresh.shape[-2] // n
         mine[..., :n, :] = fresh.index_select(-2, picked)

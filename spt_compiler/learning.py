@@ -52,10 +52,19 @@ def new_rows(state: SiteState) -> Tensor:
     return rows
 
 
-def all_rows(state: SiteState) -> Tensor:
-    """Every finite row in the ring, oldest first: several observations, which one fit may use together."""
+def rows_to_learn(state: SiteState, fresh: Tensor) -> Tensor:
+    """What a fit should see: of an FFN all of the ring while it fills, later its newest half; of attention what is fresh."""
     sample, cursor = state.tensors["sample"], int(state.tensors["cursor"])
-    return _finite(_ring(sample, cursor, min(cursor, sample.shape[-2])))[0]
+    size = sample.shape[-2]
+    if state.kind == "attention":
+        return fresh
+    growing = cursor >= GROWN * state.counter("clustered_rows") and state.counter("clustered_rows") < size
+    return _finite(_ring(sample, cursor, min(cursor, size if growing else max(size // 2, fresh.shape[-2]))))[0]
+
+
+def ring_is_full(state: SiteState) -> bool:
+    """Whether the ring was full when it was last looked at."""
+    return state.counter("rows_read") >= state.tensors["sample"].shape[-2]
 
 
 def _ring(sample: Tensor, cursor: int, count: int) -> Tensor:
@@ -143,8 +152,8 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
         state.set_counter("clustered_rows", x.shape[0])
         permutation = routing.cluster((h.abs() * scaled.norm(dim=0)).T, n_blocks, seed, n_keep=n_keep)
         state.assign(permutation=permutation)
-    permutation = t["permutation"]
-    target = routing.block_norms(h, scaled, permutation, n_blocks)
+    outputs = routing.block_outputs(h, w_out, t["permutation"], n_blocks)
+    target = (outputs * scale).norm(dim=2)
     if router == "static":
         weight, bias = routing.static_router(target, x.shape[1])
         state.assign(router_weight=weight, router_bias=bias)
@@ -168,7 +177,6 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     # What is hot may cool down as the data drifts: judged anew each time, without those that are forced now.
     state.assign(always_on=routing.always_on(routing.choose(scores, torch.zeros_like(t["always_on"]), n_keep)))
     kept = routing.choose(scores, t["always_on"], n_keep)
-    outputs = routing.block_outputs(h, w_out, permutation, n_blocks)
     mean = routing.fit_compensation(outputs, kept)
     if not first:
         mean = t["compensation"].lerp(mean, 1 - COMPENSATION_DECAY)

@@ -79,7 +79,8 @@ class Plan:
         spec: the state it needs (None without anchor). weights: how the host computes its weights (FFN), by name.
         density: configured; max_density: the static maximum for data-driven budgets.
         minimum: length (attention) or token count (FFN) below which the op itself takes the dense path (symbolic shapes).
-        shape: the static sizes the rewrite needs. mask: what is left of an attention site's masks (None for an FFN).
+        samples: rows of activations taken per observation. shape: the static sizes the rewrite needs.
+        mask: what is left of an attention site's masks (None for an FFN).
     """
 
     match: Match
@@ -91,6 +92,7 @@ class Plan:
     density: float
     max_density: float
     minimum: int
+    samples: int
     shape: dict[str, int]
     mask: masks.LiftedMask | None = None
 
@@ -216,9 +218,15 @@ def _plan_attention(match: Match, scope: Scope, config: SPTConfig) -> Plan | Rej
         density,
         _most(density, options),
         0 if _static(n_k) else minimum,
+        _samples(ATTENTION_SAMPLES, q.numel() // head_dim // kv_heads),
         shape,
         masks.lift(c, scope, (*sizes_q[:-2], n_q, n_k)),
     )  # type: ignore[arg-type]  # the report is filled in by plan_site
+
+
+def _samples(most: int, available: Any) -> int:
+    """Rows to take per observation: no row of a small batch twice."""
+    return min(most, available) if _static(available) else most
 
 
 def _most(density: float, options: AttentionConfig | FFNConfig) -> float:
@@ -310,6 +318,7 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
         density,
         _most(density, options),
         0 if _static(tokens) else min_tokens,
+        _samples(FFN_SAMPLES, tokens),
         dict(width=width, blocks=n_blocks, block=block, model_width=model_width),
     )
 

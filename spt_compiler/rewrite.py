@@ -20,7 +20,7 @@ from torch import fx
 from .graph import settled, shape
 from .masks import LiftedMask
 from .patterns import AttentionCapture, FFNCapture, Weight
-from .plan import ATTENTION_SAMPLES, FFN_SAMPLES, Plan, value_of
+from .plan import Plan, value_of
 from .scope import Scope, is_pure
 from .state import StateSpec
 
@@ -320,7 +320,7 @@ class Rewriter:
                 torch.ops.spt.stats_attention_v1.default,
                 *(fixed_q, fixed_k, fixed_v, fixed_bias, expr, expr_in),
                 *(self.emit(torch.ops.aten.detach.default, out), self.emit(torch.ops.aten.detach.default, lse)),
-                *(c.scale, c.softcap, ATTENTION_SAMPLES, probe),
+                *(c.scale, c.softcap, plan.samples, probe),
             )
             rows = [self.emit(operator.getitem, stats, i) for i in range(2)]  # queries, keys
             self._observe(plan, self.emit(torch.stack, rows), self.emit(operator.getitem, stats, 2))
@@ -483,7 +483,7 @@ class Rewriter:
         if not config.exact:
             probe = self._probe(self.root._bind(plan))
             fixed = self.emit(torch.ops.aten.detach.default, x)
-            self._observe(plan, self.emit(torch.ops.spt.stats_ffn_v1.default, fixed, FFN_SAMPLES, probe), None)
+            self._observe(plan, self.emit(torch.ops.spt.stats_ffn_v1.default, fixed, plan.samples, probe), None)
         return y if value.dim() == 2 else self.emit(torch.ops.aten.view_as.default, y, c.x)
 
     def _correction(self, plan: Plan, x: fx.Node, dtype: torch.dtype, offsets: fx.Node) -> fx.Node:

@@ -203,8 +203,8 @@ def fit_router(
     Returns: weight [G, E], bias [G] fp32: scores = x weight^T + bias. Without a usable row: the prior, or zeros.
     """
     n_blocks, width = target.shape[1], x.shape[1]
-    weight = x.new_zeros(n_blocks, width, dtype=torch.float32) if prior_weight is None else prior_weight.float()
-    bias = x.new_zeros(n_blocks, dtype=torch.float32) if prior_bias is None else prior_bias.float()
+    weight = x.new_zeros(n_blocks, width, dtype=torch.float32) if prior_weight is None else _finite(prior_weight)
+    bias = x.new_zeros(n_blocks, dtype=torch.float32) if prior_bias is None else _finite(prior_bias)
     usable = x.isfinite().all(1) & target.isfinite().all(1)
     x, wanted = x[usable].double(), target[usable].double().clamp_min(0).sqrt()
     n_rows = x.shape[0]
