@@ -33,6 +33,17 @@ class ExpressionError(SPTError, ValueError):
     """A text is not an expression of the closed language (see `expression.py`)."""
 
 
+class KernelError(SPTError):
+    """A generated kernel cannot be compiled for, or launched on, a device in one configuration; others may work.
+
+    Args: kernel: its name.  configuration: what it was generated for.  cause: what the compiler or driver said.
+    """
+
+    def __init__(self, kernel: str, configuration: str, cause: str):
+        super().__init__(f"kernel {kernel} ({configuration}): {cause}", stage="lower")
+        self.kernel = kernel
+
+
 @dataclass(frozen=True, init=False)
 class Reject:
     """Refusal of a candidate: falsy, and formatted only when somebody reads it.

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from spt_compiler.errors import SPTError
+from spt_compiler.errors import KernelError, SPTError
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +79,12 @@ class Candidate:
 
 @dataclass
 class _Table:
-    """Candidates of all ops, and which devices' modules are imported."""
+    """Candidates of all ops, which devices' modules are imported, and which kernels are known not to run."""
 
     candidates: dict[tuple[str, str], list[Candidate]] = field(default_factory=dict)
     loaded: set[str] = field(default_factory=set)
     installed: set[tuple[str, str]] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -162,6 +163,17 @@ def _usable(op_name: str, device_type: str) -> Sequence[Candidate]:
 
 
 def _blame(op_name: str, device_type: str, candidate: Candidate, cause: Exception) -> None:
+    if isinstance(cause, KernelError):
+        with _table.lock:
+            if str(cause) in _table.reported:
+                return
+            _table.reported.add(str(cause))
+        warnings.warn(
+            f"spt_compiler: lowering {candidate.name!r} of spt::{op_name} on {device_type} cannot run here, and the next one "
+            f"takes its place: {cause}",
+            stacklevel=4,
+        )
+        return
     with _table.lock:
         if candidate.failed is not None:
             return

@@ -254,7 +254,16 @@ def cache_folder() -> Path:
     return _usable_folder(_default_folder() / "kernels")
 
 
-def _write(path: Path, source: str) -> None:
+def read_trusted(path: Path) -> str | None:
+    """What a file of the cache folder holds; None where there is none that this user alone could have written."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() and fault(path) is None else None
+    except OSError:
+        return None
+
+
+def write_atomically(path: Path, source: str) -> None:
+    """Replaces a file as a whole: a reader sees the old one or the new one. Raises: OSError."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}_", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
@@ -269,18 +278,19 @@ def store(name: str, source: str) -> Path:
     """A file `name` of the cache folder that holds `source`; one that holds anything else is replaced."""
     path = cache_folder() / name
     try:
-        if path.is_file() and fault(path) is None:
-            if path.read_text(encoding="utf-8", errors="replace") == source:
-                return path
+        found = read_trusted(path)
+        if found == source:
+            return path
+        if found is not None:
             log.info("cached kernel %s is corrupt and is written anew", path)
-        _write(path, source)
+        write_atomically(path, source)
     except OSError as error:
         # The folder was usable a moment ago (a full or vanished disk): a private one serves for this process.
         fallback = Path(tempfile.mkdtemp(prefix="spt_compiler_"))
         atexit.register(shutil.rmtree, fallback, ignore_errors=True)
         warnings.warn(f"spt_compiler: cannot write {path} ({error}); generated kernels go to {fallback}", stacklevel=4)
         path = fallback / name
-        _write(path, source)
+        write_atomically(path, source)
     return path
 
 

@@ -10,7 +10,7 @@ is not supported runs the reference of the op. Nothing synchronises with the hos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from spt_compiler.lowering.triton_common import (
     strides,
 )
 from spt_compiler.lowering.triton_selection import MAX_HEAD_DIM, MAX_ROW, pool_tiles, supports_heads, supports_tiles
+from spt_compiler.lowering.triton_tuning import Setting
 from spt_compiler.ops import reference
 from spt_compiler.ops.selection.common import causal_split
 
@@ -73,6 +74,20 @@ class _Call:
     def block_n(self, most: int) -> int:
         """Keys per step: whole tiles, about `most` keys."""
         return max(self.tile_k, most)
+
+    def alternatives(self, block_n: int | None = None) -> list[Setting]:
+        """Settings beside the safe one: deeper pipelines, more warps, and in the end the one that asks for least.
+
+        Args: block_n: keys per step of the safe setting; None where a kernel has no choice there.
+        """
+        if block_n is None:
+            return [Setting(4, 3), Setting(8, 2), Setting(8, 3), Setting(4, 1)]
+
+        def with_keys(num_warps: int, num_stages: int, n: int) -> Setting:
+            return Setting(num_warps, num_stages, (("BLOCK_N", max(n, self.tile_k, 16)),))
+
+        found = [with_keys(*x) for x in ((4, 3, block_n), (8, 2, block_n), (4, 2, 2 * block_n), (8, 2, 2 * block_n))]
+        return [*found, with_keys(4, 3, block_n // 2), with_keys(4, 1, 16)]
 
 
 def _call(
@@ -289,6 +304,7 @@ def _forward(call: _Call, out: Tensor, lse: Tensor, empty: str, n_programs: int,
     wide_values = call.constants["BLOCK_DV"] > 64
     # Four warps would spill registers: accumulators of 128 rows, of the mean of all values, or of float32 heads above
     # 64.
+    block_n = call.block_n(32 if call.wide > 128 or call.full else 64)
     crowded = call.constants["BLOCK_M"] >= 128 or (wide_values and (empty == "uniform" or call.full))
     launch(
         "tile_attention_fwd",
@@ -296,9 +312,10 @@ def _forward(call: _Call, out: Tensor, lse: Tensor, empty: str, n_programs: int,
         "tile_attention_fwd_kernel",
         (n_programs,),
         {**call.args, **more, "out_ptr": out, **strides("out", out, "bhtd"), "lse_ptr": lse},
-        {**call.constants, "BLOCK_N": call.block_n(32 if call.wide > 128 or call.full else 64)},
+        {**call.constants, "BLOCK_N": block_n},
         num_warps=8 if crowded else 4,
         num_stages=1 if call.full else 2,
+        alternatives=call.alternatives(block_n),
     )
 
 
@@ -458,7 +475,14 @@ class _Backward:
         if needs[3] and bias is not None and bias.is_floating_point():
             self.dbias = q.new_zeros((*bias.shape[:2], q.shape[2], k.shape[2]), dtype=torch.float32)
 
-    def _launch(self, kernel: str, n_programs: int, args: dict[str, Any], constants: dict[str, Any]) -> None:
+    def _launch(
+        self,
+        kernel: str,
+        n_programs: int,
+        args: dict[str, Any],
+        constants: dict[str, Any],
+        alternatives: Sequence[Setting] = (),
+    ) -> None:
         heavy = self.call.full or self.call.wide > 128
         structure = {
             **self.call.structure,
@@ -475,6 +499,7 @@ class _Backward:
             constants,
             num_warps=8 if heavy else 4,
             num_stages=1 if heavy else 2,
+            alternatives=alternatives,
         )
 
     def queries(self, n_heads: int, lists: dict[str, Any]) -> None:
@@ -485,8 +510,9 @@ class _Backward:
             args["shift_ptr"] = self.shift
         if self.nothing is not None:
             args["nothing_ptr"] = self.nothing
-        constants = {**call.constants, "BLOCK_N": call.block_n(32 if call.wide > 64 or call.full else 64)}
-        self._launch("dq", call.n_query_tiles * n_heads, args, constants)
+        block_n = call.block_n(32 if call.wide > 64 or call.full else 64)
+        constants = {**call.constants, "BLOCK_N": block_n}
+        self._launch("dq", call.n_query_tiles * n_heads, args, constants, call.alternatives(block_n))
 
     def bias(self, lists: dict[str, Any]) -> None:
         """The gradient of a float bias over the heads of the lists, added to what is there."""
@@ -528,14 +554,15 @@ class _Backward:
         constants = {**call.constants, "BLOCK_N": max(16, call.tile_k)}
         split = self.split
         if split is None:
-            self._launch("dkdv", call.n_key_tiles * n_groups, {**args, "n_items": call.n_key_tiles}, constants)
+            args["n_items"] = call.n_key_tiles
+            self._launch("dkdv", call.n_key_tiles * n_groups, args, constants, call.alternatives())
             return
         partial = {
             f"partial_{name}_ptr": x.new_empty((n_groups, split.n_slots, call.tile_k, x.shape[3]), dtype=torch.float32)
             for name, x in (("k", self.k), ("v", self.v))
         }
         args |= {**partial, "n_slots": split.n_slots, "n_items": split.n_items, "chunk": split.chunk}
-        self._launch("dkdv", split.n_items * n_groups, args, constants)
+        self._launch("dkdv", split.n_items * n_groups, args, constants, call.alternatives())
         wanted = ("dk_ptr", "dv_ptr", "first_slots_ptr", "starts_ptr", "ends_ptr", "anyone_ptr", "chunk", "n_slots")
         names = (*wanted, "n_k", "n_key_tiles")
         blocks = ("HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV", "TILE_K")

@@ -12,11 +12,13 @@ import contextlib
 import contextvars
 import functools
 import importlib.util
+import logging
 import os
 import re
 import subprocess
 import tempfile
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +28,11 @@ import torch
 from torch import Tensor
 
 from spt_compiler import expression
-from spt_compiler.errors import ExpressionError, Reject, SPTError
-from spt_compiler.lowering import render
+from spt_compiler.errors import ExpressionError, KernelError, Reject, SPTError
+from spt_compiler.lowering import render, triton_tuning
+from spt_compiler.lowering.triton_tuning import Setting
+
+log = logging.getLogger(__name__)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -180,6 +185,67 @@ def _record(
     )
 
 
+# Launches that no setting could serve, with what they failed with, and those that needed another than the first.
+_failed: dict[Any, KernelError] = {}
+_preferred: dict[Any, Setting] = {}
+
+
+@functools.lru_cache(maxsize=1)
+def _guard_compiler_cache() -> None:
+    """Triton runs what it finds in its cache: where others can write to it, a folder of this package takes its place."""
+    from triton import knobs
+
+    folder = Path(knobs.cache.dir)
+    reason = render.fault(folder) if folder.exists() or folder.is_symlink() else None
+    if reason is not None:
+        own = render.cache_folder() / "triton"
+        own.mkdir(mode=0o700, exist_ok=True)
+        knobs.cache.dir = str(own)
+        warnings.warn(f"spt_compiler: triton's cache folder {folder} {reason}; kernels are compiled in {own}", stacklevel=3)
+
+
+def _compiling(call: Callable[[], Any]) -> Any:
+    """What `call`, which may compile, returns; should it fail, once more without reading triton's cache.
+
+    A corrupt entry of that cache then is written anew.
+    """
+    from triton import knobs
+
+    _guard_compiler_cache()
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a damaged file makes the compiler or the driver raise anything
+        with knobs.compilation.scope():
+            knobs.compilation.always_compile = True
+            return call()
+
+
+def _run(key: Any, settings: Sequence[Setting], run: Callable[[Setting], None]) -> None:
+    """Runs with the first setting that the device can run; remembers it, or that there is none.
+
+    Raises: KernelError if there is none, naming the kernel, the configuration and the cause.
+    """
+    known = _preferred.get(key)
+    causes: list[str] = []
+    for setting in (known,) if known is not None else settings:
+        try:
+            _compiling(functools.partial(run, setting))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as cause:  # compilers and drivers raise whatever they like
+            causes.append(f"{type(cause).__name__}: {cause}".strip()[:500])
+            log.debug("a kernel cannot run with %s", setting, exc_info=cause)
+            continue
+        if known is None and setting != settings[0]:
+            _preferred[key] = setting
+        return
+    _, kernel, constants, types = key
+    configuration = ", ".join([*types, *(f"{name} {value}" for name, value in constants)])
+    raise KernelError(kernel, configuration, causes[0])
+
+
 def launch(
     template: str,
     structure: Mapping[str, Any],
@@ -190,14 +256,17 @@ def launch(
     *,
     num_warps: int = 4,
     num_stages: int = 2,
+    alternatives: Sequence[Setting] = (),
 ) -> None:
     """Renders (once), compiles (once) and launches a kernel on the current stream of its tensors' device.
 
     Args:
         template, structure: see `render.load`.  kernel: name of a function in it.
-        grid: programs along each axis; nothing runs if one is 0.  args: run-time parameters by name; tensors first
-        touched
-            decide the device.  constants: `tl.constexpr` parameters by name.
+        grid: programs along each axis; nothing runs if one is 0.  args: run-time parameters by name; the first
+            tensor decides the device.  constants: `tl.constexpr` parameters by name.  num_warps, num_stages: the safe setting.
+        alternatives: other settings, one of which may be faster (see `triton_tuning.py`), or run where the device has
+            too little for the first. For kernels that may run twice: that write what they do not read.
+    Raises: KernelError where the device can run it with no setting; for the same launch then again, without trying.
     """
     module = render.load(template, structure)
     specs = _recorded.get()
@@ -206,11 +275,37 @@ def launch(
         return
     if 0 in grid:
         return
-    device = next(value.device for value in args.values() if isinstance(value, Tensor))
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        run = getattr(module, kernel)[tuple(grid)]
-        run(**args, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    tensors = [value for value in args.values() if isinstance(value, Tensor)]
+    device, function = tensors[0].device, getattr(module, kernel)
+    settings = (Setting(num_warps, num_stages), *alternatives)
+
+    def run(setting: Setting) -> None:
+        final = {**constants, **dict(setting.constants)}
+        warps = {"num_warps": setting.num_warps, "num_stages": setting.num_stages}
+        function[tuple(grid)](**args, **final, **warps, enable_fp_fusion=True)
+
+    if device.type == "cpu":  # the interpreter
+        run(settings[0])
+        return
+    types = tuple(_TYPE_NAMES[x.dtype] for x in tensors)
+    key = (module.__name__, kernel, tuple(sorted(constants.items())), types)
+    if key in _failed:
+        raise _failed[key]
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        if len(settings) > 1:
+            from triton.testing import do_bench
+
+            def measure(setting: Setting) -> float:
+                return do_bench(functools.partial(run, setting), warmup=5, rep=20, return_mode="median")
+
+            what = triton_tuning.key_of(module.__name__, kernel, args, constants, settings)
+            best = triton_tuning.choose(device, what, settings, measure)
+            settings = (best, *(s for s in settings if s != best))
+        try:
+            _run(key, settings, run)
+        except KernelError as error:
+            _failed[key] = error
+            raise
 
 
 def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
@@ -365,7 +460,8 @@ def compile_kernel(spec: KernelSpec, target: str) -> Compiled:
     try:
         source = ASTSource(fn=function, signature=dict(spec.signature), constexprs=dict(spec.constants), attrs=attrs)
         options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+        chip = GPUTarget(*TARGETS[target])
+        compiled = _compiling(lambda: triton.compile(source, target=chip, options=options))
     except Exception as error:  # the compiler raises whatever it likes; the report carries it
         return Compiled(None, None, None, False, f"{type(error).__name__}: {error}".strip()[:500])
     shared = getattr(compiled.metadata, "shared", None)

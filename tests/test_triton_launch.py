@@ -1,0 +1,271 @@
+"""Launching generated kernels, without a GPU: settings and their cache, what a device cannot run, damaged caches."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from spt_compiler.errors import KernelError
+from spt_compiler.lowering import registry, render, triton_common, triton_selection, triton_tuning
+from spt_compiler.lowering.triton_tuning import Setting
+
+pytest.importorskip("triton")
+
+CPU = torch.device("cpu")
+SETTINGS = (Setting(4, 2), Setting(8, 2), Setting(4, 1, (("BLOCK_N", 32),)))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPT_CACHE_DIR", str(tmp_path / "cache"))
+    render._usable_folder.cache_clear()
+    triton_tuning.forget()
+    yield
+    render._usable_folder.cache_clear()
+    triton_tuning.forget()
+
+
+# ---- settings -----------------------------------------------------------------------------------------------------
+
+
+def choose(key="some kernel", times=(3.0, 1.0, 2.0)):
+    """(the setting chosen, how many were measured)."""
+    measured = []
+
+    def measure(setting):
+        measured.append(setting)
+        time = times[SETTINGS.index(setting)]
+        if time is None:
+            raise RuntimeError("out of resource: shared memory")
+        return time
+
+    return triton_tuning.choose(CPU, key, SETTINGS, measure), len(measured)
+
+
+def tuning_file() -> Path:
+    (found,) = render.cache_folder().glob("tuning_*.json")
+    return found
+
+
+def test_without_the_variable_the_safe_setting_serves_and_nothing_is_measured():
+    assert choose() == (SETTINGS[0], 0)
+    assert not list(render.cache_folder().glob("tuning_*"))
+
+
+def test_the_fastest_setting_is_measured_once_and_kept_for_other_processes(monkeypatch):
+    monkeypatch.setenv("SPT_AUTOTUNE", "1")
+    assert choose() == (SETTINGS[1], 3)
+    assert choose() == (SETTINGS[1], 0)
+    triton_tuning.forget()  # what another process starts with
+    monkeypatch.delenv("SPT_AUTOTUNE")
+    assert choose() == (SETTINGS[1], 0)
+    assert choose("another kernel") == (SETTINGS[0], 0)
+
+
+def test_settings_that_cannot_run_are_passed_over(monkeypatch):
+    monkeypatch.setenv("SPT_AUTOTUNE", "1")
+    assert choose("one", (None, None, 5.0)) == (SETTINGS[2], 3)
+    assert choose("all", (None, None, None)) == (SETTINGS[0], 3)
+    assert "all" not in tuning_file().read_text() and '"one": 2' in tuning_file().read_text()
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setenv("SPT_AUTOTUNE", "1")
+    monkeypatch.setattr(triton_tuning, "_capturing", lambda: True)
+    assert choose() == (SETTINGS[0], 0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"format": 99, "fastest": {"some kernel": 2}}', '{"format": 1, "fastest": [1]}', "\udcff"],
+)
+def test_a_corrupt_file_is_measured_and_written_anew(monkeypatch, content):
+    monkeypatch.setenv("SPT_AUTOTUNE", "1")
+    choose()
+    tuning_file().write_bytes(content.encode("utf-8", "surrogateescape"))
+    triton_tuning.forget()
+    assert choose() == (SETTINGS[1], 3)
+    assert json.loads(tuning_file().read_text())["fastest"] == {"some kernel": 1}
+
+
+@pytest.mark.parametrize("value", [7, -1, "1; import os", 1.0, True, None, {"num_warps": 1 << 20}])
+def test_a_result_that_names_no_alternative_is_ignored(monkeypatch, value):
+    monkeypatch.setenv("SPT_AUTOTUNE", "1")
+    choose()
+    tuning_file().write_text(json.dumps({"format": 1, "fastest": {"some kernel": value}}))
+    triton_tuning.forget()
+    assert choose() == (SETTINGS[1], 3)
+
+
+def test_a_file_that_others_can_write_is_not_read(monkeypatch):
+    monkeypatch.setenv("SPT_AUTOTUNE", "1")
+    choose()
+    tuning_file().write_text(json.dumps({"format": 1, "fastest": {"some kernel": 2}}))
+    tuning_file().chmod(0o666)
+    triton_tuning.forget()
+    assert choose() == (SETTINGS[1], 3)
+    assert not tuning_file().stat().st_mode & 0o022
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path):
+    code = (
+        "import sys, torch; from spt_compiler.lowering import triton_tuning as t\n"
+        "s = (t.Setting(4), t.Setting(8)); device = torch.device('cpu')\n"
+        "for i in range(8): t.choose(device, f'{sys.argv[1]} {i}', s, lambda x: x.num_warps * (-1) ** i)\n"
+    )
+    env = {"SPT_CACHE_DIR": str(tmp_path / "cache"), "SPT_AUTOTUNE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([sys.executable, "-c", code, str(n)], env=env) for n in range(2)]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    assert json.loads(tuning_file().read_text())["fastest"] == {f"{n} {i}": i % 2 for n in range(2) for i in range(8)}
+
+
+def test_results_hold_for_a_kernel_its_types_and_its_sizes():
+    def key(source="file", kernel="kernel", n_k=1000, dtype=torch.float16, dim=64, settings=SETTINGS):
+        args = {"q_ptr": torch.empty(1, dtype=dtype), "n_k": n_k, "q_stride_b": 7, "scale": 0.1}
+        return triton_tuning.key_of(source, kernel, args, {"HEAD_DIM": dim}, settings)
+
+    others = [key(source="other"), key(kernel="other"), key(n_k=2000), key(dtype=torch.float32), key(dim=32)]
+    assert len({key(), *others, key(settings=SETTINGS[:2])}) == 7
+    assert key(n_k=900) == key()  # sizes count to a power of two
+
+
+# ---- what a device cannot run -------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """Stands for a compiled kernel: runs with some numbers of warps, and counts its launches."""
+
+    arg_names = ("x_ptr",)
+
+    def __init__(self, able=(), error=None):
+        self.error = error or RuntimeError("out of resource: shared memory, Required: 300000")
+        self.able, self.launches = able, []
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, num_warps, num_stages, BLOCK_N=64, **rest):
+        self.launches.append((num_warps, num_stages, BLOCK_N))
+        if num_warps not in self.able:
+            raise self.error
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Launches kernels of the test on tensors without storage."""
+
+    def put(kernel):
+        module = types.SimpleNamespace(__name__=f"module_{id(kernel)}", some_kernel=kernel)
+        monkeypatch.setattr(render, "load", lambda *_: module)
+
+        def launch(dim=64, grid=(1,), alternatives=SETTINGS[1:]):
+            args = {"x_ptr": torch.empty(3, device="meta", dtype=torch.float16)}
+            constants = {"HEAD_DIM": dim, "BLOCK_N": 64}
+            triton_common.launch("template", {}, "some_kernel", grid, args, constants, alternatives=alternatives)
+
+        return launch
+
+    return put
+
+
+def test_a_device_with_too_little_for_the_first_setting_runs_another(device):
+    kernel = Kernel(able=(8,))
+    launch = device(kernel)
+    launch()
+    assert kernel.launches == [(4, 2, 64), (4, 2, 64), (8, 2, 64)]  # the first is tried again without the compiler's cache
+    launch()
+    assert kernel.launches[3:] == [(8, 2, 64)]
+    launch(grid=(0,))
+    assert len(kernel.launches) == 4
+
+
+def test_a_launch_that_no_setting_serves_is_named_and_not_tried_again(device):
+    kernel = Kernel()
+    launch = device(kernel)
+    with pytest.raises(KernelError, match=r"some_kernel \(fp16.*HEAD_DIM 64\).*shared memory") as first:
+        launch()
+    assert {constants for *_, constants in kernel.launches} == {32, 64}
+    tried = len(kernel.launches)
+    with pytest.raises(KernelError) as second:
+        launch()
+    assert second.value is first.value and len(kernel.launches) == tried
+    kernel.able = (4,)
+    launch(dim=32)  # another configuration
+
+
+def test_a_full_memory_is_not_held_against_a_kernel(device):
+    kernel = Kernel(error=torch.OutOfMemoryError("CUDA out of memory"))
+    launch = device(kernel)
+    with pytest.raises(torch.OutOfMemoryError):
+        launch()
+    kernel.able = (4,)
+    launch()
+
+
+def test_the_next_lowering_takes_over_for_that_configuration_alone(monkeypatch):
+    """One warning with kernel, configuration and cause; other calls of the op still use the kernel."""
+    op, calls = "route_v1", []
+
+    def kernels(x):
+        if x > 64:
+            raise KernelError("route_top_kernel", f"fp16, N_BLOCKS {x}", "OutOfResources: shared memory")
+        calls.append(x)
+        return "kernels"
+
+    monkeypatch.setattr(registry, "reference_of", lambda name: lambda x: "reference")
+    monkeypatch.setitem(registry._table.candidates, (op, "fake"), [registry.Candidate("triton", kernels)])
+    with pytest.warns(UserWarning, match="route_top_kernel.*N_BLOCKS 128.*shared memory") as caught:
+        found = [registry.dispatch(op, "fake", x) for x in (64, 128, 128, 32)]
+    assert found == ["kernels", "reference", "reference", "kernels"] and calls == [64, 32]
+    assert len(caught) == 1 and registry.chosen(op, "fake") == "triton"
+
+
+# ---- the compiler's own cache -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler_cache(tmp_path):
+    from triton import knobs
+
+    triton_common._guard_compiler_cache.cache_clear()
+    folder = tmp_path / "triton"
+    with knobs.cache.scope():
+        knobs.cache.dir = str(folder)
+        yield folder
+    triton_common._guard_compiler_cache.cache_clear()
+
+
+def pooling_kernel():
+    with triton_common.recording("sm_90") as specs:
+        triton_selection.pool_tiles(torch.empty(1, 2, 64, 16, dtype=torch.float16, device="meta"), 16, torch.float16)
+    return specs[0]
+
+
+@pytest.mark.filterwarnings("ignore:tl.dot:UserWarning")
+def test_a_damaged_entry_of_the_compilers_cache_is_written_anew(compiler_cache):
+    first = triton_common.compile_kernel(pooling_kernel(), "sm_90")
+    damaged = list(compiler_cache.rglob("*.json"))
+    assert first.error is None and damaged
+    for path in damaged:
+        path.write_text("{ not JSON")
+    assert triton_common.compile_kernel(pooling_kernel(), "sm_90") == first
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in damaged:
+            json.loads(path.read_text())
+
+
+def test_a_compiler_cache_that_others_can_write_is_left_alone(compiler_cache):
+    compiler_cache.mkdir()
+    compiler_cache.chmod(0o777)
+    with pytest.warns(UserWarning, match="triton's cache folder.*can be written by others"):
+        assert triton_common.compile_kernel(pooling_kernel(), "sm_90").error is None
+    assert not list(compiler_cache.iterdir())
+    assert list((render.cache_folder() / "triton").iterdir())
