@@ -260,9 +260,9 @@ def test_rows_hidden_by_finite_values_are_uniform(nan_empty, compensate):
     check_gradients("tile_attention", (q, k, v, bias), lists, rest, ALL, compensate=compensate)
 
 
-def key_lists(n_q, n_k, everything=False, batch=1):
-    order = torch.rand(batch, 4, n_q, n_k).argsort(-1)[..., :9].sort(-1).values.int()
-    counts = torch.randint(0, 10, (batch, 4, n_q)).int()
+def key_lists(n_q, n_k, everything=False, batch=1, heads=4):
+    order = torch.rand(batch, heads, n_q, n_k).argsort(-1)[..., :9].sort(-1).values.int()
+    counts = torch.randint(0, 10, (batch, heads, n_q)).int()
     order[torch.arange(9) >= counts.unsqueeze(-1)] = -1
     if everything:
         counts[:, 1] = -1
@@ -301,8 +301,8 @@ def test_key_attention(nan_empty, monkeypatch, mask, extra):
 
 
 def test_more_queries_and_keys_than_a_block(nan_empty):
-    q, k, v = qkv(70, 75, dim=16, value_dim=16)
-    lists = key_lists(70, 75)
+    q, k, v = qkv(70, 75, heads=2, groups=1, dim=72, value_dim=16)
+    lists = key_lists(70, 75, heads=2)
     rest = ("k <= q", [], None, 0.0, 0.3, None, "zero")
     out, _ = triton_attention.key_attention(q, k, v, None, *lists, *rest)
     exact, _ = reference.key_attention(*double([q, k, v]), None, *lists, *rest)

@@ -42,14 +42,33 @@ CASES = [
 ]
 
 
+SLOPES = ["gelu(x0)", "gelu_tanh(x0)", "silu(x0) * x1", "x0 * tanh(softplus(x0))", "erf(x0) * x1 + square(relu(x0))"]
+
+
+def run(expr: expression.Expression, x0: torch.Tensor, x1: torch.Tensor) -> torch.Tensor:
+    """The value of an expression over x0, x1 and k, by the interpreter."""
+    kernel = KERNEL.format(text=expression.triton_source(expr, {"x0": "x0", "x1": "x1", "k": "k"}))
+    source = f"import triton\nimport triton.language as tl\n\n{render._helpers_used(kernel)}\n{kernel}"
+    module = render._import(f"expression_{abs(hash(str(expr))):x}", source)
+    out = torch.full((64,), torch.nan)
+    module.expression_kernel[(1,)](x0, x1, out)
+    return out
+
+
 @pytest.mark.parametrize("text", CASES)
 def test_triton_source_computes_the_same(text):
     expr = expression.parse(text)
-    kernel = KERNEL.format(text=expression.triton_source(expr, {"x0": "x0", "x1": "x1", "k": "k"}))
-    source = f"import triton\nimport triton.language as tl\n\n{render._helpers_used(kernel)}\n{kernel}"
-    module = render._import(f"expression_{abs(hash(text)):x}", source)
-    x0, x1, out = torch.randn(64) * 2, torch.randn(64) * 2, torch.full((64,), torch.nan)
-    module.expression_kernel[(1,)](x0, x1, out)
+    x0, x1 = torch.randn(64) * 2, torch.randn(64) * 2
+    out = run(expr, x0, x1)
     env = {"x0": x0.double(), "x1": x1.double(), "k": torch.arange(64)}
     exact = expression.evaluate(expr, env).double().expand(64)
     torch.testing.assert_close(out.double(), exact, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", SLOPES)
+def test_printed_derivatives_equal_autograd(text):
+    expr = expression.parse(text)
+    x0, x1 = torch.randn(64) * 2, torch.randn(64) * 2
+    leaf = x0.double().requires_grad_()
+    (exact,) = torch.autograd.grad(expression.evaluate(expr, {"x0": leaf, "x1": x1.double()}).sum(), leaf)
+    torch.testing.assert_close(run(expression.derivative(expr, "x0"), x0, x1).double(), exact, rtol=2e-5, atol=2e-6)

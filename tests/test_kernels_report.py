@@ -25,6 +25,12 @@ def test_json_has_the_agreed_form(capsys):
         assert row["dtype"] == "bf16" and row["tensor_core"] is False and row["error"] is None
 
 
+@pytest.mark.slow
+def test_several_processes_report_the_same():
+    rows = [list(report("sm_90", ("bf16",), "route_", jobs)) for jobs in (1, 2)]
+    assert rows[0] == rows[1] and len(rows[0]) >= 2
+
+
 def test_table_names_every_kernel(capsys):
     assert main(["kernels", "--target", "gfx942", "--dtype", "fp16", "--filter", "pool"]) == 0
     out = capsys.readouterr().out

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from interpreter import run_interpreted
 
+from spt_compiler.cli.kernels import report
 from spt_compiler.lowering import registry, triton_attention, triton_catalog, triton_common, triton_selection
 
 triton = pytest.importorskip("triton")
@@ -25,13 +28,18 @@ def test_kernels_equal_the_definition_of_their_ops(tmp_path):
 
 
 def check_compiled(entry: triton_catalog.Entry, target: str) -> None:
-    """No error, tensor cores where matrices are multiplied, and no spills in 16 bits up to a head dimension of 128."""
-    compiled = triton_common.compile_kernel(entry.spec, target)
-    what = f"{entry.spec.kernel} for {entry.config} in {entry.dtype} on {target}: {compiled}"
-    assert compiled.error is None, what
-    assert compiled.tensor_core or not entry.tensor_core, what
-    if entry.dtype != "fp32" and "d256" not in entry.config and target == "sm_90":
-        assert compiled.spills == 0, what
+    check_row(entry, target, dataclasses.asdict(triton_common.compile_kernel(entry.spec, target)))
+
+
+def check_row(entry: triton_catalog.Entry, target: str, row: dict) -> None:
+    """No error (one is: more shared memory than the chip has), tensor cores where matrices are multiplied, and no spills
+    in 16 bits up to a head dimension of 128."""
+    what = f"{entry.spec.kernel} for {entry.config} in {entry.dtype} on {target}: {row}"
+    assert row["error"] is None, what
+    assert row["shared_bytes"] <= triton_common.SHARED_LIMIT[target], what
+    assert row["tensor_core"] or not entry.tensor_core, what
+    if entry.dtype != "fp32" and not entry.config.startswith(("tile d160", "tile d256")):
+        assert row["spills"] == 0, what
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -52,12 +60,13 @@ def test_kernels_compile_for_hopper_without_a_gpu(dtype, config, kernel):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("dtype", triton_catalog.DTYPES)
 @pytest.mark.parametrize("target", triton_common.TARGETS)
 def test_the_whole_grid_compiles(target, dtype):
-    for entry in triton_catalog.entries(target, (dtype,)):
-        check_compiled(entry, target)
+    rows, entries = report(target, (dtype,), jobs=2), triton_catalog.entries(target, (dtype,))
+    for row, entry in zip(rows, entries, strict=True):
+        assert (row["kernel"], row["config"]) == (entry.spec.kernel, entry.config)
+        check_row(entry, target, row)
 
 
 def attention_arguments(dtype=torch.bfloat16, dim=64, tile_k=16, bias=None, expr="", expr_in=()):
@@ -77,6 +86,8 @@ def attention_arguments(dtype=torch.bfloat16, dim=64, tile_k=16, bias=None, expr
         ({"expr": "t0[b, k]", "expr_in": [torch.zeros(3)]}, "rank 1"),
         ({"expr": "t0[k]", "expr_in": [torch.zeros(3, dtype=torch.complex64)]}, "complex64"),
         ({"expr": "x0 > 1"}, "x0"),
+        ({"expr": "(k <= q); import os"}, "mask expression"),
+        ({"expr": "__import__('os').system('true')"}, "mask expression"),
     ],
 )
 def test_what_is_not_supported_is_refused_with_the_reason(change, reason):
@@ -102,6 +113,29 @@ def test_gradients_of_masks_have_kernels_and_other_dtypes_of_gradients_have_not(
 @pytest.mark.parametrize("op", OPS)
 def test_gpus_run_these_ops_by_triton_first(op):
     assert registry.chosen(op, "cuda") == "triton"
+
+
+@pytest.mark.parametrize("granularity", ["tile", "token"])
+def test_lowerings_never_wait_for_the_device(granularity):
+    """Tensors without data: reading one, or asking for a shape that depends on data, would raise. So CUDA graphs capture."""
+    q, k = (torch.empty(2, heads, 300, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+    bias, padding = (torch.empty(2, n, 300, 300, dtype=torch.bfloat16, device="meta") for n in (1, 1))
+    codebook, budget = torch.empty(2, 8, 16, 8, device="meta"), torch.empty(1, device="meta")
+    masked = ("(k <= q) & t0[b, k]", [padding[:, 0, 0] > 0], torch.empty(1, dtype=torch.int64, device="meta"), 0.1, 0.1, 3.0)
+    chosen_by = (q, k, bias, *masked[:2], codebook, None, budget, 0.125)
+    with triton_common.recording() as specs:
+        if granularity == "tile":
+            lists = triton_selection.select_tiles(*chosen_by, 64, 16, *masked[4:], "pq", 0)
+            rest = (*lists, *masked, "uniform", 64, 16)
+            out, lse = triton_attention.tile_attention(q, k, k, bias, *rest, True)
+            grads = triton_attention.tile_attention_backward(out, q, k, k, bias, out, lse, *rest, [True] * 4, True)
+        else:
+            lists = triton_selection.select_keys(*chosen_by, *masked[4:], "pq", 0)
+            rest = (*lists, *masked, "nan")
+            out, lse = triton_attention.key_attention(q, k, k, bias, *rest)
+            grads = triton_attention.key_attention_backward(out, q, k, k, bias, out, lse, *rest, [True] * 4)
+    assert {x.kernel.rpartition("_")[2] for x in specs} >= {"dq", "dkdv", "dbias"}
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, k, bias)]
 
 
 def test_launches_hold_nothing_per_pair_of_query_and_key(monkeypatch):

@@ -8,8 +8,11 @@ status is 1 if a kernel failed to compile or exceeds what the target has.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
+import functools
 import json
+import multiprocessing
 import os
 import sys
 import warnings
@@ -30,45 +33,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=sorted(TARGETS), default="sm_90", help="chip to compile for (default: sm_90)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="only this type; may be repeated")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only kernels whose name or configuration has TEXT in it")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that compile (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def report(target: str, dtypes: Sequence[str] = (), wanted: str = "") -> Iterator[dict[str, Any]]:
+@functools.lru_cache(maxsize=4)
+def _entries(target: str, dtypes: tuple[str, ...]) -> list[Any]:
+    from spt_compiler.lowering import triton_catalog
+
+    return list(triton_catalog.entries(target, dtypes or tuple(triton_catalog.DTYPES)))
+
+
+def _row(target: str, dtypes: tuple[str, ...], index: int) -> dict[str, Any]:
+    """Compiles one kernel of the grid; recorded anew in the process that this runs in, as kernels cannot be sent to it."""
+    from spt_compiler.lowering import triton_common
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # triton announces changes of its own defaults; `launch` sets what matters
+        entry = _entries(target, dtypes)[index]
+        compiled = triton_common.compile_kernel(entry.spec, target)
+    about = {"kernel": entry.spec.kernel, "config": entry.config, "dtype": entry.dtype}
+    return {**about, **dataclasses.asdict(compiled)}
+
+
+def report(target: str, dtypes: Sequence[str] = (), wanted: str = "", jobs: int = 1) -> Iterator[dict[str, Any]]:
     """Compiles the grid, and yields one dict per kernel with the keys `COLUMNS`.
 
     Args:
         target: of `triton_common.TARGETS`.  dtypes: of `triton_catalog.DTYPES`; none means all.
-        wanted: only kernels whose name or configuration contains it.
+        wanted: only kernels whose name or configuration contains it.  jobs: processes that compile.
     Raises: SPTError without triton, where triton interprets, or for an unknown target.
     """
-    from spt_compiler.lowering import triton_catalog, triton_common
+    from spt_compiler.lowering import triton_common
 
     if not triton_common.available():
         raise SPTError("expected triton to be installed (pip install triton; Linux only)")
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SPTError("triton interprets kernels where TRITON_INTERPRET=1; unset it to compile them")
-    for entry in triton_catalog.entries(target, tuple(dtypes) or tuple(triton_catalog.DTYPES)):
-        if wanted not in entry.spec.kernel and wanted not in entry.config:
-            continue
-        compiled = triton_common.compile_kernel(entry.spec, target)
-        yield {
-            "kernel": entry.spec.kernel,
-            "config": entry.config,
-            "dtype": entry.dtype,
-            **dataclasses.asdict(compiled),
-        }
+    named = tuple(dtypes)
+    chosen = [i for i, e in enumerate(_entries(target, named)) if wanted in e.spec.kernel or wanted in e.config]
+    compile_one = functools.partial(_row, target, named)
+    if jobs <= 1:
+        yield from map(compile_one, chosen)
+        return
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_one, chosen)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report. Returns: 0, or 1 if a kernel cannot be used on the target."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # triton announces changes of its own defaults; `launch` sets what matters
-        rows = []
-        for row in report(args.target, args.dtype or (), args.filter):
-            rows.append(row)
-            if sys.stderr.isatty():
-                sys.stderr.write(f"\r{len(rows)} kernels: {row['kernel']}, {row['config']}, {row['dtype']}\x1b[K")
-                sys.stderr.flush()
+    rows = []
+    for row in report(args.target, args.dtype or (), args.filter, args.jobs):
+        rows.append(row)
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{len(rows)} kernels: {row['kernel']}, {row['config']}, {row['dtype']}\x1b[K")
+            sys.stderr.flush()
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K")
     console = Console(plain=args.json)

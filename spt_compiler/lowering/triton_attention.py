@@ -71,6 +71,11 @@ class _Call:
     n_query_tiles: int
     n_key_tiles: int
 
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of queries of a head."""
+        return self.n_query_tiles * ceil_div(self.tile_q, self.constants["BLOCK_M"])
+
     def block_n(self, most: int) -> int:
         """Keys per step: whole tiles, about `most` keys."""
         return max(self.tile_k, most)
@@ -154,7 +159,7 @@ def _call(
         "GROUP": q.shape[1] // k.shape[1],
         "TILE_Q": tile_q,
         "TILE_K": tile_k,
-        "BLOCK_M": max(16, next_power_of_2(tile_q)),
+        "BLOCK_M": min(max(16, next_power_of_2(tile_q)), 32 if full and wide > 64 else 128),
         "BLOCK_P": 16 if wide > 128 or full else 32,
         "PRECISION": product_precision(q.dtype),
     }
@@ -381,7 +386,7 @@ def tile_attention(
     if compensate:
         more |= {"marks_ptr": mark_lists(tiles, counts, call.n_key_tiles), **_pooled(k, v, tile_k)}
     out, lse = _outputs(q, v)
-    _forward(call, out, lse, empty, call.n_query_tiles * q.shape[0] * q.shape[1], more)
+    _forward(call, out, lse, empty, call.n_blocks * q.shape[0] * q.shape[1], more)
     return out, lse
 
 
@@ -427,7 +432,7 @@ def key_attention(
         part = [x.flatten(0, 1)[first:stop] for x in (keys, counts)]
         marks = mark_lists(part[0], part[1], n_k, None if marks is None else marks[: stop - first])
         more = {"marks_ptr": marks, "first_head": first}
-        _forward(call, out, lse, empty, call.n_query_tiles * (stop - first), more)
+        _forward(call, out, lse, empty, call.n_blocks * (stop - first), more)
     return out, lse
 
 
@@ -483,6 +488,8 @@ class _Backward:
         constants: dict[str, Any],
         alternatives: Sequence[Setting] = (),
     ) -> None:
+        # Single keys come 32 at a step, whose gradients four warps cannot hold above a head dimension of 64.
+        many = kernel == "dkdv" and self.call.structure["single"] and self.call.wide > 64
         heavy = self.call.full or self.call.wide > 128
         structure = {
             **self.call.structure,
@@ -497,7 +504,7 @@ class _Backward:
             (n_programs,),
             args,
             constants,
-            num_warps=8 if heavy else 4,
+            num_warps=8 if heavy or many else 4,
             num_stages=1 if heavy else 2,
             alternatives=alternatives,
         )
@@ -512,7 +519,7 @@ class _Backward:
             args["nothing_ptr"] = self.nothing
         block_n = call.block_n(32 if call.wide > 64 or call.full else 64)
         constants = {**call.constants, "BLOCK_N": block_n}
-        self._launch("dq", call.n_query_tiles * n_heads, args, constants, call.alternatives(block_n))
+        self._launch("dq", call.n_blocks * n_heads, args, constants, call.alternatives(block_n))
 
     def bias(self, lists: dict[str, Any]) -> None:
         """The gradient of a float bias over the heads of the lists, added to what is there."""
@@ -530,7 +537,7 @@ class _Backward:
             "head_span": self.q.shape[1] // n_heads,
         }
         constants = {**call.constants, "BLOCK_N": call.block_n(32 if call.wide > 64 or call.full else 64)}
-        self._launch("dbias", call.n_query_tiles * batch * n_heads, args, constants)
+        self._launch("dbias", call.n_blocks * batch * n_heads, args, constants)
 
     def blank(self, first: int, stop: int) -> None:
         """What queries that see nothing (they return NaN, or the mean of all values) add to the gradient of values."""
