@@ -194,7 +194,7 @@ class _Geometry:
         """Constants and tuning of a GEMM whose programs hold so many sums of [BLOCK_M, BLOCK_N]; BLOCK_M: a row tile."""
         full = self.dtype == torch.float32
         block_m = block_m or self.block_m
-        block_n = 64 if full or n_accumulators > 1 else 128
+        block_n = 128 if n_accumulators == 1 and not full else 64 if n_accumulators <= 3 else 32
         block_n = min(block_n, max(16, next_power_of_2(columns)))
         constants = {
             "N_BLOCKS": self.n_blocks,
@@ -698,9 +698,9 @@ class _Backward:
             self._sum_gates(first_token)
 
     def _products(self, recompute: bool) -> tuple[dict[str, Any], dict[str, int]]:
-        # The derivative needs registers: never the widest tile.
-        n_in = len(self.projections.weights)
-        return self.g.products(n_in + 1 if recompute else 2, columns=self.g.width)
+        # The derivative needs registers: never the widest tile. So do two dropouts and the sum that one is applied to.
+        n_sums = len(self.projections.weights) + 1 if recompute else 2
+        return self.g.products(n_sums + 2 * self.projections.low_dropout, columns=self.g.width)
 
     def _hidden_tiles(self, *, recompute: bool) -> int:
         return ceil_div(self.g.width, self._products(recompute)[0]["BLOCK_N"])
