@@ -67,7 +67,7 @@ def activations(backward):
                     "recompute": mode != "listed",
                     "through": through,
                     "indirect_out": other,
-                    "low": lora and through,
+                    "low": lora,
                     "indirect_low": other,
                     "grad_pre": [{"index": i, "slope": expression.derivative(act, f"x{i}")} for i in wanted],
                     "grad_act": [{"index": i, "slope": expression.derivative(act, f"a{i}")} for i in reads if through],
