@@ -619,7 +619,8 @@ class _Backward:
         self.bias_sums = [i for i in pre if f"b_in{i}" in needed]
         n_sums = len(self.bias_sums) + len(self.act_sums)
         self.columns = x.new_empty((n_sums, g.n_row_tiles, g.width), dtype=torch.float32)
-        self.vectors = x.new_empty((n_sums, g.n_units), dtype=torch.float32)
+        # Results of an operator must not share storage: one tensor each.
+        self.vectors = [x.new_empty((g.n_units,), dtype=torch.float32) for _ in range(n_sums)]
         # What the branch on the out-projection reads is what w_out reads, unless it has a dropout of its own.
         trains_down = self.grad_low is not None and "lora_down" in needed
         self.low_hidden = g.buffer(g.width) if trains_down and projections.low_dropout else None
