@@ -53,10 +53,12 @@ def spt(
     if is_disabled() or _in_compiled_autograd():
         return inner(gm, example_inputs)
     prepared = prepare_graph(gm, example_inputs, config)
+    module, inputs = prepared.module, [*example_inputs, *_example_states(prepared)]
+    if not prepared.plans:  # nothing became sparse: Dynamo's own graph is what runs, so that it costs what it costs without us
+        module, inputs, prepared.bindings, prepared.extra_outputs = gm, list(example_inputs), [], 0
     try:
-        inputs = [*example_inputs, *_example_states(prepared)]
         with debug.stage("inner"):
-            compiled = inner(prepared.module, inputs)
+            compiled = inner(module, inputs)
     except (RestartAnalysis, SkipFrame):
         raise  # Dynamo's own control flow: it comes again with another graph
     except Exception as error:

@@ -302,6 +302,32 @@ def test_inference_dense_keeps_graphs_without_gradients_dense():
         assert relative(run(x), model(x)) < 1e-6
 
 
+@pytest.mark.parametrize("smallest", [0, 10**6])
+def test_a_graph_in_which_nothing_is_replaced_is_compiled_as_it_is(monkeypatch, smallest):
+    given, compiled_graphs = [], []
+
+    def spy(gm, inputs):
+        compiled_graphs.append((gm, len(inputs)))
+        return gm.forward
+
+    def backend(gm, inputs):
+        given.append((gm, len(inputs)))
+        options = {"attention.min_keys": smallest, "ffn.min_width": smallest}
+        return backend_module.spt(gm, inputs, options=options)
+
+    monkeypatch.setattr(backend_module, "inner_compiler", lambda config, mode=None: spy)
+    model, x = Stack(1), batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is sparse is what is asked for
+        out = torch.compile(model, backend=backend)(x)
+    ((graph, n_inputs),) = compiled_graphs
+    if smallest:
+        assert graph is given[0][0] and n_inputs == given[0][1]
+        assert torch.equal(out, model(x))
+    else:
+        assert graph is not given[0][0] and n_inputs > given[0][1]
+
+
 def test_second_order_gradients_are_refused_clearly():
     model, x = Stack(1), batch(40).requires_grad_()
     run = compiled(model, EXACT, inner="eager")
