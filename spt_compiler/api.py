@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -163,7 +163,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 
 def metrics(model: nn.Module) -> dict[str, dict[str, float]]:
     """Figures of every site by name: steps, updates, budget (density in force; 1 when dense), initialised, skipped_rows,
-    and, once measured, rel_error and mass (attention) or rel_error, load_max, dropped_share (FFN)."""
+    and, as last measured, rel_error and mass (attention) or rel_error, scaled_error, load_max, dropped_share (FFN)."""
     result = {}
     for name, site in _states(model):
         density = 1.0
@@ -209,7 +209,8 @@ def tune(
 
     Args:
         batch: one input: a tensor, a tuple of positional or a dict of keyword arguments.
-        target: "speed" leaves a site dense unless at most half of its work remains; "memory" takes any saving.
+        target: "speed" leaves a site dense unless its density is at most 1/2 (above it sparse kernels gain little); "memory"
+            takes any saving.
         path: where to write the result as JSON. options: further options to tune under.
     Returns: a dict that `options` accepts: {**options, "sites": {site name: {key: density}}}.
     Raises: OptionError on a bad target or limit.
@@ -253,32 +254,147 @@ def _trial(model: nn.Module, batch: Any, options: Mapping[str, Any]) -> list[Sit
     return [s for _, s in _states(twin)]
 
 
-def finalize(model: nn.Module, batch: Any = None, *, inference: str = "dense") -> dict[str, float]:
+def finalize(
+    model: nn.Module,
+    batch: Any = None,
+    *,
+    inference: str = "dense",
+    recover: str | None = None,
+    batches: Sequence[Any] | None = None,
+    steps: int = 100,
+    lr: float = 1e-5,
+    loss: Callable[[Any], Tensor] | None = None,
+) -> dict[str, float]:
     """Ends the sparse life of a model compiled in place: it is dense again, or stays sparse for inference.
 
+    Weights that were trained sparse are a little off where they run dense (and the other way round). The gap is measured, and a
+    short recovery can close it: "dense" trains on with the model's own loss in the mode that stays; "distill" needs no labels and
+    teaches the mode that stays to say what the other one says now. Recovery moves the parameters that require gradients, with
+    AdamW; it is over before this returns.
+
     Args:
-        batch: one input (tensor, tuple or dict) to measure the remaining gap on. inference: "dense" or "sparse".
-    Returns: {"sites": number of sites, "gap": relative difference of dense and sparse outputs} (gap only with a batch).
+        batch: one input (tensor, tuple or dict) to measure the gap on. inference: the mode that stays, "dense" or "sparse".
+        recover: None, "dense" or "distill". batches: inputs to recover on, taken in turns (all of their target outputs are kept
+            for "distill"). steps, lr: length and rate of the recovery.
+        loss: output -> scalar, for recover="dense"; None means the output's own `loss`.
+    Returns: {"sites": number of sites} and, with a batch, "gap": largest difference of dense and sparse outputs relative to the
+        largest output; "loss_sparse", "loss_dense" where outputs carry a loss (or `loss` is given); with a recovery
+        "gap_recovered": the same difference between the recovered mode and what the other one said before, and "loss_recovered".
+    Raises: OptionError on a bad word or number, or a recovery without batches; SPTError if there is no loss to train with.
     """
-    if inference not in ("dense", "sparse"):
-        raise OptionError(f"inference: expected 'dense' or 'sparse', got {inference!r}")
+    _check_finalize(inference, recover, batches, steps, lr)
+    plain = _plain(model)
     report: dict[str, float] = {"sites": len(_states(model))}
-    if batch is not None:
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                sparse = call(model, batch)
-                with _uncompiled(model) as plain:
-                    report["gap"] = calibrate.relative_error(sparse, call(plain, batch))
-        finally:
-            model.train(training)
+    training = model.training
+    model.eval()
+    try:
+        kept, left = ("dense", "sparse") if inference == "dense" else ("sparse", "dense")
+        before: Any = None
+        if batch is not None:
+            outputs = {mode: _outputs(model, mode, batch) for mode in ("dense", "sparse")}
+            report["gap"] = calibrate.relative_error(outputs["sparse"], outputs["dense"])
+            before = outputs[left]
+            for mode, output in outputs.items():
+                value = _loss(output, loss)
+                if value is not None:
+                    report[f"loss_{mode}"] = float(value)
+        if recover is not None and batches is not None:
+            _recover(model, kept, left, recover, batches, steps, lr, loss)
+            if batch is not None:
+                after = _outputs(model, kept, batch)
+                report["gap_recovered"] = calibrate.relative_error(after, before)
+                value = _loss(after, loss)
+                if value is not None:
+                    report["loss_recovered"] = float(value)
+    finally:
+        model.train(training)
     if inference == "dense":
-        for module in _plain(model).modules():
+        for module in plain.modules():
             if getattr(module, "_compiled_call_impl", None) is not None:
                 module._compiled_call_impl = None
-        STORE.forget(_plain(model))
+        STORE.forget(plain)
     return report
+
+
+def _check_finalize(inference: str, recover: str | None, batches: Any, steps: int, lr: float) -> None:
+    if inference not in ("dense", "sparse"):
+        raise OptionError(f"inference: expected 'dense' or 'sparse', got {inference!r}")
+    if recover not in (None, "dense", "distill"):
+        raise OptionError(f"recover: expected 'dense', 'distill' or None, got {recover!r}")
+    if recover is not None:
+        if not batches:
+            raise OptionError(f"recover={recover!r} needs batches: a list of inputs to train on")
+        if steps < 1 or not lr > 0:
+            raise OptionError(f"expected steps >= 1 and lr > 0, got {steps!r} and {lr!r}")
+
+
+def _run(model: nn.Module, mode: str, batch: Any) -> Any:
+    if mode == "sparse":
+        return call(model, batch)
+    with _uncompiled(model) as plain:
+        return call(plain, batch)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, mode: str, batch: Any) -> Any:
+    return _run(model, mode, batch)
+
+
+def _loss(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor | None:
+    """The scalar loss of a model output: by the user's function, or as the output carries it."""
+    if loss is not None:
+        return loss(output)
+    found = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
+    return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+
+def _recover(
+    model: nn.Module,
+    kept: str,
+    left: str,
+    how: str,
+    batches: Sequence[Any],
+    steps: int,
+    lr: float,
+    loss: Callable[[Any], Tensor] | None,
+) -> None:
+    """Trains the mode that is kept, with the loss, or toward what the mode that is left says now."""
+    parameters = [p for p in _plain(model).parameters() if p.requires_grad]
+    if not parameters:
+        raise SPTError("nothing to recover with: no parameter of the model requires gradients")
+    targets = []
+    if how == "distill":
+        targets = [[t.detach() for t in calibrate.leaves(_outputs(model, left, b))] for b in batches[:steps]]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    model.train(how == "dense")  # a target without dropout is met without it
+    for step in range(steps):
+        index = step % len(batches)
+        output = _run(model, kept, batches[index])
+        if how == "distill":
+            objective = _distance(calibrate.leaves(output), targets[index])
+        else:
+            own = _loss(output, loss)
+            if own is None:
+                raise SPTError("recover='dense' needs a loss: give batches with labels, or loss=lambda output: ...")
+            objective = own
+        optimizer.zero_grad(set_to_none=True)
+        objective.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    model.eval()
+
+
+def _distance(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Mean over the outputs of their squared error relative to the target's energy; a lone number (a loss) does not count."""
+    terms = [
+        (a.float() - b.float()).square().sum() / b.float().square().sum().clamp_min(1e-20)
+        for a, b in zip(outputs, targets, strict=True)
+        if b.numel() > 1 and a.requires_grad
+    ]
+    if not terms:
+        raise SPTError("recover='distill' needs an output with gradients")
+    return torch.stack(terms).mean()
 
 
 def call(model: Any, batch: Any) -> Any:

@@ -1,0 +1,161 @@
+"""What users call at the end and in between: `finalize` with its recoveries, `tune` and what it writes."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import spt_compiler
+from tests.blocks import SPARSE, Stack, train_steps
+
+
+class WithLoss(nn.Module):
+    """A stack whose output carries a loss, as Hugging Face's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = Stack(2)
+
+    def forward(self, x, y):
+        out = self.stack(x)
+        return {"loss": (out - y).square().mean(), "out": out}
+
+
+def batches(n: int, length: int = 100):
+    made = []
+    for i in range(n):
+        x = torch.randn(2, length, 48, generator=torch.Generator().manual_seed(i))
+        made.append({"x": x, "y": x.roll(1, dims=1)})
+    return made
+
+
+def trained(steps: int = 6, **options) -> WithLoss:
+    torch.manual_seed(0)
+    model = WithLoss()
+    model.compile(backend="spt", options={**SPARSE, "attention.density": 0.1, "ffn.density": 0.25, **options})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for batch in batches(steps):
+        optimizer.zero_grad()
+        model(**batch)["loss"].backward()
+        optimizer.step()
+    return model
+
+
+def test_finalize_reports_losses_of_both_modes():
+    model = trained()
+    report = spt_compiler.finalize(model, batches(1)[0])
+    assert report["sites"] == 4 and report["gap"] > 1e-3
+    with torch.no_grad():
+        assert model(**batches(1)[0])["loss"].item() == pytest.approx(report["loss_dense"], rel=1e-6)
+    assert report["loss_sparse"] != report["loss_dense"]
+
+
+def test_finalize_can_stay_sparse():
+    model = trained()
+    with torch.no_grad():
+        before = model(**batches(1)[0])["out"]
+    report = spt_compiler.finalize(model, batches(1)[0], inference="sparse")
+    with torch.no_grad():
+        assert torch.equal(model(**batches(1)[0])["out"], before)
+    assert report["gap"] > 1e-3 and len(spt_compiler.state_dict(model)) > 0
+
+
+@pytest.mark.parametrize("inference", ["dense", "sparse"])
+def test_distilled_recovery_closes_the_gap(inference):
+    model, data = trained(), batches(4)
+    report = spt_compiler.finalize(
+        model, data[0], inference=inference, recover="distill", batches=data, steps=60, lr=1e-3
+    )
+    assert report["gap_recovered"] < 0.7 * report["gap"]
+    out = model(**data[0])["out"]
+    dense = WithLoss.forward(model, **data[0])["out"]
+    assert torch.equal(out, dense) is (inference == "dense")
+
+
+def test_dense_recovery_lowers_the_loss():
+    model, data = trained(), batches(4)
+    report = spt_compiler.finalize(model, data[0], recover="dense", batches=data, steps=40, lr=1e-3)
+    assert report["loss_recovered"] < 0.98 * report["loss_dense"]
+    assert spt_compiler.state_dict(model) == {} and model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_recovery_takes_a_loss_of_the_users():
+    torch.manual_seed(0)
+    model = Stack(1)
+    model.compile(backend="spt", options=SPARSE)
+    data = [b["x"] for b in batches(3)]
+    train_steps(model, model, data)
+    with pytest.raises(spt_compiler.SPTError, match="needs a loss"):
+        spt_compiler.finalize(copy.deepcopy(model), data[0], recover="dense", batches=data, steps=1)
+    report = spt_compiler.finalize(
+        model, data[0], recover="dense", batches=data, steps=20, lr=1e-3, loss=lambda out: out.square().mean()
+    )
+    assert report["loss_recovered"] < report["loss_dense"]
+
+
+def test_recovery_moves_only_what_may_move():
+    model, data = trained(), batches(2)
+    model.stack.blocks[0].requires_grad_(False)
+    frozen = copy.deepcopy(model.stack.blocks[0].state_dict())
+    spt_compiler.finalize(model, data[0], recover="dense", batches=data, steps=3, lr=1e-2)
+    assert all(torch.equal(v, frozen[k]) for k, v in model.stack.blocks[0].state_dict().items())
+    model.requires_grad_(False)
+    with pytest.raises(spt_compiler.SPTError, match="requires gradients"):
+        spt_compiler.finalize(model, data[0], recover="dense", batches=data, steps=3)
+
+
+@pytest.mark.parametrize(
+    "bad, match",
+    [
+        ({"inference": "spare"}, "inference"),
+        ({"recover": "yes"}, "recover"),
+        ({"recover": "dense"}, "batches"),
+        ({"recover": "distill", "batches": [1], "steps": 0}, "steps"),
+        ({"recover": "distill", "batches": [1], "lr": 0.0}, "lr"),
+    ],
+)
+def test_finalize_refuses_what_it_does_not_know(bad, match):
+    model = Stack(1)
+    with pytest.raises(spt_compiler.OptionError, match=match):
+        spt_compiler.finalize(model, **bad)
+
+
+def test_what_tune_writes_is_what_runs(tmp_path):
+    """Sites get their own densities: a file of `tune` is read back as options, whole and per block."""
+    torch.manual_seed(0)
+    model, x = Stack(2), torch.randn(2, 600, 48)
+    with torch.no_grad():
+        model.blocks[1].fc2.weight.mul_(0)  # an FFN that says nothing can be as sparse as one likes
+        model.blocks[1].fc2.weight[0, 0] = 1.0
+    options = {"attention.min_keys": 0, "ffn.min_width": 0}
+    errors = {}
+    spt_compiler.tune(model, x, max_rel_error=0.25, target="memory", path=tmp_path / "tuned.json", options=options)
+    tuned = json.loads((tmp_path / "tuned.json").read_text())
+    assert tuned["sites"]["blocks.1/ffn"] == {"ffn.density": 0.25}
+    assert len({str(v) for v in tuned["sites"].values()}) > 1
+    for compile_it in ("whole", "per block"):
+        torch._dynamo.reset()
+        copied = copy.deepcopy(model)
+        if compile_it == "whole":
+            copied.compile(backend="spt", options={**tuned, "inner": "eager"})
+        else:
+            spt_compiler.compile(copied, **tuned, inner="eager")
+        for _ in range(4):
+            copied(x).square().mean().backward()
+        densities = {n: m["density"] for n, m in spt_compiler.metrics(copied).items()}
+        for name, density in densities.items():
+            block, kind = name.split(".")[1], name.split("/")[1]
+            assert density == pytest.approx(tuned["sites"][f"blocks.{block}/{kind}"][f"{kind}.density"]), compile_it
+        errors[compile_it] = densities
+    assert errors["whole"] == errors["per block"]
+
+
+def test_tune_refuses_bad_arguments():
+    for bad in ({"target": "fun"}, {"max_rel_error": 0}):
+        with pytest.raises(spt_compiler.OptionError):
+            spt_compiler.tune(Stack(1), torch.randn(1, 8, 48), **{"max_rel_error": 0.1, **bad})
