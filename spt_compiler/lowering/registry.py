@@ -125,6 +125,24 @@ def register(
     return decorate
 
 
+def borrow(name: str, source: str, target: str) -> None:
+    """Lets the lowerings `name` of one device type run first on another: interpreted kernels on CPU tensors.
+
+    Raises: SPTError if the source has none of that name.
+    """
+    _load(source)
+    _load(target)
+    found = False
+    with _table.lock:
+        for op_name in OPS:
+            for candidate in _table.candidates.get((op_name, source), ()):
+                if candidate.name == name:
+                    _table.candidates.setdefault((op_name, target), []).insert(0, candidate)
+                    found = True
+    if not found:
+        raise SPTError(f"no lowering {name!r} on {source}", stage="lower")
+
+
 def reference_of(op_name: str) -> Callable[..., Any]:
     """The function that defines an op. Raises: SPTError if there is none."""
     function = op_name.rpartition("_v")[0]

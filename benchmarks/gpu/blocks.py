@@ -1,0 +1,159 @@
+"""T4 and T5: whole Transformer blocks through `torch.compile(backend="spt")`, full training and LoRA of rank 16.
+
+Three columns: dense with materialised attention (what SPT compared with), dense with flash attention and Inductor (the
+baseline that counts), and spt. Time and peak memory of one forward and backward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .common import Bench
+
+PART = "blocks"
+RANK = 16
+# name -> (width, heads, key heads, hidden, gated, batch, tokens, goal of T4 with LoRA)
+SHAPES: dict[str, tuple[int, int, int, int, bool, int, int, float | None]] = {
+    "opt-1024 16x512": (1024, 16, 16, 4096, False, 16, 512, None),
+    "opt-2048 16x512": (2048, 32, 32, 8192, False, 16, 512, 1.25),
+    "opt-2560 16x512": (2560, 32, 32, 10240, False, 16, 512, None),
+    "llama-2560 16x512": (2560, 32, 32, 6912, True, 16, 512, None),
+    "llama-4096 16x512": (4096, 32, 32, 11008, True, 16, 512, None),
+    "Llama-3-8B 4x4096": (4096, 32, 8, 14336, True, 4, 4096, 1.5),
+    "Llama-3-8B 1x16384": (4096, 32, 8, 14336, True, 1, 16384, 1.7),
+    "Llama-3-8B 1x65536": (4096, 32, 8, 14336, True, 1, 65536, 2.1),
+}
+TOY: dict[str, tuple[int, int, int, int, bool, int, int, float | None]] = {
+    "toy llama": (32, 2, 1, 64, True, 1, 48, 1.5),
+}
+OPTIONS = {"attention.density": 1 / 8, "ffn.density": 1 / 2, "attention.min_keys": 0, "ffn.min_width": 0}
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer with a trained branch of low rank."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Linear(base.in_features, RANK, bias=False)
+        self.b = nn.Linear(RANK, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.b(self.a(x)) * 2.0
+
+
+class Block(nn.Module):
+    """Pre-norm block: causal attention, then Linear-ReLU-Linear or a gated SiLU FFN."""
+
+    def __init__(self, width: int, heads: int, key_heads: int, hidden: int, gated: bool):
+        super().__init__()
+        self.heads, self.key_heads, self.gated, self.materialised = heads, key_heads, gated, False
+        norm = nn.RMSNorm if gated else nn.LayerNorm
+        self.norm1, self.norm2 = norm(width), norm(width)
+        bias, dim = not gated, width // heads
+        self.q, self.out = nn.Linear(width, width, bias=bias), nn.Linear(width, width, bias=bias)
+        self.k, self.v = (nn.Linear(width, key_heads * dim, bias=bias) for _ in range(2))
+        self.up, self.down = nn.Linear(width, hidden, bias=bias), nn.Linear(hidden, width, bias=bias)
+        if gated:
+            self.gate = nn.Linear(width, hidden, bias=False)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self.materialised:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.key_heads)
+        k, v = (t.repeat_interleave(self.heads // self.key_heads, 1) for t in (k, v))
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        return scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        h = self.norm1(x)
+        q, k, v = (p(h).view(batch, length, -1, width // self.heads).transpose(1, 2) for p in (self.q, self.k, self.v))
+        x = x + self.out(self.attention(q, k, v).transpose(1, 2).reshape(batch, length, width))
+        h = self.norm2(x)
+        hidden = F.silu(self.gate(h)) * self.up(h) if self.gated else F.relu(self.up(h))
+        return x + self.down(hidden)
+
+
+def with_lora(block: Block) -> Block:
+    """The block with every linear layer frozen and given a low-rank branch; norms are frozen."""
+    block.requires_grad_(False)
+    for name, module in list(block.named_children()):
+        if isinstance(module, nn.Linear):
+            setattr(block, name, LoRA(module))
+    return block
+
+
+def run(bench: Bench) -> None:
+    for name, (width, heads, key_heads, hidden, gated, batch, length, goal) in (TOY if bench.dry else SHAPES).items():
+        for tuning in ("full",) if bench.dry else ("full", "LoRA"):
+            torch.manual_seed(0)
+            block = Block(width, heads, key_heads, hidden, gated)
+            block = (with_lora(block) if tuning == "LoRA" else block).to(bench.device, bench.dtype)
+            x = torch.randn(batch, length, width, dtype=bench.dtype, device=bench.device, requires_grad=True)
+            times = {}
+            for column in ("dense materialised", "dense flash", "spt"):
+                times[column] = _column(bench, f"{name} {tuning}", column, block, x)
+            best, ours = times["dense flash"], times["spt"]
+            if goal is not None and tuning == "LoRA":
+                bench.target(f"T4 {name}", name, best / ours if best and ours else None, goal)
+
+
+def _column(bench: Bench, case: str, column: str, block: Block, x: Tensor) -> float | None:
+    if column == "dense materialised" and x.shape[1] > 4096:
+        bench.add(PART, case, column, skipped="its score matrix does not fit")
+        return None
+    block = copy.deepcopy(block)
+    block.materialised = column == "dense materialised"
+    torch._dynamo.reset()
+    call: Any = block
+    if column == "dense flash" and not bench.dry:
+        call = torch.compile(block, dynamic=False)
+    elif column == "spt":
+        inner = {"inner": "eager"} if bench.dry else {}
+        call = torch.compile(block, backend="spt", dynamic=False, options={**OPTIONS, **inner, "require_matches": 2})
+    leaves = [x, *(p for p in block.parameters() if p.requires_grad)]
+
+    def step() -> None:
+        out = call(x)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    def ready() -> Any:
+        for _ in range(1 if bench.dry else 3):  # compiles; the first calls of spt set up its state
+            step()
+        return step
+
+    # At toy sizes codebooks and lists outweigh activations: tests/test_saved_bytes.py counts at fair ones.
+    sizes = {} if bench.dry else {"saved_bytes": _saved_bytes(call, ready, x), "peak_bytes": _peak(bench, step)}
+    return bench.attempt(PART, case, column, ready, **sizes)
+
+
+def _peak(bench: Bench, step: Any) -> int | None:
+    try:
+        return bench.peak_bytes(step)
+    except Exception:  # the timing that follows reports it
+        return None
+
+
+def _saved_bytes(call: Any, ready: Any, x: Tensor) -> int | None:
+    """Bytes that one forward pass keeps for backward, besides parameters (T5)."""
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    try:
+        ready()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            call(x)
+    except Exception:
+        return None
+    own = {p.untyped_storage().data_ptr() for p in getattr(call, "_orig_mod", call).parameters()}
+    return sum(s.nbytes() for address, s in kept.items() if address not in own)
