@@ -221,7 +221,7 @@ def router_quality(state: SiteState, x: Tensor, weights: Any, density: float) ->
 
 
 def evaluate_weights(recipes: Any, arguments: Sequence[Any]) -> dict[str, Any]:
-    """Real weights of an FFN site from one call's arguments (see `plan.Plan.weights`)."""
+    """Real weights of an FFN site from one call's arguments (see `plan.Plan.weights`), with its low-rank branches merged."""
 
     def rows(entry: Any) -> Tensor | None:
         if entry is None:
@@ -229,10 +229,16 @@ def evaluate_weights(recipes: Any, arguments: Sequence[Any]) -> dict[str, Any]:
         recipe, start, stop = entry
         return recipe.evaluate(arguments)[start:stop]
 
+    def adapted(weight: Tensor, branches: Sequence[Any]) -> Tensor:
+        for a, b, scaling in branches:
+            weight = torch.addmm(weight.float(), rows(b).float(), a.evaluate(arguments).float(), alpha=scaling)
+        return weight
+
+    w_in = [rows(w) for w in recipes["w_in"]]
     return {
-        "w_in": [rows(w) for w in recipes["w_in"]],
+        "w_in": [adapted(w, branches) for w, branches in zip(w_in, recipes["lora"] or [()] * len(w_in), strict=True)],
         "b_in": [rows(b) for b in recipes["b_in"]],
-        "w_out": recipes["w_out"].evaluate(arguments),
+        "w_out": adapted(recipes["w_out"].evaluate(arguments), recipes["lora_out"]),
         "act": recipes["act"],
         "act_in": [a.evaluate(arguments) for a in recipes["act_in"]],
     }

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from . import masks
 from .errors import Reject
 from .graph import settled
-from .patterns import AttentionCapture, FFNCapture
+from .patterns import AttentionCapture, FFNCapture, Lora, Weight
 from .scope import Recipe, Scope
 from .state import StateSpec, TensorSpec, common_tensors
 
@@ -285,8 +285,11 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
         "w_out": scope.recipe(c.w_out),
         "act": c.act,
         "act_in": [scope.recipe(a) for a in c.act_in],
+        "lora": [[_lora_recipe(scope, branch, w) for branch in branches] for w, branches in zip(c.w_in, c.lora, strict=False)],
+        "lora_out": [_lora_recipe(scope, branch) for branch in c.lora_out],
     }
-    if weights["w_out"] is None or any(w is None for w in (*weights["w_in"], *weights["act_in"])):
+    adapters = [b for branches in (*weights["lora"], weights["lora_out"]) for b in branches]
+    if weights["w_out"] is None or any(w is None for w in (*weights["w_in"], *weights["act_in"], *adapters)):
         return Reject("its weights are computed from activations")
     learned = options.router == "learned" and not config.exact
     trainable = options.gate != "hard" and not config.exact
@@ -326,6 +329,13 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
 def _weight_recipe(scope: Scope, weight: Any) -> tuple[Recipe, int | None, int | None] | None:
     recipe = scope.recipe(weight.node)
     return None if recipe is None else (recipe, weight.start, weight.stop)
+
+
+def _lora_recipe(scope: Scope, branch: Lora, rows: Weight | None = None) -> tuple | None:
+    """(A, rows of B, scaling) of a low-rank branch: what it adds to its weight is scaling * B @ A."""
+    a = scope.recipe(branch.a)
+    b = _weight_recipe(scope, Weight(branch.b, *(() if rows is None else (rows.start, rows.stop))))
+    return None if a is None or b is None else (a, b, branch.scaling)
 
 
 # Dense time / sparse time = 1 / (fixed share + executed share / relative kernel speed), fitted to the measured tables.

@@ -431,7 +431,9 @@ class Rewriter:
         b_in = [self._rows(b) for b in c.b_in if b is not None]
         if b_in and len(b_in) < len(w_in):
             b_in = [self._rows(b) if b is not None else self._zeros(c, i) for i, b in enumerate(c.b_in)]
-        lora_a, lora_b = self._lora(plan, x)
+        b_in = self._lora_biases(c, b_in)
+        lora_a, lora_b = self._lora(c, x)
+        lora_down, lora_p = self._lora_down(c)
         gated = options.gate != "hard" and not config.exact
         # A hard gate gives the router no gradient, so none may reach x through the scores either.
         seen = x if gated else self.emit(torch.ops.aten.detach.default, x)
@@ -464,7 +466,7 @@ class Rewriter:
         seed = self._seed(device) if c.dropout_p > 0 else None
         result = self.emit(
             torch.ops.spt.routed_ffn_v1.default,
-            *(x, w_in, b_in, c.w_out, c.b_out, lora_a, lora_b, None, gates, blocks, rows, offsets),
+            *(x, w_in, b_in, c.w_out, c.b_out, lora_a, lora_b, lora_down, gates, blocks, rows, offsets),
             *(
                 self.state(plan, "permutation"),
                 compensation,
@@ -472,14 +474,16 @@ class Rewriter:
                 list(c.act_in),
                 seed,
                 float(c.dropout_p),
-                None,
-                0.0,
+                self._seed(device) if lora_p > 0 else None,
+                lora_p,
                 self.training,
             ),
         )
         y = self.emit(operator.getitem, result, 0)
         if compensation is not None:
             y = self.emit(torch.add, y, self._correction(plan, x, value.dtype, offsets))
+        if c.lora_out:
+            y = self._lora_up(c, y, self.emit(operator.getitem, result, 2))
         if not config.exact:
             probe = self._probe(self.root._bind(plan))
             fixed = self.emit(torch.ops.aten.detach.default, x)
@@ -512,19 +516,60 @@ class Rewriter:
     def _float(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         return node if dtype == torch.float32 else self.emit(torch.ops.aten.to.dtype, node, torch.float32)
 
-    def _lora(self, plan: Plan, x: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-        """LoRA branches of the in-projections: (scaled outputs of A, weights B), rank 0 where a projection has none."""
-        c: FFNCapture = plan.match.capture
-        if not any(branch is not None for branch in c.lora):
+    def _lora(self, c: FFNCapture, x: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+        """Branches of the in-projections: (scaled outputs of A, rows of B), rank 0 where a projection has none.
+
+        Several branches of one projection are one of the sum of their ranks. Adapters of another type than the model's
+        (PEFT keeps them in fp32) act in the model's, as its projections do.
+        """
+        if not any(c.lora):
             return [], []
         outputs, weights = [], []
         dtype, device = value_of(c.x).dtype, value_of(c.x).device
-        for branch in c.lora:
-            if branch is None:
+        for w, branches in zip(c.w_in, c.lora, strict=True):
+            if not branches:
                 outputs.append(self.emit(torch.narrow, x, 1, 0, 0))
                 weights.append(self.emit(torch.zeros, (c.width, 0), dtype=dtype, device=device))
                 continue
-            a_out = self.emit(torch.reshape, branch.a_out, (-1, value_of(branch.a_out).shape[-1]))
-            outputs.append(a_out if branch.scaling == 1.0 else self.emit(torch.mul, a_out, branch.scaling))
-            weights.append(branch.b)
+            low = []
+            for branch in branches:
+                a_out = self.emit(torch.reshape, branch.a_out, (-1, value_of(branch.a_out).shape[-1]))
+                low.append(a_out if branch.scaling == 1.0 else self.emit(torch.mul, a_out, branch.scaling))
+            rows = [self._rows(Weight(branch.b, w.start, w.stop)) for branch in branches]
+            for found, parts in ((outputs, low), (weights, rows)):
+                joined = parts[0] if len(parts) == 1 else self.emit(torch.cat, parts, 1)
+                found.append(self.emit(torch.ops.aten.to.dtype, joined, dtype))
         return outputs, weights
+
+    def _lora_biases(self, c: FFNCapture, b_in: list[fx.Node]) -> list[fx.Node]:
+        """The biases of the in-projections with those of their branches added."""
+        if not any(branch.bias is not None for branches in c.lora for branch in branches):
+            return b_in
+        biases = list(b_in) or [self._zeros(c, i) for i in range(len(c.w_in))]
+        for i, (w, branches) in enumerate(zip(c.w_in, c.lora, strict=True)):
+            for branch in branches:
+                if branch.bias is not None:
+                    term = self.emit(torch.mul, self._rows(Weight(branch.bias, w.start, w.stop)), branch.scaling)
+                    total = self.emit(torch.add, biases[i], term)
+                    biases[i] = self.emit(torch.ops.aten.to.dtype, total, value_of(c.w_in[i].node).dtype)
+        return biases
+
+    def _lora_down(self, c: FFNCapture) -> tuple[fx.Node | None, float]:
+        """(A of the out-projection's branches, one below the other, and the dropout before it)."""
+        if not c.lora_out:
+            return None, 0.0
+        parts = [branch.a for branch in c.lora_out]
+        joined = parts[0] if len(parts) == 1 else self.emit(torch.cat, parts, 0)
+        return self.emit(torch.ops.aten.to.dtype, joined, value_of(c.x).dtype), c.lora_out[0].dropout_p
+
+    def _lora_up(self, c: FFNCapture, y: fx.Node, low: fx.Node) -> fx.Node:
+        """y + the out-projection's branches, given what their A computed, in the types in which the model adds them."""
+        start = 0
+        for branch in c.lora_out:
+            rank = value_of(branch.a).shape[0]
+            part = low if len(c.lora_out) == 1 else self.emit(torch.narrow, low, 1, start, rank)
+            start += rank
+            part = self.emit(torch.ops.aten.to.dtype, part, value_of(branch.a_out).dtype)
+            up = self.emit(torch.nn.functional.linear, part, branch.b, branch.bias)
+            y = self.emit(torch.add, y, up if branch.scaling == 1.0 else self.emit(torch.mul, up, branch.scaling))
+        return y

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.expression import evaluate, parse
-from spt_compiler.patterns import FFNCapture, Weight, find
+from spt_compiler.patterns import Lora, FFNCapture, Weight, find
 
 WIDTH, HIDDEN = 6, 10
 
@@ -40,6 +40,8 @@ class Block(nn.Module):
         self.up, self.gate, self.down = (nn.Linear(a, b, bias) for a, b in ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)))
         self.fused, self.square = nn.Linear(WIDTH, 2 * HIDDEN, bias), nn.Linear(HIDDEN, HIDDEN, bias)
         self.a, self.b = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, HIDDEN, bias=False)
+        self.bb, self.bf = nn.Linear(2, HIDDEN), nn.Linear(2, 2 * HIDDEN, bias=False)
+        self.a2, self.b2 = nn.Linear(HIDDEN, 2, bias=False), nn.Linear(2, WIDTH)
         self.norm, self.conv = nn.LayerNorm(HIDDEN), nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=HIDDEN)
         self.slope, self.beta = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.randn(HIDDEN))
         self.double()
@@ -54,14 +56,19 @@ def rows(weight: Weight | None, values: dict[Any, Any]) -> Tensor | None:
 
 def compute(c: FFNCapture, values: dict[Any, Any]) -> Tensor:
     """What a capture says, written down; without dropout."""
-    x, hidden = values[c.x], []
-    for w, b, lora in zip(c.w_in, c.b_in, c.lora or (None,) * len(c.w_in), strict=True):
-        pre = F.linear(x, rows(w, values), rows(b, values))
-        if lora is not None:
-            pre = pre + lora.scaling * F.linear(values[lora.a_out], values[lora.b])
-        hidden.append(pre)
-    env = {f"x{i}": h for i, h in enumerate(hidden)} | {f"a{i}": values[a] for i, a in enumerate(c.act_in)}
-    return F.linear(evaluate(parse(c.act), env), values[c.w_out], None if c.b_out is None else values[c.b_out])
+
+    def up(branch: Lora, low: Tensor, start: int | None = None, stop: int | None = None) -> Tensor:
+        out = F.linear(low, values[branch.b], None if branch.bias is None else values[branch.bias])
+        return branch.scaling * out[..., start:stop]
+
+    x, pre = values[c.x], []
+    for w, b, branches in zip(c.w_in, c.b_in, c.lora or ((),) * len(c.w_in), strict=True):
+        added = [up(branch, values[branch.a_out], w.start, w.stop) for branch in branches]
+        pre.append(sum(added, F.linear(x, rows(w, values), rows(b, values))))
+    env = {f"x{i}": h for i, h in enumerate(pre)} | {f"a{i}": values[a] for i, a in enumerate(c.act_in)}
+    hidden = evaluate(parse(c.act), env)
+    out = F.linear(hidden, values[c.w_out], None if c.b_out is None else values[c.b_out])
+    return sum((up(branch, F.linear(hidden, values[branch.a])) for branch in c.lora_out), out)
 
 
 def sites(model: Callable, *inputs: Tensor, dynamic: bool | None = None):
@@ -74,7 +81,8 @@ def sites(model: Callable, *inputs: Tensor, dynamic: bool | None = None):
     assert str(module.graph) == before, "matching changed the graph"
     computed = models.values(captured, module)
     for match in matches:
-        if match.pattern.kind == "ffn" and match.capture.dropout_p == 0:
+        dropped = match.pattern.kind == "ffn" and (match.capture.dropout_p, *(b.dropout_p for b in match.capture.lora_out))
+        if dropped and not any(dropped):
             torch.testing.assert_close(compute(match.capture, computed), computed[match.output], rtol=1e-6, atol=1e-6)
     return matches, skipped
 
@@ -249,12 +257,38 @@ def test_dynamic_lengths():
     assert any(isinstance(s, torch.SymInt) for s in c.x.meta["example_value"].shape)
 
 
-def test_low_rank_branches():
+def _low(a: nn.Linear, b: nn.Linear, x: Tensor, scaling: float = 2.0, p: float = 0.0) -> Tensor:
+    return b(a(F.dropout(x, p))) * scaling
+
+
+def test_low_rank_branches_of_the_in_projections():
+    c = only(lambda m, x: m.down(F.gelu(m.up(x) + 0.5 * m.b(m.a(x)))))
+    assert [[branch.scaling for branch in branches] for branches in c.lora] == [[0.5]] and not c.lora_out
+    c = only(lambda m, x: m.down(F.silu(m.gate(x) + _low(m.a, m.b, x, p=0.1)) * (m.up(x) + m.b(m.a(x)) / 4)))
+    assert [[branch.scaling for branch in branches] for branches in c.lora] == [[2.0], [0.25]]
+    c = only(lambda m, x: m.down(F.silu(m.gate(x)) * (m.up(x) + _low(m.a, m.b, x) + _low(m.a, m.bb, x, 3.0))))
+    assert [len(branches) for branches in c.lora] == [0, 2] and c.lora[1][1].bias is not None
+
+
+def test_low_rank_branches_of_a_fused_projection_are_cut_as_it_is():
     def function(m, x):
-        return m.down(F.gelu(m.up(x) + 0.5 * m.b(m.a(x))))
+        gate, up = (m.fused(x) + _low(m.a, m.bf, x)).chunk(2, -1)
+        return m.down(F.silu(gate) * up)
 
     c = only(function)
-    assert c.lora[0] is not None and c.lora[0].scaling == 0.5
+    assert c.lora[0] == c.lora[1] and [w.start for w in c.w_in] == [0, HIDDEN]
+
+
+def test_low_rank_branches_of_the_out_projection():
+    c = only(lambda m, x: m.down(h := F.gelu(m.up(x))) + _low(m.a2, m.b2, h))
+    assert [(branch.scaling, branch.dropout_p) for branch in c.lora_out] == [(2.0, 0.0)] and c.lora == ()
+    c = only(lambda m, x: m.down(h := F.dropout(F.gelu(m.up(x)), 0.3)) + _low(m.a2, m.b2, h, p=0.1))
+    assert c.dropout_p == 0.3 and c.lora_out[0].dropout_p == 0.1
+    c = only(lambda m, x: _low(m.a2, m.b2, h := F.gelu(m.up(x))) + m.down(h) + _low(m.a2, m.b2, h, 0.5))
+    assert [branch.scaling for branch in c.lora_out] == [2.0, 0.5]
+    # Adapters of a wider type than the model's.
+    c = only(lambda m, x: (m.down(h := F.gelu(m.up(x))) + _low(m.a2.double(), m.b2.double(), h.double())).to(h.dtype))
+    assert len(c.lora_out) == 1
 
 
 def test_a_checkpointed_block_is_a_graph_of_its_own():
@@ -320,6 +354,30 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "bottleneck adapter": (
         lambda m, x: F.linear(F.relu(m.a(x)), m.a.weight.T),
         "hidden width 2 is below the model width 6",
+    ),
+    "adapter that skips the dropout": (
+        lambda m, x: m.down(F.dropout(h := F.gelu(m.up(x)), 0.5)) + _low(m.a2, m.b2, h),
+        "reads it before its dropout",
+    ),
+    "two adapters with dropout": (
+        lambda m, x: m.down(h := F.gelu(m.up(x))) + _low(m.a2, m.b2, h, p=0.1) + _low(m.a2, m.b2, h, p=0.1),
+        "several low-rank adapters with dropout",
+    ),
+    "dropout inside of an adapter": (
+        lambda m, x: m.down(h := F.gelu(m.up(x))) + m.b2(F.dropout(m.a2(h), 0.1)),
+        "not understood",
+    ),
+    "adapter of another hidden activation": (
+        lambda m, x: m.down(h := F.gelu(m.up(x))) + _low(m.a2, m.b2, h * m.beta),
+        "also used by mul",
+    ),
+    "adapter whose middle is used": (
+        lambda m, x: (m.down(h := F.gelu(m.up(x))) + m.b2(low := m.a2(h)), low),
+        "also returned",
+    ),
+    "adapter on a part of a fused projection": (
+        lambda m, x: m.down(F.silu((h := m.fused(x))[..., :HIDDEN] + m.b(m.a(x))) * h[..., HIDDEN:]),
+        "on a part of a fused projection",
     ),
     "rows change": (lambda m, x: m.down(F.gelu(m.up(x))[:, 0]), "between the projections"),
     "another order of features": (

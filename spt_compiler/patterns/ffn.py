@@ -38,11 +38,19 @@ class Weight:
 
 @dataclass(frozen=True)
 class Lora:
-    """A low-rank branch: `scaling * a_out @ b.T` is added to the projection. a_out: [..., r]; b: [F, r]."""
+    """A low-rank branch: `scaling * (a_out @ b.T + bias)` is added to a projection, where a_out = dropout(x) @ a.T.
 
-    a_out: Node
+    Attributes:
+        a: [r, E] and b: [F, r], as F.linear takes them; bias: [F] or None. a_out: [..., r], what B reads.
+        dropout_p: of what A reads, where that is the hidden activation; elsewhere A and its dropout are outside of the site.
+    """
+
+    a: Node
     b: Node
+    bias: Node | None
     scaling: float
+    a_out: Node
+    dropout_p: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,9 @@ class FFNCapture:
     Attributes:
         x: [..., E]. w_in: one or two [F, E] (rows of possibly fused weights); b_in: their biases or None.
         w_out: [E, F]; b_out: [E] or None. act: expression in x0, x1 (pre-activations) and a0, a1 ... (`act_in`: tensors
-        with one element or [F]). dropout_p: of the hidden activation. width: F. lora: branch of each in-projection.
+        with one element or [F]). dropout_p: of the hidden activation. width: F. lora: the branches of each in-projection
+        (rows of their B as those of w_in). lora_out: branches of the out-projection; their A reads the hidden activation.
+        base: the call of w_out, before the branches are added.
     """
 
     x: Node
@@ -64,7 +74,9 @@ class FFNCapture:
     act_in: tuple[Node, ...]
     dropout_p: float
     width: int
-    lora: tuple[Lora | None, ...] = ()
+    lora: tuple[tuple[Lora, ...], ...] = ()
+    lora_out: tuple[Lora, ...] = ()
+    base: Node | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,23 +327,23 @@ def _recognise(expr: Expression, name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Projection:
-    """A pre-activation: rows of a linear layer's output, with its low-rank branch if it has one.
+    """A pre-activation: rows of a linear layer's output, with the low-rank branches that are added to it.
 
     Attributes:
-        linear: the call. start, stop: rows (None: all). nodes: the calls that make it, the linear one included.
-        lora: see `Lora`. refused: why it cannot be part of a site.
+        linear: the call. start, stop: rows (None: all), also of the branches. nodes: the calls that make it, the linear one
+        included. lora: the branches. refused: why it cannot be part of a site.
     """
 
     linear: Node
     start: int | None = None
     stop: int | None = None
     nodes: tuple[Node, ...] = ()
-    lora: Lora | None = None
+    lora: tuple[Lora, ...] = ()
     refused: Reject | None = None
 
     @property
-    def rows(self) -> tuple[Node, int | None, int | None]:
-        return self.linear, self.start, self.stop
+    def rows(self) -> tuple[Any, ...]:
+        return self.linear, self.start, self.stop, self.lora
 
 
 @dataclass(frozen=True)
@@ -348,15 +360,14 @@ class Branch:
     """The output of a low-rank branch, B(A(x)) times a number, before it is added to its projection.
 
     Attributes:
-        own: the call of B as a projection of its own, which it is if nobody adds it to another one. a_out, b, scaling: as
-        in `Lora`. nodes: the calls that make it. x: what A reads, without dropout and casts.
+        own: the call of B as a projection of its own, which it is if nobody adds it to another one. lora: what it is.
+        nodes: the calls that make it, from B on. a_call: the call of A. x: what A reads, without dropout and casts.
     """
 
     own: Projection
-    a_out: Node
-    b: Node
-    scaling: float
+    lora: Lora
     nodes: tuple[Node, ...]
+    a_call: Node
     x: Node
 
 
@@ -446,6 +457,8 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
             return piece
     if target is operator.getitem and isinstance(first, Parts):
         return None
+    if target == "to" and isinstance(first, Projection) and first.lora and is_float(node):
+        return replace(first, nodes=(*first.nodes, node))  # adapters may be of a wider type than the model
     merged = _merged(above)
     if merged is None:
         return None
@@ -469,18 +482,20 @@ def _linear_state(node: Node, found: dict[Node, State]) -> State | None:
         return Projection(
             node, nodes=(node,), refused=Reject("the in-projection's weight is no parameter ({})", describe(w))
         )
-    below, passed = _source_of_branch(x)
-    inner = found.get(below)
-    if isinstance(inner, Projection) and inner.linear is below and inner.lora is None and inner.refused is None:
+    below, _ = _source_of_branch(x)
+    a = found.get(below)
+    if isinstance(a, Projection) and a.linear is below and not a.lora and a.refused is None and len(below.args) == 2:
         thin, full = shape(below)[-1], shape(below.args[0])[-1]
-        if isinstance(thin, int) and isinstance(full, int) and thin < full and len(node.args) == 2:
+        bias = node.args[2] if len(node.args) > 2 else None
+        if isinstance(thin, int) and isinstance(full, int) and thin < full and (bias is None or is_weight(bias)):
             source, _ = _source_of_branch(below.args[0])
-            return Branch(Projection(node, nodes=(node,)), x, w, 1.0, (node,), source)
+            lora = Lora(below.args[1], w, bias, 1.0, x)  # type: ignore[arg-type]
+            return Branch(Projection(node, nodes=(node,)), lora, (node,), below, source)
     return Projection(node, nodes=(node,))
 
 
 def _source_of_branch(x: Any) -> tuple[Any, list[Node]]:
-    """`x` without the dropout and casts that a low-rank branch puts in front."""
+    """`x` without the dropout and casts that a low-rank branch puts in front, and those."""
     passed = []
     while isinstance(x, Node) and x.target in (F.dropout, "to") and isinstance(x.args[0], Node):
         passed.append(x)
@@ -506,7 +521,8 @@ def _branch_state(node: Node, found: dict[Node, State]) -> State | None:
         if node.target is operator.truediv and node.args[0] is number:
             return None
         factor = float(number) if node.target is operator.mul else 1.0 / float(number)
-        return replace(branch, scaling=branch.scaling * factor, nodes=(*branch.nodes, node))
+        lora = replace(branch.lora, scaling=branch.lora.scaling * factor)
+        return replace(branch, lora=lora, nodes=(*branch.nodes, node))
     if node.target is operator.add and len(branches) == 1 and len(others) == 1:
         ((_, branch), (_, base)) = branches[0], others[0]
         if isinstance(base, Projection) and base.linear.target is F.linear:
@@ -514,11 +530,9 @@ def _branch_state(node: Node, found: dict[Node, State]) -> State | None:
             if not same_input:
                 return None
             nodes = (*base.nodes, *branch.nodes, node)
-            if base.lora is not None:
-                return replace(base, nodes=nodes, refused=Reject("several low-rank adapters on one projection"))
             if base.start is not None:
                 return replace(base, nodes=nodes, refused=Reject("a low-rank adapter on a part of a fused projection"))
-            return replace(base, nodes=nodes, lora=Lora(branch.a_out, branch.b, branch.scaling))
+            return replace(base, nodes=nodes, lora=(*base.lora, branch.lora))
     return None
 
 
@@ -569,7 +583,7 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
         return None if bounds is None else _slice(whole.whole, *bounds, (*whole.nodes, node))
     source = node.args[0]
     width = shape(source)[-1]
-    if not isinstance(width, int) or whole.lora is not None:
+    if not isinstance(width, int):
         return None
     last = rank(source) - 1
     if node.target in _SPLITS:
@@ -776,9 +790,9 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
         return hidden.refused if same_size(model_out, model_width) else None
     if not is_weight(w_out):
         return Reject("the out-projection's weight is no parameter ({})", describe(w_out))
-    adapter = _adapter_below(node, found)
-    if adapter is not None:
-        return Reject("a low-rank adapter on the out-projection ({}) reads the hidden activation", adapter.name)
+    tail = _branches_below(node, found)
+    if isinstance(tail, Reject):
+        return tail
     reader = _Reader(context, found)
     try:
         expr = reader.read(node.args[0])
@@ -827,27 +841,67 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
         tuple(reader.parameters),
         reader.dropout_p,
         width,
-        tuple(p.lora for p in projections),
+        tuple(p.lora for p in projections) if any(p.lora for p in projections) else (),
+        tail.branches,
+        node,
     )
     position = context.analysis.order
-    nodes = tuple(sorted({*reader.nodes, node}, key=position.__getitem__))
-    weights = [w for p in projections for w in (p.linear.args[1], *((p.lora.a_out, p.lora.b) if p.lora else ()))]
-    read = (source, *weights, w_out, *((b_out,) if b_out is not None else ()), *reader.parameters)
+    nodes = tuple(sorted({*reader.nodes, node, *tail.nodes}, key=position.__getitem__))
+    branches = [b for p in projections for b in p.lora]
+    read = (
+        *(source, *(p.linear.args[1] for p in projections), w_out, *((b_out,) if b_out is not None else ())),
+        *(b.a_out for b in branches),
+        *(w for b in (*branches, *tail.branches) for w in (b.a, b.b, b.bias) if w is not None),
+        *reader.parameters,
+    )
     core = (*(p.linear for p in projections), node)
-    return Candidate(node, nodes, read, captured, core)  # type: ignore[arg-type]
+    return Candidate(tail.output, nodes, read, captured, core)  # type: ignore[arg-type]
 
 
-def _adapter_below(node: Node, found: dict[Node, State]) -> Node | None:
-    """The first half of a low-rank branch that reads the same hidden activation as the out-projection `node`."""
-    hidden, _ = _source_of_branch(node.args[0])
-    stack = [u for u in hidden.users if u is not node]
-    while stack:
-        user = stack.pop()
-        if user.target in (F.dropout, "to"):
-            stack.extend(user.users)
-        elif user.target is F.linear and any(isinstance(found.get(u), Branch) for u in user.users):
-            return user
-    return None
+@dataclass(frozen=True)
+class _Tail:
+    """What follows the out-projection: its low-rank branches and the sums that add them. output: the last of `nodes`."""
+
+    output: Node
+    branches: tuple[Lora, ...] = ()
+    nodes: tuple[Node, ...] = ()
+
+
+def _branches_below(node: Node, found: dict[Node, State]) -> _Tail | Reject:
+    """The low-rank branches of the out-projection `node`: their A reads its hidden activation, behind a dropout or not."""
+    hidden = _without_casts(node.args[0])
+    tail = _Tail(node)
+    while True:
+        following = [(u, b) for u in tail.output.users if (b := _added_branch(u, tail.output, found)) is not None]
+        if len(following) != 1:
+            break
+        ((total, branch),) = following
+        source, before = _source_of_branch(branch.a_call.args[0])
+        if source is not _source_of_branch(hidden)[0]:
+            break
+        if hidden is not source and hidden not in before:
+            return Reject("a low-rank adapter on the out-projection ({}) reads it before its dropout", branch.a_call.name)
+        # Between what the out-projection reads and A there may be casts and one dropout: the branch's own.
+        own = before if hidden is source else before[: before.index(hidden)]
+        _, after = _source_of_branch(branch.lora.a_out)
+        drops = [n for n in own if n.target is F.dropout]
+        p = number(drops[0].args[1]) if drops else 0.0
+        if p is None or len(drops) > 1 or any(n.target is F.dropout for n in after):
+            return Reject("dropout in a low-rank adapter on the out-projection ({}) is not understood", branch.a_call.name)
+        nodes = (*tail.nodes, *own, branch.a_call, *after, *branch.nodes, total)
+        tail = _Tail(total, (*tail.branches, replace(branch.lora, dropout_p=float(p))), nodes)
+    if len(tail.branches) > 1 and any(b.dropout_p for b in tail.branches):
+        return Reject("several low-rank adapters with dropout on the out-projection")
+    return tail
+
+
+def _added_branch(user: Node, total: Node, found: dict[Node, State]) -> Branch | None:
+    """The branch that `user` adds to `total`, if it does."""
+    if user.target is not operator.add or len(user.args) != 2 or not same_shape(shape(user), shape(total)):
+        return None
+    other = user.args[1] if user.args[0] is total else user.args[0]
+    branch = found.get(other) if isinstance(other, Node) else None
+    return branch if isinstance(branch, Branch) else None
 
 
 def _width_of(p: Projection) -> Any:
