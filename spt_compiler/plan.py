@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import masks
 from .errors import Reject
@@ -140,6 +141,12 @@ def value_of(node: Any) -> torch.Tensor:
     return node.meta["example_value"]
 
 
+def _special_tensor(*nodes: Any) -> str | None:
+    """Name of the type of the first value that is no plain tensor: its storage is not what kernels would read."""
+    found = next((v for v in map(value_of, nodes) if is_traceable_wrapper_subclass(v)), None)
+    return None if found is None else type(found).__name__
+
+
 def _static(value: Any) -> bool:
     return isinstance(value, int)
 
@@ -150,6 +157,9 @@ def _plan_attention(match: Match, scope: Scope, config: SPTConfig) -> Plan | Rej
     q, k, v = value_of(c.q), value_of(c.k), value_of(c.v)
     if c.k_transposed:
         k = k.transpose(-1, -2)
+    special = _special_tensor(c.q, c.k, c.v)
+    if special is not None:
+        return Reject("its queries, keys or values are of type {} (sharded?)", special)
     if not q.is_floating_point() or q.dtype not in _FLOATS:
         return Reject("queries have dtype {}; expected one of fp16, bf16, fp32, fp64", q.dtype)
     if q.dim() < 2 or k.dim() != q.dim() or v.dim() != q.dim():
@@ -255,6 +265,9 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
     options = config.ffn
     x, width = value_of(c.x), c.width
     model_width = settled(x.shape[-1])
+    special = _special_tensor(c.x, *(w.node for w in c.w_in), c.w_out)
+    if special is not None:
+        return Reject("its weights or inputs are of type {} (quantised or sharded?)", special)
     if x.dtype not in _FLOATS:
         return Reject("input has dtype {}; expected one of fp16, bf16, fp32, fp64", x.dtype)
     if not _static(width) or not _static(model_width):

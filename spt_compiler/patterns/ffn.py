@@ -419,6 +419,27 @@ def _is_grouped(node: Node) -> bool:
     return node.target is torch.matmul and any(rank(a) == 3 and is_weight(a) for a in node.args)
 
 
+def _is_custom_product(node: Node) -> bool:
+    """A custom autograd function that maps the last dim of its one activation to another width."""
+    if node.target is not torch.ops.higher_order.autograd_function_apply:
+        return False
+    results, x = node.meta.get("example_value"), _read_by(node)
+    out = results[0] if isinstance(results, (tuple, list)) and results else None
+    if not isinstance(out, torch.Tensor) or not isinstance(x, Node) or out.dim() != rank(x):
+        return False
+    width, narrow = out.shape[-1], shape(x)[-1]
+    sizes = isinstance(width, int) and isinstance(narrow, int) and width != narrow
+    return sizes and same_shape(out.shape[:-1], shape(x)[:-1])
+
+
+def _read_by(source: Node) -> Any:
+    """The activation that a projection reads."""
+    if source.target is not torch.ops.higher_order.autograd_function_apply:
+        return source.args[0]
+    inputs = [a for a in source.args[2:] if isinstance(a, Node) and is_float(a) and rank(a) > 1 and not is_weight(a)]
+    return inputs[0] if len(inputs) == 1 else None
+
+
 def _pointwise_convolution(node: Node) -> bool:
     return node.target in _CONVOLUTIONS and all(isinstance(s, int) and s == 1 for s in shape(node.args[1])[2:])
 
@@ -440,6 +461,9 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         return _linear_state(node, found)
     if _is_grouped(node):
         return Projection(node, nodes=(node,), refused=Reject("its weights are stacked by expert (mixture of experts)"))
+    if _is_custom_product(node):
+        reason = Reject("its projections are {} and no linear layers (quantised?)", describe(node))
+        return Projection(node, nodes=(node,), refused=reason)
     if any(isinstance(found.get(a), Branch) for a in node.all_input_nodes):
         state = _branch_state(node, found)
         if state is not None:
@@ -451,6 +475,8 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         return None
     first = found.get(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
     first = first.own if isinstance(first, Branch) else first
+    if target is operator.getitem and isinstance(first, Projection) and not is_tensor(first.linear):
+        return first if node.args[1] == 0 else None  # a custom product's results
     if isinstance(first, (Projection, Parts)):
         piece = _piece(node, first)
         if piece is not None:
@@ -461,7 +487,7 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         return replace(first, nodes=(*first.nodes, node))  # adapters may be of a wider type than the model
     merged = _merged(above)
     if merged is None:
-        return None
+        return _of_different_inputs(node, above)
     if target is torch.reshape:
         kept = same_size(shape(node)[-1], shape(node.args[0])[-1])
         return merged if kept and is_float(node) else _broken(merged, node, "changes the last dim")
@@ -550,9 +576,19 @@ def _merged(above: list[State]) -> Hidden | None:
             sources = sources | {state.whole.linear}
         else:
             return None
-    if len(sources) > _MAX_SOURCES or len({_without_casts(s.args[0]) for s in sources}) > 1:
+    if len(sources) > _MAX_SOURCES or len({_without_casts(_read_by(s)) for s in sources}) > 1:
         return None
     return Hidden(sources, nonlinear, refused)
+
+
+def _of_different_inputs(node: Node, above: list[State]) -> Hidden | None:
+    """A gate, or something added to a pre-activation, that reads another input: adapters that are no low-rank branch."""
+    states = [s for s in above if isinstance(s, (Projection, Hidden))]
+    nonlinear = any(isinstance(s, Hidden) and s.nonlinear for s in states)
+    pre = next((s for s in states if isinstance(s, Projection)), None)
+    if pre is None or node.target is not (operator.mul if nonlinear else operator.add):
+        return None
+    return Hidden(frozenset({pre.linear}), nonlinear, Reject("its projections read different inputs"))
 
 
 def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
@@ -751,7 +787,7 @@ class _Reader:
 def capture_block(context: Context, node: Node) -> Candidate | Reject | None:
     """linear, element-wise function, linear: `node` is the second projection."""
     found = context.fact(states)
-    x = node.args[0] if node.args else None
+    x = _read_by(node) if node.args else None
     hidden = found.get(x) if isinstance(x, Node) else None
     if not isinstance(hidden, Hidden) or not hidden.nonlinear:
         return None
@@ -781,13 +817,14 @@ def _is_inverted(node: Node, hidden: Hidden) -> bool:
 def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, State]) -> Candidate | Reject | None:
     w_out = node.args[1]
     b_out = node.args[2] if len(node.args) > 2 else None
-    if any(isinstance(found.get(u), Branch) for u in node.users):
-        return None  # the first half of a low-rank branch on an out-projection, which is refused with its own reason
-    source = next(iter(hidden.sources)).args[0]
+    if _starts_branch(node, found):
+        return None  # A of a low-rank branch on an out-projection, of which it is a part
+    source = _read_by(next(iter(hidden.sources)))
     width, model_width, model_out = shape(node.args[0])[-1], shape(source)[-1], shape(node)[-1]
     if hidden.refused is not None:
-        # A head or a router behind something that is no activation anyway is nothing to report.
-        return hidden.refused if same_size(model_out, model_width) else None
+        # A head, a router or an adapter behind something that is no activation anyway is nothing to report.
+        thin = isinstance(width, int) and isinstance(model_width, int) and width < model_width
+        return hidden.refused if same_size(model_out, model_width) and not thin else None
     if not is_weight(w_out):
         return Reject("the out-projection's weight is no parameter ({})", describe(w_out))
     tail = _branches_below(node, found)
@@ -867,6 +904,17 @@ class _Tail:
     nodes: tuple[Node, ...] = ()
 
 
+def _starts_branch(node: Node, found: dict[Node, State]) -> bool:
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if isinstance(found.get(user), Branch):
+            return True
+        if user.target in (F.dropout, "to"):
+            stack.extend(user.users)
+    return False
+
+
 def _branches_below(node: Node, found: dict[Node, State]) -> _Tail | Reject:
     """The low-rank branches of the out-projection `node`: their A reads its hidden activation, behind a dropout or not."""
     hidden = _without_casts(node.args[0])
@@ -923,6 +971,39 @@ def _normal_form(expr: Expression, count: int) -> tuple[Expression, list[int]]:
     return gate * plain, [0, 1]
 
 
+def capture_cut(context: Context, node: Node) -> Reject | None:
+    """A non-linearity whose pre-activation, or whose hidden activation, crosses a graph break."""
+    if not is_float(node) or rank(node) < 2:
+        return None
+    found = context.fact(states)
+    if node not in found:
+        above: Any = node
+        while isinstance(above, Node) and above.op != "placeholder":
+            follow = above.target in ELEMENTWISE or above.target in _TRANSPARENT or above.target is torch.reshape
+            above = above.args[0] if follow and above.args else None
+        # Dynamo names what was on Python's stack at a graph break.
+        if isinstance(above, Node) and "___stack" in getattr(getattr(above, "_dynamo_source", None), "name", ""):
+            return Reject("a graph break cuts it: its pre-activation comes from another graph (TORCH_LOGS=graph_breaks)")
+        return None
+    cause = getattr(context.module, "compile_subgraph_reason", None)
+    if isinstance(found[node], Hidden) and getattr(cause, "graph_break", False) and _is_returned(node):
+        return Reject("a graph break cuts it: its hidden activation leaves the graph (TORCH_LOGS=graph_breaks)")
+    return None
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether `node` leaves the graph, itself or after element-wise steps."""
+    stack, seen = [node], {node}
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen and (user.target in ELEMENTWISE or user.target in _TRANSPARENT):
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
 BLOCK = Pattern(
     name="linear-act-linear",
     kind="ffn",
@@ -934,8 +1015,15 @@ EXPERTS = Pattern(
     name="experts",
     kind="ffn",
     equation="grouped(act(grouped(x, w_in)), w_out) stays",
-    anchors=(torch.matmul, "*grouped_mm*", *_CONVOLUTIONS),
+    anchors=(torch.matmul, "*grouped_mm*", *_CONVOLUTIONS, torch.ops.higher_order.autograd_function_apply),
     capture=capture_block,
 )
+CUT = Pattern(
+    name="cut",
+    kind="ffn",
+    equation="act(a value of another graph) stays",
+    anchors=tuple(NONLINEAR),
+    capture=capture_cut,
+)
 
-PATTERNS = (BLOCK, EXPERTS)
+PATTERNS = (BLOCK, EXPERTS, CUT)
