@@ -488,8 +488,6 @@ class _Backward:
         constants: dict[str, Any],
         alternatives: Sequence[Setting] = (),
     ) -> None:
-        # Single keys come 32 at a step, whose gradients four warps cannot hold above a head dimension of 64.
-        many = kernel == "dkdv" and self.call.structure["single"] and self.call.wide > 64
         heavy = self.call.full or self.call.wide > 128
         structure = {
             **self.call.structure,
@@ -504,10 +502,15 @@ class _Backward:
             (n_programs,),
             args,
             constants,
-            num_warps=8 if heavy or many else 4,
+            num_warps=8 if heavy else 4,
             num_stages=1 if heavy else 2,
             alternatives=alternatives,
         )
+
+    def _keys_per_step(self) -> int:
+        """Of the kernels that walk lists: what shared memory holds beside queries and gradients of their results."""
+        call = self.call
+        return call.block_n(16 if call.full and call.wide > 128 else 32 if call.full or call.wide > 64 else 64)
 
     def queries(self, n_heads: int, lists: dict[str, Any]) -> None:
         """dQ of n_heads heads, and what the other kernels need of every query."""
@@ -517,7 +520,7 @@ class _Backward:
             args["shift_ptr"] = self.shift
         if self.nothing is not None:
             args["nothing_ptr"] = self.nothing
-        block_n = call.block_n(32 if call.wide > 64 or call.full else 64)
+        block_n = self._keys_per_step()
         constants = {**call.constants, "BLOCK_N": block_n}
         self._launch("dq", call.n_blocks * n_heads, args, constants, call.alternatives(block_n))
 
@@ -536,7 +539,7 @@ class _Backward:
             "batch_span": self.q.shape[0] // batch,
             "head_span": self.q.shape[1] // n_heads,
         }
-        constants = {**call.constants, "BLOCK_N": call.block_n(32 if call.wide > 64 or call.full else 64)}
+        constants = {**call.constants, "BLOCK_N": self._keys_per_step()}
         self._launch("dbias", call.n_blocks * batch * n_heads, args, constants)
 
     def blank(self, first: int, stop: int) -> None:
@@ -559,6 +562,9 @@ class _Backward:
         elif self.special:
             args["dv_base_ptr"] = self.dv_base
         constants = {**call.constants, "BLOCK_N": max(16, call.tile_k)}
+        if call.wide > 64 and call.tile_k > 16:
+            # Gradients of many keys leave registers for fewer queries.
+            constants["BLOCK_M"] = min(constants["BLOCK_M"], 32)
         split = self.split
         if split is None:
             args["n_items"] = call.n_key_tiles

@@ -24,6 +24,7 @@ from spt_compiler.lowering.triton_common import (
     launch,
     mask_of,
     next_power_of_2,
+    on_hip,
     product_precision,
     strides,
     supports_mask,
@@ -250,7 +251,8 @@ def select_tiles(
             "PRECISION": product_precision(dtype),
         },
         num_warps=8 if dtype == torch.float32 else 4,
-        num_stages=1 if dtype == torch.float32 else 2,
+        # Triton 3.7 cannot pipeline its two loops for AMD chips.
+        num_stages=1 if dtype == torch.float32 or on_hip() else 2,
     )
     block = next_power_of_2(n_key_tiles)
     launch(
