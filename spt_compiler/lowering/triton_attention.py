@@ -22,6 +22,7 @@ from spt_compiler.errors import Reject
 from spt_compiler.lowering import registry
 from spt_compiler.lowering.triton_common import (
     accepts,
+    before_hopper,
     bias_arguments,
     bias_structure,
     ceil_div,
@@ -79,6 +80,12 @@ class _Call:
     def block_n(self, most: int) -> int:
         """Keys per step: whole tiles, about `most` keys."""
         return max(self.tile_k, most)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether marks or pseudo-keys, beside wide heads, ask for more registers than four warps have."""
+        more = self.structure["single"] or self.structure["pseudo"] is not None
+        return bool(more) and self.wide > 64 and before_hopper()
 
     def alternatives(self, block_n: int | None = None) -> list[Setting]:
         """Settings beside the safe one: deeper pipelines, more warps, and in the end the one that asks for least.
@@ -160,7 +167,7 @@ def _call(
         "TILE_Q": tile_q,
         "TILE_K": tile_k,
         "BLOCK_M": min(max(16, next_power_of_2(tile_q)), 32 if full and wide > 64 else 128),
-        "BLOCK_P": 16 if wide > 128 or full else 32,
+        "BLOCK_P": 16 if wide > 128 or full or (pseudo == "masked" and wide > 64) else 32,
         "PRECISION": product_precision(q.dtype),
     }
     return _Call(structure, args, constants, wide, full, tile_q, tile_k, n_query_tiles, n_key_tiles)
@@ -310,7 +317,7 @@ def _forward(call: _Call, out: Tensor, lse: Tensor, empty: str, n_programs: int,
     # Four warps would spill registers: accumulators of 128 rows, of the mean of all values, or of float32 heads above
     # 64.
     block_n = call.block_n(32 if call.wide > 128 or call.full else 64)
-    crowded = call.constants["BLOCK_M"] >= 128 or (wide_values and (empty == "uniform" or call.full))
+    crowded = call.crowded or call.constants["BLOCK_M"] >= 128 or (wide_values and (empty == "uniform" or call.full))
     launch(
         "tile_attention_fwd",
         {**call.structure, "empty": empty},
@@ -488,7 +495,7 @@ class _Backward:
         constants: dict[str, Any],
         alternatives: Sequence[Setting] = (),
     ) -> None:
-        heavy = self.call.full or self.call.wide > 128
+        deep = not (self.call.full or self.call.wide > 128)
         structure = {
             **self.call.structure,
             "special": self.special,
@@ -502,8 +509,8 @@ class _Backward:
             (n_programs,),
             args,
             constants,
-            num_warps=8 if heavy else 4,
-            num_stages=1 if heavy else 2,
+            num_warps=4 if deep and not (self.call.crowded and kernel != "dkdv") else 8,
+            num_stages=2 if deep else 1,
             alternatives=alternatives,
         )
 

@@ -129,6 +129,14 @@ def on_hip() -> bool:
     return target.startswith("gfx") if target is not None else torch.version.hip is not None
 
 
+def before_hopper() -> bool:
+    """Whether launches are for an NVIDIA chip without warp-group products, whose operands take registers."""
+    target = _recorded_for.get()
+    if target is not None:
+        return target == "sm_80"
+    return torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9
+
+
 def product_precision(dtype: torch.dtype) -> str:
     """`input_precision` of `tl.dot`: full float32, as torch's matmul has by default (the 16-bit types ignore it).
 
@@ -292,7 +300,7 @@ def launch(
     if key in _failed:
         raise _failed[key]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        if len(settings) > 1:
+        if len(settings) > 1 and not triton_tuning.idle(device):
             from triton.testing import do_bench
 
             def measure(setting: Setting) -> float:

@@ -18,6 +18,7 @@ from spt_compiler.lowering.triton_common import (
     Mask,
     accepts,
     available,
+    before_hopper,
     bias_arguments,
     bias_structure,
     ceil_div,
@@ -212,6 +213,7 @@ def select_tiles(
     causal = plain and is_causal
     block_d = max(16, next_power_of_2(dim))
     block_t = max(1, max(16, 64 if block_d <= 128 else 32) // tile_k)
+    crowded = block_d > 64 and (causal or not plain)
     tile_constants = {"HEAD_DIM": dim, "TILE_K": tile_k}
     args = {"budget_ptr": budget, "scores_ptr": scores}
     if plain:
@@ -246,11 +248,11 @@ def select_tiles(
             "BLOCK_M": max(16, next_power_of_2(tile_q)),
             "BLOCK_N": block_t * tile_k,
             "BLOCK_T": block_t,
-            "BLOCK_P": 64 if block_d <= 64 else 32,
+            "BLOCK_P": 64 if block_d <= (128 if before_hopper() and not causal else 64) else 32,
             "BLOCK_D": block_d,
             "PRECISION": product_precision(dtype),
         },
-        num_warps=8 if dtype == torch.float32 else 4,
+        num_warps=8 if dtype == torch.float32 or (crowded and not on_hip()) else 4,
         # Triton 3.7 cannot pipeline its two loops for AMD chips.
         num_stages=1 if dtype == torch.float32 or on_hip() else 2,
     )

@@ -9,6 +9,7 @@ the file is written anew.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -46,6 +47,7 @@ class Setting:
 
 
 _lock = threading.Lock()
+_paths: dict[torch.device, Path] = {}
 _files: dict[Path, dict[str, int]] = {}
 
 
@@ -66,17 +68,23 @@ def device_name(device: torch.device) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "_", f"{chip} triton {triton.__version__}")
 
 
+@functools.lru_cache(maxsize=4096)
+def _digest(what: Any) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:32]
+
+
 def key_of(source: str, kernel: str, args: Mapping[str, Any], constants: Mapping[str, Any], settings: Sequence[Setting]) -> str:
     """What a result holds for: the kernel, its constants and types, its sizes to a power of two, and the alternatives."""
-    sizes = {name: v.bit_length() for name, v in args.items() if name.startswith("n_") and isinstance(v, int)}
-    types = {name: str(v.dtype) for name, v in args.items() if isinstance(v, Tensor)}
-    choices = [[s.num_warps, s.num_stages, *s.constants] for s in settings]
-    what = [source, kernel, sorted(constants.items()), sorted(sizes.items()), sorted(types.items()), choices]
-    return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:32]
+    sizes = tuple((name, v.bit_length()) for name, v in sorted(args.items()) if name.startswith("n_") and isinstance(v, int))
+    types = tuple((name, v.dtype) for name, v in sorted(args.items()) if isinstance(v, Tensor))
+    return _digest((source, kernel, tuple(sorted(constants.items())), sizes, types, tuple(settings)))
 
 
 def _path(device: torch.device) -> Path:
-    return render.cache_folder() / f"tuning_{device_name(device)}.json"
+    with _lock:
+        if device not in _paths:
+            _paths[device] = render.cache_folder() / f"tuning_{device_name(device)}.json"
+        return _paths[device]
 
 
 def _read(path: Path) -> dict[str, int]:
@@ -112,6 +120,11 @@ def _keep(path: Path, key: str, index: int) -> None:
         log.info("%s cannot be written (%s); the result serves this process alone", path, error)
 
 
+def idle(device: torch.device) -> bool:
+    """Whether there is nothing to choose by: no results for the device, and none to be measured."""
+    return not enabled() and not _known(_path(device))
+
+
 def choose(
     device: torch.device, key: str, settings: Sequence[Setting], measure: Callable[[Setting], float]
 ) -> Setting:
@@ -145,4 +158,5 @@ def choose(
 def forget() -> None:
     """Drops what this process knows, so that files are read again; for tests."""
     with _lock:
+        _paths.clear()
         _files.clear()
