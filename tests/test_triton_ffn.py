@@ -108,6 +108,44 @@ def test_dense_by_data_needs_no_more_hidden_values_than_the_sparse_capacity(monk
         assert all(before[1] == after[0] for before, after in zip(covered, covered[1:], strict=False))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_wider_tiles_compile_as_well(monkeypatch):
+    """What autotuning may choose: the widest tile of the kernel without an epilogue, as its own setting."""
+    widest = []
+    original = triton_common.launch
+
+    def take(*args, alternatives=(), num_warps=4, num_stages=2, **rest):
+        for setting in alternatives[:1]:
+            constants = {**args[5], **dict(setting.constants)}
+            if args[2] == "routed_ffn_rows_kernel" and constants["BLOCK_N"] > args[5]["BLOCK_N"]:
+                widest.append(constants["BLOCK_N"])
+                original(*args[:5], constants, num_warps=setting.num_warps, num_stages=setting.num_stages)
+
+    monkeypatch.setattr(triton_ffn, "launch", take)
+    with triton_common.recording("sm_90") as specs:
+        triton_catalog._ffn("gelu bias", torch.bfloat16)
+    assert widest and set(widest) == {256}
+    for spec in specs[:1]:
+        compiled = triton_common.compile_kernel(spec, "sm_90")
+        assert compiled.error is None and compiled.tensor_core and compiled.spills == 0
+
+
+def test_a_launch_that_adds_to_its_result_is_never_measured(monkeypatch):
+    """Measuring runs a kernel many times."""
+    seen = []
+
+    def spy(template, structure, kernel, grid, args, constants, *, alternatives=(), **tuning):
+        seen.append((kernel, args.get("first_token", 0), bool(alternatives)))
+
+    monkeypatch.setattr(triton_ffn, "launch", spy)
+    triton_catalog._ffn("gated silu", torch.bfloat16)
+    tuned = {(kernel, first) for kernel, first, choice in seen if choice}
+    assert {kernel for kernel, _ in tuned} == {
+        "routed_ffn_fwd_in_kernel", "routed_ffn_rows_kernel", "routed_ffn_sums_weights_kernel"
+    }  # fmt: skip
+    assert {first for _, first in tuned} == {0} and any(first > 0 for _, first, _ in seen)
+
+
 def test_a_recorded_launch_has_the_types_and_alignment_that_the_jit_would_choose():
     with triton_common.recording() as specs:
         triton_ffn.route(torch.empty(100, 8, device="meta"), torch.empty(8, dtype=torch.bool, device="meta"),

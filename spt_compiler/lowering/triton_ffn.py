@@ -7,6 +7,7 @@ data") is decided inside the kernels. Sums run in a fixed order, so that results
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from spt_compiler.lowering.triton_common import (
     product_precision,
     strides,
 )
+from spt_compiler.lowering.triton_tuning import Setting
 from spt_compiler.ops.reference_ffn import FlatGrads, check_arguments, kept_blocks, row_capacity
 
 MAX_BLOCKS = 1024
@@ -207,6 +209,19 @@ class _Geometry:
         warps = 4 if block_m * block_n * n_accumulators <= (32 if full else 64) * 128 else 8
         return constants, {"num_warps": warps, "num_stages": 1 if full else 2 if on_hip() else 3}
 
+    def alternatives(self, constants: Mapping[str, Any], columns: int, first_token: int) -> tuple[Setting, ...]:
+        """Settings beside the safe one, for kernels that find the number of their tiles themselves.
+
+        None for a launch that may have nothing to do, or adds to what is there: it could not be measured.
+        """
+        block_n = constants["BLOCK_N"]
+        if first_token > 0 or block_n < 64:
+            return ()
+        if self.dtype == torch.float32:
+            return (Setting(8, 2), Setting(4, 1, (("BLOCK_N", 32),)))
+        wide = (Setting(8, 3, (("BLOCK_N", 2 * block_n),)),) if columns >= 2 * block_n else ()
+        return (*wide, Setting(8, 4), Setting(8, 2), Setting(4, 3, (("BLOCK_N", block_n // 2),)))
+
     def rows_of(self, lefts: list[Tensor], weights: list[_Weight], partial: Tensor, first_token: int) -> None:
         """partial = the sum of left @ weight[units of the row's block] over the pairs."""
         n_out = partial.shape[1]
@@ -228,12 +243,12 @@ class _Geometry:
                 "n_units": self.n_units,
                 "n_out": n_out,
                 "width": self.width,
-                "n_out_tiles": n_out_tiles,
                 "first_token": first_token,
                 "chunk": self.chunk,
             },
             {**constants, "BAND": _BAND},
             **tuning,
+            alternatives=self.alternatives(constants, n_out, first_token),
         )
 
     def combine(
@@ -478,12 +493,12 @@ def routed_ffn(
                 "n_features": g.n_features,
                 "n_units": g.n_units,
                 "width": g.width,
-                "n_hidden_tiles": n_hidden_tiles,
                 "first_token": first_token,
                 "chunk": g.chunk,
             },
             {**constants, "N_SLOTS": g.n_slots, "BLOCK_R": projections.block_r, "BAND": _BAND},
             **tuning,
+            alternatives=g.alternatives(constants, g.width, first_token),
         )
         for left, weight, partial, out in outputs:
             g.rows_of([left], [weight], partial, first_token)
@@ -779,13 +794,12 @@ class _Backward:
                 "n_units": g.n_units,
                 "n_right": target.shape[1],
                 "width": g.width,
-                "n_unit_tiles": n_unit_tiles,
-                "n_right_tiles": n_right_tiles,
                 "first_token": first_token,
                 "chunk": g.chunk,
             },
             {**constants, "INDIRECT": direct},
             **tuning,
+            alternatives=g.alternatives(constants, target.shape[1], first_token),
         )
 
     def _sum_columns(self, columns: Tensor, vector: Tensor, first_token: int) -> None:
