@@ -398,3 +398,22 @@ def test_scratch_memory_is_reused():
     assert buffers.get("a", 2, 3).data_ptr() == first.data_ptr() != buffers.get("b", 4, 5).data_ptr()
     larger = buffers.get("a", 40, 5)
     assert buffers.get("a", 4, 5).data_ptr() == larger.data_ptr()
+
+
+def test_measuring_quality_copies_no_keys_for_each_position():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.size = max(self.size, out.numel())
+            return out
+
+    case = cases.make("causal", dtype=torch.float32, n_q=400, n_k=400)
+    index, counts = tile_lists(case)
+    out, lse = reference.tile_attention(*case.attend_args(index, counts))
+    with Largest() as seen:
+        figures = reference.quality_sums(case.q, case.k, case.v, None, case.expr, [], out, lse, case.scale, None)
+    assert figures[3] == 32 * 4 and 0 < figures[0] <= figures[3]
+    assert seen.size < 2 * case.k.numel()  # and not 32 times the keys

@@ -580,25 +580,33 @@ def quality_sums(q, k, v, bias, expr, expr_in, out, lse, scale, softcap) -> Tens
     dtype = compute_dtype(q, k)
     if batch * n_q == 0 or n_k == 0:
         return torch.zeros(4, dtype=torch.float32, device=q.device)
-    picked = evenly(batch * n_q, min(MEASURED_POSITIONS, batch * n_q), q.device)
-    b, t = picked // n_q, picked % n_q
-    rows = q[b, :, t].to(dtype).unsqueeze(2)  # [n, H, 1, D]
-    keys, values = (_heads(x[b], n_heads).to(dtype) for x in (k, v))
-    logits = _capped(rows @ keys.transpose(-1, -2) * scale, softcap).squeeze(2)  # [n, H, Tk]
-    h, j = torch.arange(n_heads, device=q.device).view(1, -1, 1), torch.arange(n_k, device=q.device).view(1, 1, -1)
-    row_bias = None if bias is None else bias.expand(batch, n_heads, n_q, n_k)[b, :, t]
-    row_mask = mask_at(expr, expr_in, b.view(-1, 1, 1), h, t.view(-1, 1, 1), j)
-    added, allowed = combine_masks([row_bias, row_mask], dtype)
-    logits = logits if added is None else logits + added
-    logits = logits if allowed is None else torch.where(allowed, logits, -torch.inf)
-    exact = logits.logsumexp(-1)  # [n, H]
-    sparse_lse, sparse = lse[b, :, t].to(dtype), out[b, :, t].to(dtype)
-    dense = (logits.softmax(-1).unsqueeze(2) @ values).squeeze(2)  # NaN where nothing is allowed: left out below
-    error, energy = (sparse - dense).square().sum(-1), dense.square().sum(-1)
-    valid = exact.isfinite() & error.isfinite() & energy.isfinite() & ~sparse_lse.isnan()
-    mass = (sparse_lse - exact).exp().clamp(max=1)
-    sums = [torch.where(valid, x, 0).sum() for x in (mass, error, energy, torch.ones_like(mass))]
-    return torch.stack(sums).float()
+    total, n_picked, n_groups = batch * n_q, min(MEASURED_POSITIONS, batch * n_q), k.shape[1]
+    h, j = torch.arange(n_heads, device=q.device).view(-1, 1, 1), torch.arange(n_k, device=q.device).view(1, 1, -1)
+    sums = torch.zeros(4, dtype=dtype, device=q.device)
+    # One batch row after the other: indexing keys by position would copy all of them for each position.
+    for row in range(batch):
+        first, last = -(-row * n_picked // batch), -(-(row + 1) * n_picked // batch)
+        if first == last:
+            continue
+        t = torch.arange(first, last, device=q.device) * total // n_picked - row * n_q
+        b = torch.full((1, 1, 1), row, device=q.device)
+        keys, values = k[row].to(dtype), v[row].to(dtype)
+        queries = q[row, :, t].to(dtype).reshape(n_groups, -1, q.shape[3])
+        logits = _capped(queries @ keys.transpose(-1, -2) * scale, softcap).view(n_heads, -1, n_k)  # [H, n, Tk]
+        row_bias = None if bias is None else bias.expand(batch, n_heads, n_q, n_k)[row, :, t]
+        row_mask = mask_at(expr, expr_in, b, h, t.view(1, -1, 1), j)
+        added, allowed = combine_masks([row_bias, row_mask], dtype)
+        logits = logits if added is None else logits + added
+        logits = logits if allowed is None else torch.where(allowed, logits, -torch.inf)
+        exact = logits.logsumexp(-1)  # [H, n]
+        sparse_lse, sparse = lse[row, :, t].to(dtype), out[row, :, t].to(dtype)
+        dense = logits.softmax(-1).view(n_groups, -1, n_k) @ values  # NaN where nothing is allowed: left out below
+        dense = dense.view(n_heads, -1, v.shape[3])
+        error, energy = (sparse - dense).square().sum(-1), dense.square().sum(-1)
+        valid = exact.isfinite() & error.isfinite() & energy.isfinite() & ~sparse_lse.isnan()
+        mass = (sparse_lse - exact).exp().clamp(max=1)
+        sums += torch.stack([torch.where(valid, x, 0).sum() for x in (mass, error, energy, torch.ones_like(mass))])
+    return sums.float()
 
 
 def stats_attention(q, k, v, bias, expr, expr_in, out, lse, scale, softcap, rows, probe):
