@@ -1,0 +1,241 @@
+"""Opaque and nested forms: torch's own layers, flex_attention, checkpoints, blocks one by one, graph breaks, functional calls."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import flex_attention as flex
+from torch.utils.checkpoint import checkpoint
+
+import spt_compiler
+from tests.blocks import EXACT, SPARSE, Block, Stack, assert_same, gradients, relative
+
+EAGER = {**EXACT, "inner": "eager"}
+WIDTH, LENGTH = 48, 37
+
+
+def batch(size: int = 2) -> torch.Tensor:
+    return torch.randn(size, LENGTH, WIDTH)
+
+
+def sites(module, *inputs, **kwargs) -> tuple[int, int]:
+    found = spt_compiler.explain(module, *inputs, options=SPARSE, **kwargs)
+    return found.replaced("attention"), found.replaced("ffn")
+
+
+def check(module: nn.Module, wanted: tuple[int, int], *inputs: torch.Tensor, call=None) -> None:
+    """The wanted sites are replaced, and exact equals eager in outputs and gradients."""
+    assert sites(module, *inputs) == wanted
+    expected = gradients(module, module, *inputs)
+    assert_same(gradients(module, torch.compile(module, backend="spt", options=EAGER), *inputs), expected)
+
+
+# ---- torch's own layers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_multihead_attention(need_weights, masked):
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+        def forward(self, x, y):
+            padding = torch.zeros(2, LENGTH, dtype=torch.bool) if masked else None
+            if masked:
+                padding[1, 30:] = True
+            return self.attention(x, y, y, key_padding_mask=padding, need_weights=need_weights)[0]
+
+    check(Attend(), (1, 0), batch(), batch())
+
+
+def test_attention_weights_that_are_read_keep_their_site_dense():
+    class Attend(nn.MultiheadAttention):
+        def forward(self, x):
+            out, weights = super().forward(x, x, x)
+            return out + weights.mean()
+
+    model, x = Attend(WIDTH, 4, batch_first=True), batch()
+    (site,) = spt_compiler.explain(model, x, options=SPARSE).sites
+    assert site.status == "skipped" and "also used by" in site.reason, site
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_encoder_layer(norm_first, training):
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 112, dropout=0.0, batch_first=True, norm_first=norm_first)
+    check(layer.train(training), (1, 1), batch())
+
+
+def test_the_fast_path_of_the_encoder_layer_is_opened():
+    """In eval mode without gradients torch runs the whole layer as one operator."""
+    layer, x = nn.TransformerEncoderLayer(WIDTH, 4, 112, batch_first=True).eval(), batch()
+    with torch.no_grad():
+        assert sites(layer, x) == (1, 1)
+        assert relative(torch.compile(layer, backend="spt", options=EAGER)(x), layer(x)) < 1e-4
+
+
+def test_a_stack_of_encoder_layers_with_masks():
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 112, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), batch()
+    causal = nn.Transformer.generate_square_subsequent_mask(LENGTH)
+
+    def run(module):
+        return lambda value: module(value, mask=causal, is_causal=True)
+
+    assert sites(model, x, mask=causal, is_causal=True) == (2, 2)
+    got = gradients(model, run(torch.compile(model, backend="spt", options=EAGER)), x)
+    assert_same(got, gradients(model, run(model), x))
+
+
+def test_decoder_layer():
+    layer = nn.TransformerDecoderLayer(WIDTH, 4, 112, dropout=0.0, batch_first=True)
+    check(layer, (2, 1), batch(), batch())
+
+
+# ---- flex_attention -----------------------------------------------------------------------------------------------
+
+
+def test_flex_attention_stays_with_a_reason():
+    class Flex(Block):
+        def forward(self, x):
+            q, k, v = self.qkv(x).view(2, LENGTH, 3, 4, 12).permute(2, 0, 3, 1, 4).unbind(0)
+            out = flex.flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: torch.where(i >= j, s, -float("inf")))
+            x = x + self.proj(out.transpose(1, 2).reshape(2, LENGTH, WIDTH))
+            return x + self.fc2(torch.nn.functional.gelu(self.fc1(x)))
+
+    model, x = Flex(), batch()
+    with torch.no_grad():
+        found = spt_compiler.explain(model, x, options=SPARSE)
+        assert (found.replaced("attention"), found.replaced("ffn")) == (0, 1), found.summary()
+        (kept,) = (s for s in found.sites if s.kind == "attention")
+        assert "flex_attention" in kept.reason
+        assert relative(torch.compile(model, backend="spt", options=EAGER)(x), model(x)) < 1e-4
+
+
+# ---- nesting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_blocks(reentrant):
+    class Checkpointed(Stack):
+        def forward(self, x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=reentrant)
+            return x
+
+    check(Checkpointed(2), (2, 2), batch())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_blocks_compiled_one_by_one_under_a_checkpoint_of_the_caller(reentrant):
+    model, x = Stack(2), batch()
+    expected = gradients(model, model, x)
+    spt_compiler.compile(model, **EAGER)
+
+    def call(value):
+        for block in model.blocks:
+            value = checkpoint(block, value, use_reentrant=reentrant)
+        return value
+
+    assert_same(gradients(model, call, x), expected)
+
+
+def test_a_sparse_step_under_a_checkpoint_of_the_caller_replays_its_selection():
+    model, x = Stack(2), torch.randn(2, 200, WIDTH)
+    spt_compiler.compile(model, **SPARSE)
+    for _ in range(2):
+        model(x).sum().backward()
+    plain = gradients(model, model, x)
+    state = {n: t.clone() for n, t in spt_compiler.state_dict(model).items()}
+
+    def call(value):
+        for block in model.blocks:
+            value = checkpoint(block, value, use_reentrant=False)
+        return value
+
+    spt_compiler.load_state_dict(model, state)
+    with torch.no_grad():
+        before = call(x)
+    again = gradients(model, call, x)
+    assert torch.equal(before, again[0]) and plain[1].keys() == again[1].keys()
+
+
+def test_a_graph_break_inside_of_a_model_costs_no_site():
+    class Broken(Stack):
+        def forward(self, x):
+            x = self.blocks[0](x)
+            torch._dynamo.graph_break()
+            return self.blocks[1](x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(Broken(2), (2, 2), batch())
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_graph_break_inside_of_an_ffn_is_the_reason(where):
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(WIDTH, 112), nn.Linear(112, WIDTH)
+
+        def forward(self, x):
+            h = self.fc1(x)
+            if where == "before":
+                h = (h, torch._dynamo.graph_break())[0]
+            h = torch.nn.functional.gelu(h)
+            if where == "after":
+                h = (h, torch._dynamo.graph_break())[0]
+            return self.fc2(h)
+
+    found = spt_compiler.explain(Broken(), batch(), options=SPARSE)
+    assert [s.kind for s in found.sites] == ["ffn"] and "a graph break cuts it" in found.sites[0].reason, found.summary()
+
+
+# ---- functional users ---------------------------------------------------------------------------------------------
+
+
+def test_functional_call_keeps_the_state_of_the_tensors_it_is_given():
+    model, x = Stack(1), batch()
+    parameters = dict(model.named_parameters())
+
+    def run(values, given):
+        return functional_call(model, values, (given,))
+
+    compiled = torch.compile(run, backend="spt", options=EAGER)
+    expected = gradients(model, lambda v: run(parameters, v), x)
+    assert_same(gradients(model, lambda v: compiled(parameters, v), x), expected)
+
+
+def test_sites_inside_of_vmap_stay_dense_with_a_reason():
+    model = Stack(1)
+
+    def run(values):
+        return vmap(lambda v: model(v[None])[0])(values)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(run, backend="spt", options={**EAGER, "strict": False})
+        x = batch()
+        assert relative(compiled(x), run(x)) < 1e-4
+
+
+def test_the_gradient_transform_of_a_model():
+    model, x = Stack(1), batch()
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+
+    def loss(values):
+        return functional_call(model, values, (x,)).square().mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = torch.compile(torch.func.grad(loss), backend="spt", options={**EAGER, "strict": False})(parameters)
+    for name, grad in torch.func.grad(loss)(parameters).items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-3, atol=1e-5)
