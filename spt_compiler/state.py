@@ -237,7 +237,7 @@ class StateStore:
     def named_states(self, model: nn.Module) -> Iterator[tuple[str, SiteState]]:
         """(name, state) of every site of `model`, in the order of its parameters; a shared anchor is listed once."""
         seen: set[int] = set()
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, parameter in _anchors(model):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
@@ -261,7 +261,7 @@ class StateStore:
             for site, state in self.named_states(model)
             for name, tensor in state.tensors.items()
         }
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, parameter in _anchors(model):
             for (kind, ordinal), tensors in (self._pending.get(parameter) or {}).items():
                 for tensor_name, value in tensors.items():
                     result.setdefault(f"{_owner(name)}/{kind}/{ordinal}.{tensor_name}", value.clone())
@@ -285,7 +285,7 @@ class StateStore:
         for site in grouped.keys() & existing.keys():
             _check(existing[site], grouped[site], site)
         anchors: dict[str, list[Tensor]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, parameter in _anchors(model):
             anchors.setdefault(_owner(name), []).append(parameter)
         left_over = []
         for site, tensors in grouped.items():
@@ -312,10 +312,30 @@ class StateStore:
     def forget(self, model: nn.Module) -> None:
         """Drops all learned state of `model`; the next call starts anew."""
         with self._lock:
-            for parameter in model.parameters():
+            for _, parameter in _anchors(model):
                 self._sites.pop(parameter, None)
                 self._pending.pop(parameter, None)
             self.version += 1
+
+
+def _anchors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, parameter as graphs see it), shared ones under every name.
+
+    A model under FSDP (`fully_shard`) shows its shards; what its graphs compute with, and what state hangs on, is the full
+    parameter behind each, which exists from the first forward on.
+    """
+    full: dict[int, Tensor] = {}
+    for module in model.modules():
+        get_state = getattr(module, "_get_fsdp_state", None)
+        if get_state is None:
+            continue
+        state = get_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for sharded in (p for group in groups for p in getattr(group, "fsdp_params", ())):
+            if hasattr(sharded, "_unsharded_param"):
+                full[id(sharded.sharded_param)] = sharded._unsharded_param
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, full.get(id(parameter), parameter)
 
 
 def _owner(parameter_name: str) -> str:
