@@ -100,6 +100,8 @@ def learn(state: SiteState, rows: Tensor, weights: Any, *, density: float, seed:
 
 
 def _learn_codebook(state: SiteState, rows: Tensor, seed: int) -> None:
+    if state.parameters_taken:
+        return  # the user's optimizer moves the codewords; moving their origin would undo its work
     queries, keys = rows[0], rows[1]  # [Hkv, S, D] each
     codebook = state.tensors["codebook"]
     _, n_subspaces, n_codewords, _ = codebook.shape
@@ -140,7 +142,8 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     t = state.tensors
     n_blocks = t["router_weight"].shape[0]
     n_keep = blocks_kept(density, n_blocks)
-    router = state.settings.ffn.router if state.settings is not None else "learned"  # type: ignore[attr-defined]
+    settings = state.settings
+    router, gate = ("learned", "hard") if settings is None else (settings.ffn.router, settings.ffn.gate)
     h, w_out = hidden(weights, x), weights["w_out"].float()
     scale = routing.output_scale(h @ w_out.t())
     scaled = w_out * scale.unsqueeze(1)
@@ -150,6 +153,7 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     first = not state.initialised or grown
     if first:
         state.set_counter("clustered_rows", x.shape[0])
+    if first and (settings is None or settings.preset != "paper"):  # the paper's blocks lie as the units do
         permutation = routing.cluster((h.abs() * scaled.norm(dim=0)).T, n_blocks, seed, n_keep=n_keep)
         state.assign(permutation=permutation)
     outputs = routing.block_outputs(h, w_out, t["permutation"], n_blocks)
@@ -161,7 +165,10 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
         if first:
             weight, bias = routing.random_router(n_blocks, x.shape[1], seed)
             state.assign(router_weight=weight, router_bias=bias)
-    elif first:
+    elif gate == "spt" and not state.parameters_taken:
+        weight, bias = routing.fit_to_gate(*routing.fit_router(x, target), x, n_keep)
+        state.assign(router_weight=weight, router_bias=bias)
+    elif first and not state.parameters_taken:
         weight, bias = routing.fit_router(x, target)
         state.assign(router_weight=weight, router_bias=bias)
     elif not state.parameters_taken:

@@ -238,6 +238,24 @@ def _solve(system: Tensor, strength: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right, torch.linalg.cholesky(shifted))
 
 
+def fit_to_gate(weight: Tensor, bias: Tensor, x: Tensor, n_keep: int) -> tuple[Tensor, Tensor]:
+    """The same order of blocks for every token, at scores on which a gate of 2 * sigmoid(score) is one on average.
+
+    Scores of a fitted router are norms: far above zero, where the gate would nearly double the output of a pretrained FFN.
+
+    Args: weight [G, E], bias [G] of a router; x: [S, E]; n_keep: R.
+    Returns: weight, bias: the scores less their mean over the blocks, shrunk to a spread of 0.2, and moved so that those of
+        the kept blocks have mean zero.
+    """
+    weight, bias = weight - weight.mean(0), bias - bias.mean()
+    scores = _finite(x) @ weight.t() + bias
+    spread = scores.std(correction=0) if scores.numel() else scores.new_zeros(())
+    factor = 0.2 / spread if spread > 1e-12 else spread.new_ones(())
+    kept = choose(scores, torch.zeros_like(bias, dtype=torch.bool), n_keep)
+    shift = (scores * factor)[kept].mean() if kept.any() else bias.new_zeros(())
+    return weight * factor, bias * factor - shift
+
+
 def static_router(target: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The baseline that keeps the same blocks for every token, by mean norm: weight [G, E] of zeros, bias [G]."""
     return target.new_zeros(target.shape[1], width, dtype=torch.float32), _finite(target).mean(0)

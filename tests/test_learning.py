@@ -482,3 +482,41 @@ def test_gated_ffns_learn_to_route():
         errors[router] = of(model, "ffn").metrics["rel_error"]
     assert errors["learned"] < errors["static"] and errors["learned"] < errors["random"]
 
+
+
+def test_the_paper_preset_starts_near_the_pretrained_output():
+    """Its gate, 2 * probability, is one on average when training starts; its blocks are contiguous; nothing is compensated."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(24, 96), nn.ReLU(), nn.Linear(96, 24))
+    x = torch.randn(600, 24)
+    errors = {}
+    for gate in ("spt", "hard"):
+        torch._dynamo.reset()
+        twin = copy.deepcopy(block)
+        run = compiled(twin, preset="paper", **{"ffn.gate": gate})
+        for _ in range(5):
+            run(x).square().mean().backward()
+            twin.zero_grad()
+        errors[gate] = float((run(x) - block(x)).detach().norm() / block(x).norm())
+        state = of(twin, "ffn")
+        assert torch.equal(state.tensors["permutation"], torch.arange(96, dtype=torch.int32))
+        assert state.tensors["always_on"].numel() == 4
+        if gate == "spt":
+            scores = (x @ state.tensors["router_weight"].t() + state.tensors["router_bias"]).detach()
+            kept = scores.topk(2, dim=1).values
+            assert (2 * torch.sigmoid(kept)).mean() == pytest.approx(1.0, abs=0.02)
+    assert errors["spt"] < 1.1 * errors["hard"]
+
+
+def test_a_codebook_that_the_user_trains_is_left_alone():
+    model, x = Stack(1), batch()
+    run = compiled(model, preset="paper")
+    spt_compiler.prepare(run, x)
+    taken = spt_compiler.parameters(model)
+    assert len(taken) == 3  # codewords, and the router's weight and bias
+    before = [p.detach().clone() for p in taken]
+    for _ in range(4):
+        run(x).square().mean().backward()
+    run(x)
+    assert all(torch.equal(p, b) for p, b in zip(taken, before, strict=True))
+    assert all(p.grad is not None for p in taken[1:])
