@@ -46,6 +46,16 @@ def test_without_a_lowering_the_reference_runs(table):
     assert registry.chosen(OP, "cpu") == "reference"
 
 
+def test_a_device_borrows_the_lowerings_of_another(table):
+    calls = []
+    candidate("cpu", calls)
+    registry.register(OP, "cuda", "triton")(lambda *args: "borrowed")
+    registry.borrow("triton", "cuda", "cpu")
+    assert registry.dispatch(OP, "cpu", *arguments()) == "borrowed" and not calls
+    with pytest.raises(SPTError, match="no lowering 'cpu' on cuda"):
+        registry.borrow("cpu", "cuda", "cpu")
+
+
 def test_first_supported_wins(table):
     calls = []
     candidate("first", calls, supports=lambda *args: Reject("not for {} heads", args[0].shape[1]))
