@@ -142,7 +142,7 @@ ALL, NO_BIAS = [True] * 4, [True, True, True, False]
         ("bool", {"empty": "uniform", "p": 0.4}),
         ("float and causal", {"empty": "nan", "softcap": 2.0, "needs": ALL}),
         ("alibi", {"p": 0.5, "tile": (5, 16), "dtype": torch.bfloat16}),
-        ("shared float", {"needs": ALL, "all_tiles": True, "p": 0.2}),
+        pytest.param("shared float", {"needs": ALL, "all_tiles": True, "p": 0.2}, marks=pytest.mark.slow),
         ("row float", {"needs": [False, False, False, True], "dtype": torch.bfloat16}),
     ],
 )
@@ -215,11 +215,11 @@ def test_every_part_of_a_list_has_one_program(n_lists):
     ("mask", "extra"),
     [
         ("none", {"softcap": 2.0, "needs": NO_BIAS}),
-        ("causal", {"p": 0.3, "square": True}),
+        pytest.param("causal", {"p": 0.3, "square": True}, marks=pytest.mark.slow),
         ("padded", {"dtype": torch.bfloat16, "square": True}),
         ("open float", {"empty": "nan"}),
         ("shared float", {"p": 0.2, "softcap": 1.5, "dtype": torch.float16}),
-        ("alibi", {"square": True}),
+        pytest.param("alibi", {"square": True}, marks=pytest.mark.slow),
     ],
 )
 def test_pseudo_keys_of_dropped_tiles(nan_empty, mask, extra):
@@ -300,6 +300,7 @@ def test_key_attention(nan_empty, monkeypatch, mask, extra):
     check_gradients("key_attention", (q, k, v, bias), lists, rest, needs, repeat="scratch" in extra)
 
 
+@pytest.mark.slow
 def test_more_queries_and_keys_than_a_block(nan_empty):
     q, k, v = qkv(70, 75, heads=2, groups=1, dim=72, value_dim=16)
     lists = key_lists(70, 75, heads=2)

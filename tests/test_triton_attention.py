@@ -27,6 +27,11 @@ def test_kernels_equal_the_definition_of_their_ops(tmp_path):
     run_interpreted("interpreted_attention", tmp_path)
 
 
+@pytest.mark.slow
+def test_more_kernels_equal_the_definition_of_their_ops(tmp_path):
+    run_interpreted("interpreted_attention", tmp_path, "-m", "slow")
+
+
 def check_compiled(entry: triton_catalog.Entry, target: str) -> None:
     check_row(entry, target, dataclasses.asdict(triton_common.compile_kernel(entry.spec, target)))
 
