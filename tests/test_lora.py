@@ -358,6 +358,7 @@ def test_state_has_the_names_of_the_bare_model():
 DECLINED: dict[str, tuple[Callable[[], Any], str]] = {
     "DoRA": (lambda: peft.LoraConfig(target_modules=TARGETS["llama"], use_dora=True), "a graph break cuts it"),
     "LoHa": (lambda: peft.LoHaConfig(target_modules=TARGETS["llama"]), "a graph break cuts it"),
+    "LoKr": (lambda: peft.LoKrConfig(target_modules=TARGETS["llama"]), "a graph break cuts it"),
     "OFT": (lambda: peft.OFTConfig(target_modules=TARGETS["llama"], oft_block_size=8), "read different inputs"),
     "AdaLoRA": (lambda: peft.AdaLoraConfig(target_modules=TARGETS["llama"], total_step=10), "read different inputs"),
 }
