@@ -22,6 +22,7 @@ from .config import SPTConfig, is_disabled
 from .errors import SPTError
 from .lowering import registry
 from .ops import attention, commitment, ffn, observe  # noqa: F401  (importing them registers the operators)
+from .patterns.ffn import SPLIT_BY_DDP
 from .plan import Plan, SiteReport, resolve
 from .rewrite import Binding, Rewriter, body_calls, copy_graph, open_body
 from .runtime import CompiledGraph
@@ -68,6 +69,9 @@ def spt(
         prepared = prepared.as_dense(error)
         compiled = inner(gm, example_inputs)
     debug.publish(prepared, gm, config)
+    split = [r.name for r in prepared.reports if r.reason == SPLIT_BY_DDP]
+    if split:
+        warnings.warn(f"spt_compiler: {', '.join(split)} stays dense: {SPLIT_BY_DDP}", stacklevel=2)
     return CompiledGraph(
         compiled,
         _original(gm),

@@ -204,6 +204,24 @@ def test_weights_of_unselected_blocks_get_zero_gradients_and_optimizers_treat_th
 
 # ---- many processes -----------------------------------------------------------------------------------------------
 
+def test_an_ffn_that_ddp_splits_is_reported(tmp_path, monkeypatch):
+    """With small buckets the splitter of torch cuts between the activation and the second projection."""
+    import torch.distributed as dist
+
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 10_000)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = Stack(1)
+        run = nn.parallel.DistributedDataParallel(model)
+        run.bucket_bytes_cap = 20_000
+        run.compile(backend="spt", options={**SPARSE, "strict": False})
+        with pytest.warns(UserWarning, match="ffn stays dense: DDP's graph splitter"):
+            run(batch()).sum().backward()
+        assert [n.split("/")[1] for n in spt_compiler.metrics(model)] == ["attention"]
+    finally:
+        dist.destroy_process_group()
+
+
 SHARDED = textwrap.dedent(
     """
     import sys, torch, torch.distributed as dist

@@ -971,6 +971,12 @@ def _normal_form(expr: Expression, count: int) -> tuple[Expression, list[int]]:
     return gate * plain, [0, 1]
 
 
+SPLIT_BY_DDP = (
+    "DDP's graph splitter (or a graph break) cuts it: compile per block with spt_compiler.compile(model) before wrapping it, "
+    "or set torch._dynamo.config.optimize_ddp = False"
+)
+
+
 def capture_cut(context: Context, node: Node) -> Reject | None:
     """A non-linearity whose pre-activation, or whose hidden activation, crosses a graph break."""
     if not is_float(node) or rank(node) < 2:
@@ -987,6 +993,9 @@ def capture_cut(context: Context, node: Node) -> Reject | None:
         return None
     cause = getattr(context.module, "compile_subgraph_reason", None)
     if isinstance(found[node], Hidden) and getattr(cause, "graph_break", False) and _is_returned(node):
+        ddp = torch.distributed.is_available() and torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+        if ddp and torch._dynamo.config.optimize_ddp:
+            return Reject(SPLIT_BY_DDP)
         return Reject("a graph break cuts it: its hidden activation leaves the graph (TORCH_LOGS=graph_breaks)")
     return None
 
