@@ -214,17 +214,22 @@ def test_functional_call_keeps_the_state_of_the_tensors_it_is_given():
     assert_same(gradients(model, lambda v: compiled(parameters, v), x), expected)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_sites_inside_of_vmap_stay_dense_with_a_reason():
-    model = Stack(1)
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Stack(1)
 
-    def run(values):
-        return vmap(lambda v: model(v[None])[0])(values)
+        def forward(self, x):
+            return vmap(lambda row: self.inner(row[None])[0])(x)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled = torch.compile(run, backend="spt", options={**EAGER, "strict": False})
-        x = batch()
-        assert relative(compiled(x), run(x)) < 1e-4
+    model, x = Mapped(), batch()
+    found = spt_compiler.explain(model, x, options=SPARSE)
+    assert [s.kind for s in found.sites] == ["attention", "ffn"], found.summary()
+    assert all("inside of a functorch transform" in s.reason for s in found.sites), found.summary()
+    compiled = torch.compile(model, backend="spt", options={**EAGER, "strict": False})
+    assert relative(compiled(x), model(x)) < 1e-4
 
 
 def test_the_gradient_transform_of_a_model():
