@@ -141,6 +141,22 @@ def number(item: Any) -> float | int | None:
     return item if isinstance(item, (int, float)) and not isinstance(item, bool) else None
 
 
+def same_computation(a: Any, b: Any, depth: int = 8) -> bool:
+    """Whether two nodes compute the same value: one node, or the same pure calls on the same arguments."""
+    if a is b:
+        return True
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(same_computation(x, y, depth) for x, y in zip(a, b, strict=True))
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return type(a) is type(b) and not isinstance(a, fx.Node) and bool(a == b)
+    if depth == 0 or a.op not in ("call_function", "call_method") or (a.op, a.target) != (b.op, b.target):
+        return False
+    if _is_random(a) or mutated_arguments(a) or dict(a.kwargs).keys() != dict(b.kwargs).keys():
+        return False
+    pairs = [*zip(a.args, b.args, strict=False), *((v, b.kwargs[k]) for k, v in a.kwargs.items())]
+    return len(a.args) == len(b.args) and all(same_computation(x, y, depth - 1) for x, y in pairs)
+
+
 def is_parameter(node: Any) -> bool:
     """Whether `node` is a Parameter of the model: an input or attribute of the graph, or of a body it calls."""
     return (

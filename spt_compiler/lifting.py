@@ -136,6 +136,8 @@ class Builder:
             return self._where(self._not(c), y, x)  # what is masked out comes last
         if y.op == "const" and x.op == "where" and x.args[2] == y:
             return self._where(self.make("&", c, x.args[0]), x.args[1], y)
+        if y.op == "const" and x.op == "where" and x.args[1] == y:
+            return self._where(self.make("|", self._not(c), x.args[0]), y, x.args[2])
         return call("where", c, x, y)
 
     def _compare(self, op: str, a: Expression, b: Expression) -> Expression:
@@ -452,6 +454,25 @@ def _triangle(lifter: Lifter, scope: Scope, node: Node, index: Index) -> Express
     build = lifter.build
     kept = build.make(op, build.make("-", index[-1], index[-2]), diagonal)
     return build.make("where", kept, lifter.element(scope, x, index), _as(lifter, const(0), node))
+
+
+@lifts(torch.nn.functional.pad)
+def _padded(lifter: Lifter, scope: Scope, node: Node, index: Index) -> Expression:
+    """More columns in front of or behind the last dim."""
+    found = Arguments(node, "input", "pad", ("mode", "constant"), ("value", None))
+    x, pad, mode, value = found.take("input", "pad", "mode", "value")
+    if mode != "constant" or len(pad) != 2 or not isinstance(pad[0], int) or pad[0] < 0:
+        raise NotLifted("padding")
+    build, (*lead, i) = lifter.build, index
+    source = build.make("-", i, pad[0])
+    inside = build.make(">=", source, 0)
+    if pad[1] != 0:
+        width = shape(x)[-1]
+        if not isinstance(width, int):
+            raise NotLifted("padding behind a symbolic length")
+        inside = build.make("&", inside, build.make("<", source, width))
+    outside = _as(lifter, const(0 if value is None else value), node)
+    return build.make("where", inside, lifter.element(scope, x, (*lead, source)), outside)
 
 
 @lifts(torch.diff, "diff")

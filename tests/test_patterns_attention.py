@@ -314,6 +314,56 @@ def test_a_second_score_term_is_a_bias_with_gradient():
     assert len(c.bias) == 1 and c.bias[0][0].meta["example_value"].requires_grad
 
 
+@pytest.mark.parametrize("mask", [lambda s: s, lambda s: s * 0.5 + PADDING, lambda s: s.masked_fill(HIDDEN, LOW)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_sinks_are_one_more_key(mask, shifted):
+    """A learned logit that takes probability and gives no value: a zero key in front, with the sink as its bias."""
+    sink = numbers(4, seed=9).requires_grad_()
+
+    def function(q, k, v, sink):
+        s = mask(q @ k.mT)
+        s = torch.cat([s, sink.reshape(1, -1, 1, 1).expand(2, -1, 6, -1)], dim=-1)
+        s = s - s.max(-1, keepdim=True).values if shifted else s
+        return F.dropout(F.softmax(s, -1)[..., :-1], 0.0) @ v
+
+    c = only(function, Q, K, V, sink)
+    assert c.v.meta["example_value"].shape[-2] == 7 and any(b.meta["example_value"].requires_grad for b, _ in c.bias)
+
+
+@pytest.mark.parametrize("mask", [lambda m: m, lambda m: m.view(6, 6) == torch.tensor(True)])
+def test_hidden_probabilities_set_to_zero_again(mask):
+    rows = HIDDEN.clone()
+    rows[2] = True
+
+    def function(q, k, v, m):
+        return torch.softmax((q @ k.mT).masked_fill(mask(m), -math.inf), -1).masked_fill(mask(m), 0.0) @ v
+
+    c = only(function, Q, K, V, rows)
+    assert c.empty == "zero" and len(c.disallowed) == 1
+
+
+def test_a_clamp_far_out_guards_against_overflow():
+    c = only(lambda q, k, v: torch.softmax((q @ k.mT).clamp(min=-5e4).clamp(max=5e4) * 0.5 + PADDING, -1) @ v, Q, K, V)
+    assert c.scale == 0.5 and len(c.bias) == 1
+
+
+def test_a_bool_mask_that_is_added_adds_one():
+    assert len(only(lambda q, k, v: torch.softmax(q @ k.mT + CAUSAL, -1) @ v, Q, K, V).bias) == 1
+
+
+def test_windows_that_are_split_off_the_batch_for_their_mask():
+    """Shifted windows: the bias of a head first, then a view with the windows apart, their mask, and back."""
+    bias, windows = numbers(1, 4, 6, 6, seed=4), numbers(3, 6, 6, seed=5)
+
+    def function(q, k, v):
+        s = q @ k.mT * 0.5 + bias
+        s = s.view(2, 3, 4, 6, 6) + windows[None, :, None]
+        return torch.softmax(s.view(-1, 4, 6, 6), -1) @ v
+
+    c = only(function, *(numbers(6, 4, 6, 8, seed=i) for i in range(3)))
+    assert c.scale == 0.5 and len(c.bias) == 2
+
+
 def test_a_learned_scale_goes_to_the_queries():
     tau = numbers(4, 1, 1, seed=8).requires_grad_()
     c = only(lambda q, k, v, t: torch.softmax(q @ k.mT * t.exp() + BIAS, -1) @ v, Q, K, V, tau)
@@ -394,9 +444,17 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "another function of the scores": (lambda q, k, v: torch.softmax(F.relu(q @ k.mT), -1) @ v, "relu between"),
     "dropout of the scores": (lambda q, k, v: torch.softmax(F.dropout(q @ k.mT, 0.1), -1) @ v, "dropout between"),
-    "attention sinks": (
-        lambda q, k, v: torch.softmax(torch.cat([q @ k.mT, q[..., :1]], -1), -1)[..., :-1] @ v,
+    "two sinks": (
+        lambda q, k, v: torch.softmax(torch.cat([q @ k.mT, q[..., :2]], -1), -1)[..., :-2] @ v,
         "attention sinks",
+    ),
+    "another fill after the softmax": (
+        lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(HIDDEN, -math.inf), -1).masked_fill(PADDING < 0, 0.0) @ v,
+        "a mask or factor is applied after the softmax",
+    ),
+    "clamped after a mask": (
+        lambda q, k, v: torch.softmax((q @ k.mT + PADDING).clamp(-5e4, 5e4), -1) @ v,
+        "added before the scores are clamped",
     ),
     "keys picked after scoring": (
         lambda q, k, v: torch.softmax((q @ k.mT)[..., :3], -1) @ v[:, :, :3],

@@ -203,6 +203,9 @@ def split_batch_before_steps(e: Editor, node: fx.Node) -> fx.Node | None:
         own = shape(argument)[:-2]
         if same_shape(own, source):
             return _reshape_lead(e, argument, lead)
+        inner = own[next((i for i, s in enumerate(own) if s != 1), len(own)) :]
+        if inner and same_shape(inner, source[-len(inner) :]) and same_shape(inner, shape(node)[:-2][-len(inner) :]):
+            return argument if inner == own else _reshape_lead(e, argument, inner)  # the inner dims stay as they are
         if all(isinstance(s, int) and s == 1 for s in own):
             return e.call(torch.reshape, argument, (e.size(argument, -2), e.size(argument, -1)))
         raise Unknown
@@ -316,3 +319,73 @@ def fill_to_bias(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     masked = mask if node.target is torch.masked_fill else e.call(operator.invert, mask)
     return e.call(operator.add, x, e.call(operator.mul, e.call("to", masked, dtype(x)), fill))
+
+
+@rule(operator.add)
+def add_bool_as_numbers(e: Editor, node: fx.Node) -> fx.Node | None:
+    """scores + mask with a bool mask -> scores + mask.to(dtype): it adds one where the mask holds."""
+    for x, mask in (node.args, node.args[::-1]):
+        if is_float(x) and is_tensor(mask) and dtype(mask) is torch.bool and rank(mask):
+            args = [e.call("to", a, dtype(x)) if a is mask else a for a in node.args]
+            return e.call(operator.add, *args)
+    return None
+
+
+@rule(torch.matmul)
+def sink_to_key(e: Editor, node: fx.Node) -> fx.Node | None:
+    """softmax(cat([scores, sink]))[..., :-1] @ v -> softmax of one more key in front, whose value is zero.
+
+    The sink joins as a bias of that key; the key itself is zero, so that its score is the sink alone.
+    """
+    p, v = node.args
+    between: list[fx.Node] = []
+    while isinstance(p, fx.Node) and p.target in (F.dropout, "to", "contiguous") and len(p.users) == 1:
+        between.append(p)
+        p = p.args[0]
+    if not isinstance(p, fx.Node) or p.target is not operator.getitem or len(p.users) != 1 or not is_tensor(p.args[0]):
+        return None
+    key, softmax = p.args[1], p.args[0]
+    full = slice(None, None, None)
+    *lead, last = key if isinstance(key, tuple) else (None,)
+    if last != slice(None, -1, None) or any(i is not Ellipsis and i != full for i in lead):
+        return None
+    if not lead or (Ellipsis not in lead and len(lead) != rank(softmax) - 1):
+        return None
+    if softmax.target is not F.softmax or softmax.kwargs.get("dim") != -1 or len(softmax.users) != 1:
+        return None
+    joined = softmax.args[0]
+    if joined.target not in (torch.cat, torch.concat) or len(joined.users) != 1 or len(joined.args[0]) != 2:
+        return None
+    if Arguments(joined, "tensors", ("dim", 0))["dim"] not in (-1, rank(joined) - 1):
+        return None
+    scores, sink = joined.args[0]
+    if shape(sink)[-1] != 1 or not e.same_region(node, softmax, joined):
+        return None
+    while sink.target == "expand" and rank(sink.args[0]) == rank(sink):
+        sink = sink.args[0]
+    padded = _with_a_key(e, scores)
+    keys = e.size(scores, -1)
+    logits = e.call(operator.add, padded, e.call(F.pad, sink, (0, keys)))
+    result = e.call(F.softmax, logits, dim=-1)
+    for step in reversed(between):
+        result = e.call(step.target, result, *step.args[1:], **step.kwargs)
+    return e.call(torch.matmul, result, e.call(F.pad, v, (0, 0, 1, 0)))
+
+
+def _with_a_key(e: Editor, scores: Any) -> fx.Node:
+    """Scores with a column of zeros in front, made by a zero key. Raises: Unknown for scores that are no simple chain."""
+    if not isinstance(scores, fx.Node) or len(scores.users) != 1:
+        raise Unknown
+    if scores.target is torch.matmul:
+        return e.call(torch.matmul, scores.args[0], e.call(F.pad, scores.args[1], (1, 0)))
+    if scores.target in (operator.mul, operator.truediv) and isinstance(scores.args[1], (int, float)):
+        return e.call(scores.target, _with_a_key(e, scores.args[0]), scores.args[1])
+    if scores.target == "to":
+        return e.call("to", _with_a_key(e, scores.args[0]), *scores.args[1:])
+    if scores.target not in (operator.add, torch.masked_fill):
+        raise Unknown
+    x, mask = scores.args[:2]
+    if not isinstance(mask, fx.Node) or not same_shape(shape(x), shape(scores)) or shape(mask)[-1] != shape(scores)[-1]:
+        raise Unknown
+    padding = e.call(F.pad, mask, (1, 0))  # nothing is added, nothing is filled
+    return e.call(scores.target, _with_a_key(e, x), padding, *scores.args[2:])

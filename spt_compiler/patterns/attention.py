@@ -30,6 +30,7 @@ from ..graph import (
     needs_grad,
     number,
     rank,
+    same_computation,
     same_shape,
     same_size,
     shape,
@@ -248,6 +249,7 @@ class Logits:
     fills: list[float] = field(default_factory=list)
     bias_over_fill: bool = False  # a bias was added to filled scores (it was read before them)
     floor: bool = False
+    bounded_only: bool = False  # the scores are clamped far out: above that no mask may stand
     softcap: float | None = None
 
     def carrier(self, node: Node) -> int | None:
@@ -341,6 +343,8 @@ def _plus(logits: Logits, node: Node) -> Node | Reject:
     refused = logits.sealed("a bias is added")
     if refused is not None:
         return refused
+    if logits.bounded_only and not is_bounded(term):
+        return Reject("a mask is added before the scores are clamped")
     if not same_shape(shape(x), shape(node)):
         return Reject("a bias of shape {} widens scores of shape {}", tuple(shape(term)), tuple(shape(x)))
     logits.bias.append((term, logits.factor * sign))
@@ -360,7 +364,7 @@ def _filled(
     effective = float(fill) * logits.factor
     if math.isnan(effective) or effective > HIDDEN:
         return Reject("masked scores are set to {}, which does not hide them", effective)
-    if logits.floor:
+    if logits.floor or logits.bounded_only:
         return Reject("a mask is applied before the scores are clamped")
     if mask.target is operator.invert:
         mask, masks = mask.args[0], inverse
@@ -393,13 +397,18 @@ def _soft_cap(logits: Logits, node: Node) -> Node | Reject:
 @step(torch.clamp)
 def _clamp(logits: Logits, node: Node) -> Node | Reject:
     x, low, high = node.args
-    if high is None and isinstance(low, (int, float)) and low <= HIDDEN and logits.factor > 0:
+    wide = all(b is None or (isinstance(b, (int, float)) and b * sign >= -HIDDEN) for b, sign in ((low, -1), (high, 1)))
+    if not wide or logits.factor <= 0:
+        return Reject("the scores are clamped to [{}, {}]", low, high)
+    if high is None and not (logits.bounded_only or logits.softcap or logits.bias or logits.fills or logits.scale_nodes):
         # Only -inf, or a sum of two masks, lies below: a fully masked row becomes uniform, nothing else changes.
-        if logits.softcap is not None or logits.bias or logits.fills or logits.scale_nodes:
-            return Reject("the scores are clamped at {} between masks", low)
         logits.floor = True
-        return x  # type: ignore[return-value]
-    return Reject("the scores are clamped to [{}, {}]", low, high)
+    elif logits.floor:
+        return Reject("the scores are clamped twice, at last to [{}, {}]", low, high)
+    else:
+        # A guard against overflow, beyond any score: it changes nothing unless it caught a mask.
+        logits.bounded_only = True
+    return x  # type: ignore[return-value]
 
 
 @step("to")
@@ -479,12 +488,18 @@ class _Below:
     nodes: list[Node]
     product: Node
     dropout_p: float
+    zeroed: bool = False  # hidden probabilities are set to zero again, which makes rows without keys zero and not nan
 
 
-def _read_below(softmax: Node) -> _Below | Reject:
+def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
     """Everything from the softmax to the product with the values."""
-    nodes, dropout_p, current = [softmax], 0.0, softmax
+    nodes, dropout_p, current, zeroed = [softmax], 0.0, softmax, False
     while True:
+        user = next(iter(current.users)) if len(current.users) == 1 else None
+        if user is not None and not zeroed and _hides_again(logits, user, current):
+            nodes.append(user)
+            current, zeroed = user, True
+            continue
         useful = [u for u in current.users if _is_product(u) or u.target in _AFTER]
         if not useful:
             user = next(iter(current.users), None)
@@ -498,7 +513,7 @@ def _read_below(softmax: Node) -> _Below | Reject:
         if _is_product(following):
             if following.args[0] is not current or following.args[1] is current:
                 return Reject("the probabilities are the right operand of the product")
-            return _Below([*nodes, following], following, dropout_p)
+            return _Below([*nodes, following], following, dropout_p, zeroed)
         if following.target is F.dropout:
             p, training = number(following.args[1]), following.args[2]
             if p is None or not isinstance(training, bool) or dropout_p:
@@ -508,6 +523,19 @@ def _read_below(softmax: Node) -> _Below | Reject:
             return Reject("the probabilities are cast to {}", dtype(following))
         nodes.append(following)
         current = following
+
+
+def _hides_again(logits: Logits, user: Node, probabilities: Node) -> bool:
+    """Whether `user` fills the probabilities with 0 by the one mask (-inf) that the scores were filled by."""
+    if user.target is not torch.masked_fill or user.args[0] is not probabilities or user.args[2] != 0:
+        return False
+    mask, known = user.args[1], logits.disallowed
+    if mask.target is operator.invert:
+        mask, known = mask.args[0], logits.allowed
+    hidden = [*logits.allowed, *logits.disallowed]
+    if len(hidden) != 1 or logits.fills != [-math.inf] or not all(is_bounded(b) for b, _ in logits.bias):
+        return False
+    return any(same_computation(mask, other) for other in known)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,10 +555,10 @@ def capture_chain(context: Context, node: Node) -> Candidate | Reject | None:
     logits = _read_logits(context, scores)
     if isinstance(logits, Reject):
         return logits
-    below = _read_below(node)
+    below = _read_below(node, logits)
     if isinstance(below, Reject):
         return below
-    empty = _empty_rows(logits)
+    empty = "zero" if below.zeroed else _empty_rows(logits)
     if isinstance(empty, Reject):
         return empty
     product = logits.nodes[-1]

@@ -440,8 +440,13 @@ def _read_by(source: Node) -> Any:
     return inputs[0] if len(inputs) == 1 else None
 
 
+def _kernel(node: Node) -> tuple[Any, ...]:
+    """Sizes of a convolution's weight: [out, in / groups, *window]."""
+    return shape(Arguments(node, "input", "weight")["weight"])
+
+
 def _pointwise_convolution(node: Node) -> bool:
-    return node.target in _CONVOLUTIONS and all(isinstance(s, int) and s == 1 for s in shape(node.args[1])[2:])
+    return node.target in _CONVOLUTIONS and all(isinstance(s, int) and s == 1 for s in _kernel(node)[2:])
 
 
 def states(context: Context) -> dict[Node, State]:
@@ -806,7 +811,7 @@ def _is_inverted(node: Node, hidden: Hidden) -> bool:
     sources = list(hidden.sources)
     if len(sources) != 1 or sources[0].target not in _CONVOLUTIONS:
         return False
-    before, after = shape(sources[0].args[1]), shape(node.args[1])
+    before, after = _kernel(sources[0]), _kernel(node)
     return (
         same_size(before[1], after[0])
         and all(isinstance(s, int) for s in (*before[:2], *after[:2]))
