@@ -122,6 +122,24 @@ def test_explain(capsys, tmp_path):
     assert "attention 2/2" in capsys.readouterr().out
 
 
+def test_coverage_counts_and_compares(capsys, tmp_path):
+    table = tmp_path / "docs" / "coverage.md"
+    arguments = ["coverage", "--types", "bert,gemma7", "--attention", "eager", "--seq", "24", "--out", str(table)]
+    assert cli.main(arguments) == 1  # one of them is no architecture, which is a row and a failure
+    out = capsys.readouterr().out
+    assert "attention 2/2, ffn 2/2" in out and "SPTError: 'gemma7' is neither" in out
+    text = table.read_text()
+    assert "| bert | eager | 2 of 2 | 2 of 2 | " in text and torch.__version__ in text and transformers.__version__ in text
+    assert "agrees with eager in 1 of 1" in text
+
+
+def test_coverage_says_why(capsys):
+    assert cli.main(["coverage", "--types", "bitnet", "--attention", "eager", "--seq", "24", "--no-check", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["ffn_replaced"] == 0 and row["attention_replaced"] == 2 and row["masks"]
+    assert any("norm or reduction" in reason for reason in row["skipped"])
+
+
 def test_explain_of_a_folder(capsys, start):
     assert cli.main(["explain", "--model", start.model, "--seq", "32", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["sites"]) == 2

@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "trains a small model dense and sparse, side by side: the first thing to run",
     "finetune": "fine-tunes your model on your text, dense and sparse, resumable",
     "explain": "shows which sites of a model become sparse, which do not, and why",
+    "coverage": "counts sites over architectures of transformers, and compares each with its eager model",
     "kernels": "compiles the generated kernels for a GPU, without one, and reports registers, spills, shared memory",
     "bench": "measures overheads of the compiler pass and run time, and the gain in fine-tuning",
     "doctor": "checks this installation",

@@ -44,6 +44,18 @@ def load(model: str, *, full: bool = False) -> tuple[Any, Any]:
     return _auto_class(config).from_config(config), config
 
 
+def small(model_type: str, sizes: dict[str, Any]) -> tuple[Any, Any]:
+    """A tiny random model of an architecture without dropout, and its configuration; `sizes` adds to the usual ones.
+
+    Raises: as `load`.
+    """
+    config = config_for(model_type, {**_TINY, **sizes})
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return _auto_class(config).from_config(config), config
+
+
 def config_for(model_type: str, sizes: dict[str, Any]) -> Any:
     """A configuration of architecture `model_type` with those of `sizes` that it has.
 
