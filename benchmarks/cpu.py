@@ -312,43 +312,48 @@ def spawn(what: str, case: Case, *, variant: str = "", seconds: float = 0.0, env
 
 def cases(quick: bool) -> list[Case]:
     """Everything that is timed."""
-    n, tokens = (1024, 1024) if quick else (8192, 4096)
+    if quick:
+        return [
+            Case("attention", "attention 1024", "attention", 1, 1024, heads=4, kv_heads=4, width=256),
+            Case("masks", "attention 1024 documents", "attention", 1, 1024, heads=4, kv_heads=4, width=256, mask="documents"),
+            Case("ffn", "ffn 1024", "ffn", 1, 1024),
+            Case("skipped", "gpt2 block 1 x 128, all skipped", "gpt2", 1, 128, 0.97),
+        ]
+    n, tokens = 8192, 4096
     found = []
     for dtype, short in (("float32", ""), ("bfloat16", " bf16")):
         found += [
-            Case("attention", f"attention {n}{short}", "attention", 1, n, None if quick else 3.0, dtype=dtype),
-            Case("attention", f"attention {n // 4}{short}", "attention", 1, n // 4, None if quick else 1.3, dtype=dtype),
+            Case("attention", f"attention {n}{short}", "attention", 1, n, 3.0, dtype=dtype),
+            Case("attention", f"attention {n // 4}{short}", "attention", 1, n // 4, 1.3, dtype=dtype),
             Case("masks", f"attention {n} padding{short}", "attention", 1, n, dtype=dtype, mask="padding"),
             Case("masks", f"attention {n} documents{short}", "attention", 1, n, dtype=dtype, mask="documents"),
             Case("ffn", f"ffn {tokens}{short}", "ffn", 1, tokens, 1.7, dtype=dtype),
             Case("ffn", f"ffn lora {tokens}{short}", "lora", 1, tokens, 1.7, dtype=dtype),
             Case("ffn", f"ffn gated {tokens}{short}", "glu", 1, tokens, 1.7, dtype=dtype),
         ]
-    if not quick:
-        llama = {"width": 1024, "hidden": 2816, "heads": 16, "kv_heads": 4}
-        for dtype, short in (("float32", ""), ("bfloat16", " bf16")):
-            found += [
-                Case("block", f"gpt2 block 4 x 1024{short}", "gpt2", 4, 1024, 1.4, dtype=dtype),
-                Case("block", f"gpt2 block 1 x 4096{short}", "gpt2", 1, 4096, 1.8, dtype=dtype),
-                Case("block", f"llama block 4 x 1024{short}", "llama", 4, 1024, 1.4, dtype=dtype, **llama),
-                Case("block", f"llama block 1 x 4096{short}", "llama", 1, 4096, 1.8, dtype=dtype, **llama),
-            ]
-    for length in (128, 256) if quick else (128, 256, 512, 1024, 2048):
+    llama = {"width": 1024, "hidden": 2816, "heads": 16, "kv_heads": 4}
+    for dtype, short in (("float32", ""), ("bfloat16", " bf16")):
+        found += [
+            Case("block", f"gpt2 block 4 x 1024{short}", "gpt2", 4, 1024, 1.4, dtype=dtype),
+            Case("block", f"gpt2 block 1 x 4096{short}", "gpt2", 1, 4096, 1.8, dtype=dtype),
+            Case("block", f"llama block 4 x 1024{short}", "llama", 4, 1024, 1.4, dtype=dtype, **llama),
+            Case("block", f"llama block 1 x 4096{short}", "llama", 1, 4096, 1.8, dtype=dtype, **llama),
+        ]
+    for length in (128, 256, 512, 1024, 2048):
         found.append(Case("break-even", f"attention {length} lifted", "attention", 1, length, lift=True))
-    for count in (64, 256) if quick else (64, 128, 256, 512, 1024):
+    for count in (64, 128, 256, 512, 1024):
         found.append(Case("break-even", f"ffn {count} lifted", "ffn", 1, count, lift=True))
-    for hidden in (512,) if quick else (256, 512, 1024, 2048):
+    for hidden in (256, 512, 1024, 2048):
         name = f"ffn {tokens}, {hidden // 4} x {hidden} lifted"
         found.append(Case("break-even", name, "ffn", 1, tokens, width=hidden // 4, hidden=hidden, lift=True))
     found.append(Case("skipped", "gpt2 block 1 x 128, all skipped", "gpt2", 1, 128, 0.97))
     for threads in (1, 2):
         found.append(Case("threads", f"attention {n // 2}, {threads} threads", "attention", 1, n // 2, threads=threads))
         found.append(Case("threads", f"ffn {tokens}, {threads} threads", "ffn", 1, tokens, threads=threads))
-    if not quick:
-        for density in (0.0625, 0.25, 0.5):
-            for length in (2048, 4096, 8192):
-                name = f"attention {length} at {density:g}"
-                found.append(Case("density", name, "attention", 1, length, attention=density, heads=4, width=256, kv_heads=4))
+    for density in (0.0625, 0.25, 0.5):
+        for length in (2048, 4096, 8192):
+            name = f"attention {length} at {density:g}"
+            found.append(Case("density", name, "attention", 1, length, attention=density, heads=4, width=256, kv_heads=4))
     return found
 
 
@@ -400,7 +405,8 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     report: dict[str, Any] = json.loads(out.read_text()) if out.exists() and args.only else {"cases": {}}
     report["conditions"] = conditions()
-    wanted = args.only or ["attention", "masks", "ffn", "block", "break-even", "skipped", "threads", "density", "memory", "compile"]
+    groups = ["attention", "masks", "ffn", "block", "break-even", "skipped", "threads", "density", "memory", "compile"]
+    wanted = args.only or (groups[:-2] if args.quick else groups)
     env = {"OMP_NUM_THREADS": str(args.threads)} if args.threads else None
     seconds = args.seconds or (1.0 if args.quick else 6.0)
     print(f"{report['conditions']}\n{'case':38} {'dense':>12} {'spt':>12}  dense / spt [quartiles]")
@@ -466,7 +472,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, under two minutes")
+    parser.add_argument("--quick", action="store_true", help="a few small cases")
     parser.add_argument("--only", action="append", help="this group alone (may be repeated); merges into the file")
     parser.add_argument("--match", help="only cases whose name contains this")
     parser.add_argument("--threads", type=int, help="threads of every process")

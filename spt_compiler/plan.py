@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from .config import AttentionConfig, FFNConfig, SPTConfig
     from .pattern import Match, Skipped
 
-# Measured break-even points (docs/break_even.md has the runs). Below them the dense operators win, so the site stays dense.
-MIN_KEYS = {"cpu": 1024, "cuda": 4096}
+# Measured break-even points (docs/cpu.md has the runs for the CPU). Below them the dense operators win, so the site stays dense.
+MIN_KEYS = {"cpu": 512, "cuda": 4096}
 MIN_WIDTH = {"cpu": 512, "cuda": 2048}
-MIN_TOKENS = {"cpu": 256, "cuda": 2048}
+MIN_TOKENS = {"cpu": 512, "cuda": 2048}
 
 # Rows of activations kept per site for learning, and taken per observation.
 ATTENTION_SAMPLES = 512
