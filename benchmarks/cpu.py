@@ -404,7 +404,7 @@ def row_of(case: Case, result: dict[str, Any]) -> str:
 def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     report: dict[str, Any] = json.loads(out.read_text()) if out.exists() and args.only else {"cases": {}}
-    report["conditions"] = conditions()
+    report["conditions"] = conditions() | ({"threads": args.threads} if args.threads else {})
     groups = ["attention", "masks", "ffn", "block", "break-even", "skipped", "threads", "density", "memory", "compile"]
     wanted = args.only or (groups[:-2] if args.quick else groups)
     env = {"OMP_NUM_THREADS": str(args.threads)} if args.threads else None
