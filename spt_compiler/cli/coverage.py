@@ -14,7 +14,7 @@ from typing import Any
 
 # One architecture for each way to write attention or a feed-forward block that is known to us.
 ARCHITECTURES = (
-    *("bert", "distilbert", "albert", "electra", "deberta-v2", "mpnet", "xlnet", "mobilebert", "squeezebert", "esm"),
+    *("bert", "distilbert", "albert", "electra", "deberta-v2", "mpnet", "mobilebert", "squeezebert", "esm"),
     *("modernbert", "gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "bloom", "falcon", "mpt", "codegen", "ctrl"),
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "starcoder2", "cohere", "olmo2"),
     *("nemotron", "apertus", "bitnet", "gpt_oss", "mixtral", "deepseek_v3"),

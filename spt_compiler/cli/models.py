@@ -73,6 +73,9 @@ def config_for(model_type: str, sizes: dict[str, Any]) -> Any:
     attributes = getattr(default, "attribute_map", {})
     chosen: dict[str, Any] = {}
     for name, value in sizes.items():
+        known = getattr(type(default), name, None)
+        if isinstance(getattr(default, name, None), (list, tuple)) or (isinstance(known, property) and known.fset is None):
+            continue  # a number a stage, or one that follows from others
         # `hidden_size` may be another spelling of `n_embd`: give each attribute once.
         if hasattr(default, name) and attributes.get(name, name) not in chosen:
             chosen[attributes.get(name, name)] = value
