@@ -113,7 +113,7 @@ def _figures() -> dict:
     run = {"heldout": [[1, 2.0], [2, 1.0]]}
     units = {
         "selection.a": {"name": "a", "rules": rules},
-        "ffn.minilm": {"routers": {"learned": {"0.5000": {"token_cosine": 0.91, "cosine": 0.95}}}},
+        "ffn.minilm.50": {"routers": {"learned": {"token_cosine": 0.91, "cosine": 0.95}}},
         "guard": {"interval": 4, "spoiled": {"x/ffn/0": {"steps": 3, "others": {}}}},
         **{f"parity.llama.full.{name}.0": dict(run) for name in ("dense", "balanced", "static")},
     }
@@ -135,7 +135,7 @@ def test_verdicts():
     assert len(broken("selection.a", "rules", "pq token", "0.1250", value=[0.459, 0.1])) == 1
     assert broken("selection.a", "rules", "pq token", "0.1250", value=[0.461, 0.1]) == []
     assert len(broken("selection.a", "rules", "pq tile", "0.0625", value=[0.489, 0.1])) == 1
-    assert len(broken("ffn.minilm", "routers", "learned", "0.5000", "token_cosine", value=0.89)) == 1
+    assert len(broken("ffn.minilm.50", "routers", "learned", "token_cosine", value=0.89)) == 1
     assert len(broken("guard", "spoiled", "x/ffn/0", "steps", value=None)) == 1
     assert len(broken("guard", "spoiled", "x/ffn/0", "others", value={"y/ffn/0": 0.5})) == 1
     assert len(broken("parity.llama.full.balanced.0", "heldout", value=[[2, 1.011]])) == 2

@@ -17,7 +17,7 @@ from spt_compiler import learning, routing
 from . import subjects
 from .subjects import Hidden, Learned, Subject
 
-DENSITIES = (1 / 4, 1 / 2, 3 / 4)
+DENSITIES = (1 / 2, 1 / 4, 3 / 4)  # in the order of interest
 PRODUCT = {
     "learned": {},
     "static": {"ffn.router": "static"},
@@ -28,8 +28,8 @@ _ONLY_FFN = {"attention.min_keys": 10**9, "ffn.min_width": 0}
 _ROWS = 1024  # tokens that a least-squares router is fitted to, as many as the backend samples
 
 
-def measure(subject: Subject) -> dict[str, Any]:
-    """{router: {density: {"error", "cosine", "token_cosine", "loss"}}}.
+def measure(subject: Subject, density: float) -> dict[str, dict[str, float]]:
+    """{router: {"error", "cosine", "token_cosine", "loss"}} at one density.
 
     error: relative output error of a layer on dense inputs, mean over layers. token_cosine: mean over tokens of the cosine
     between the last hidden states of the dense and the sparse model; cosine: the same of their means over a sequence (an
@@ -38,21 +38,19 @@ def measure(subject: Subject) -> dict[str, Any]:
     held = subjects.ffn_activations(subject, subject.heldout)
     fit = subjects.ffn_activations(subject, subject.learning)
     reference = subjects.last_hidden(subject.model, subject, subject.heldout)
-    results: dict[str, Any] = {router: {} for router in ROUTERS}
-    for density in DENSITIES:
-        key = f"{density:.4f}"
-        for router, options in PRODUCT.items():
-            learned = subjects.learn(subject, {**_ONLY_FFN, "ffn.density": density, **options})
-            results[router][key] = _evaluate(subject, learned, held, density, reference)
-            if router == "learned":
-                results["oracle"][key] = {"error": _mean_error(learned, held, density, oracle=True)}
-                for name, tensor in (("means only", "correction_out"), ("blocks only", "compensation")):
-                    for state in learned.of("ffn"):
-                        state.tensors[tensor].zero_()
-                    results[f"learned, {name}"][key] = _evaluate(subject, learned, held, density, reference)
-                for state, activations in zip(learned.of("ffn"), fit, strict=True):
-                    _make_contiguous(state, activations)
-                results["contiguous + LS"][key] = _evaluate(subject, learned, held, density, reference)
+    results: dict[str, dict[str, float]] = {}
+    for router, options in PRODUCT.items():
+        learned = subjects.learn(subject, {**_ONLY_FFN, "ffn.density": density, **options})
+        results[router] = _evaluate(subject, learned, held, density, reference)
+        if router == "learned":
+            results["oracle"] = {"error": _mean_error(learned, held, density, oracle=True)}
+            for name, tensor in (("means only", "correction_out"), ("blocks only", "compensation")):
+                for state in learned.of("ffn"):
+                    state.tensors[tensor].zero_()
+                results[f"learned, {name}"] = _evaluate(subject, learned, held, density, reference)
+            for state, activations in zip(learned.of("ffn"), fit, strict=True):
+                _make_contiguous(state, activations)
+            results["contiguous + LS"] = _evaluate(subject, learned, held, density, reference)
     return results
 
 

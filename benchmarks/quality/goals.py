@@ -25,6 +25,16 @@ def parity_runs(units: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict[i
     return found
 
 
+def routers_of(units: dict[str, Any]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """{model and text: {router: {density: figures}}}, densities ascending."""
+    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for unit in sorted(of_part(units, "ffn").values(), key=lambda unit: unit["value"]["density"]):
+        value = unit["value"]
+        for router, figures in value["routers"].items():
+            found.setdefault(value["name"], {}).setdefault(router, {})[f"{value['density']:.4f}"] = figures
+    return found
+
+
 def judge(units: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Rows (goal, measured, verdict)."""
     return [*_selection(units), _ffn(units), *_parity(units), _guard(units)]
@@ -63,9 +73,9 @@ def _selection(units: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _ffn(units: dict[str, Any]) -> tuple[str, str, str]:
     goal = f"FFN at 1/2 on MiniLM, training-free: cosine at least {COSINE:.2f}"
-    if "ffn.minilm" not in units:
+    if "ffn.minilm.50" not in units:
         return goal, "not measured", "open"
-    value = units["ffn.minilm"]["value"]["routers"]["learned"]["0.5000"]
+    value = units["ffn.minilm.50"]["value"]["routers"]["learned"]
     text = f"{value['token_cosine']:.3f} over tokens, {value['cosine']:.3f} of sentence means"
     return goal, text, _verdict(value["token_cosine"] >= COSINE, f"{COSINE - value['token_cosine']:.3f} short over tokens")
 

@@ -115,7 +115,9 @@ class Bench:
         for name, subject, length in self._subjects():
             yield f"selection.{name}", lambda s=subject: self._selection(s())
             if length in (None, plan.lengths[0]):  # tokens are routed one by one: one length says it all
-                yield f"ffn.{name}", lambda s=subject: self._ffn(s())
+                for density in ffn.DENSITIES:
+                    unit = f"ffn.{name}.{100 * density:.0f}"
+                    yield unit, lambda s=subject, d=density: self._ffn(s(), d)
         start = self.models / f"{plan.parity_architectures[0]}-{language_models.DOMAINS[0]}"
         recipe = dataclasses.replace(plan.tune, steps=plan.drift_steps)
         for name in ("on", "off"):
@@ -148,8 +150,8 @@ class Bench:
     def _selection(self, subject: subjects.Subject) -> dict[str, Any]:
         return {"name": subject.name, "rules": attention.measure(subject)}
 
-    def _ffn(self, subject: subjects.Subject) -> dict[str, Any]:
-        return {"name": subject.name, "routers": ffn.measure(subject)}
+    def _ffn(self, subject: subjects.Subject, density: float) -> dict[str, Any]:
+        return {"name": subject.name, "density": density, "routers": ffn.measure(subject, density)}
 
     def _tune(self, architecture: str, rank: int, variant: tuning.Variant, seed: int) -> dict[str, Any]:
         start = self.models / f"{architecture}-{language_models.DOMAINS[0]}"

@@ -125,22 +125,25 @@ def _pair(values: list[float]) -> str:
 
 def _routers(units: dict[str, Any]) -> str:
     parts = []
-    for density in (f"{d:.4f}" for d in ffn.DENSITIES):
+    found = goals.routers_of(units)
+    for density in sorted(f"{d:.4f}" for d in ffn.DENSITIES):
         rows = []
-        for unit in of_part(units, "ffn").values():
-            cells = []
-            for router in ffn.ROUTERS:
-                value = unit["value"]["routers"][router][density]
-                cell = f"{value['error']:.2f}"
-                if "token_cosine" in value:
-                    cell += f" / {value['token_cosine']:.3f}"
-                if "loss" in value:
-                    cell += f" / {value['loss']:+.3f}"
-                cells.append(cell)
-            rows.append((unit["value"]["name"], *cells))
-        title = f"Density {_FRACTIONS[density]}, layer error / cosine of tokens / loss increase (language models):"
-        parts.append(f"{title}\n\n{table(('model', *ffn.ROUTERS), rows)}")
+        for name, routers in found.items():
+            if density in routers["learned"]:
+                rows.append((name, *(_router_cell(routers[router][density]) for router in ffn.ROUTERS)))
+        if rows:
+            title = f"Density {_FRACTIONS[density]}, layer error / cosine of tokens / loss increase (language models):"
+            parts.append(f"{title}\n\n{table(('model', *ffn.ROUTERS), rows)}")
     return "\n\n".join(parts)
+
+
+def _router_cell(value: dict[str, float]) -> str:
+    words = [f"{value['error']:.2f}"]
+    if "token_cosine" in value:
+        words.append(f"{value['token_cosine']:.3f}")
+    if "loss" in value:
+        words.append(f"{value['loss']:+.3f}")
+    return " / ".join(words)
 
 
 def _drift(units: dict[str, Any]) -> str:
@@ -278,25 +281,25 @@ def _draw_selection(plt: Any, units: dict[str, Any], which: int, label: str) -> 
 
 
 def _draw_ffn(plt: Any, units: dict[str, Any]) -> Any:
-    subjects = [unit["value"] for unit in of_part(units, "ffn").values()]
-    if not subjects:
+    found = goals.routers_of(units)
+    if not found:
         return None
-    figure, panels = _grid(plt, 2 * len(subjects), 4, (3.1, 2.7))
-    for i, subject in enumerate(subjects):
-        for panel, figure_name, title in (
+    figure, panels = _grid(plt, 2 * len(found), 4, (3.1, 2.7))
+    for i, (name, routers) in enumerate(found.items()):
+        for panel, what, title in (
             (panels[2 * i], "error", "layer error"),
             (panels[2 * i + 1], "token_cosine", "cosine, end to end"),
         ):
             for router in ffn.ROUTERS:
-                points = {d: v[figure_name] for d, v in subject["routers"][router].items() if figure_name in v}
+                points = {d: v[what] for d, v in routers[router].items() if what in v}
                 if points:
                     colour, line = _STYLE[router]
                     densities = [float(d) for d in points]
                     panel.plot(densities, list(points.values()), line, color=colour, marker="o", ms=3, label=router)
-            _density_axis(panel, list(subject["routers"]["learned"]))
-            panel.set_title(f"{subject['name']}: {title}", fontsize=8)
+            _density_axis(panel, list(routers["learned"]))
+            panel.set_title(f"{name}: {title}", fontsize=8)
     figure.supxlabel("density", fontsize=9)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     return figure
 
 
