@@ -39,6 +39,7 @@ class Plan:
     heldout: int = 4  # tokens measured, in sequences of 512 (LMs)
     minilm: int = 4  # sequences measured
     lengths: tuple[int, ...] = language_models.LENGTHS
+    ffn_densities: tuple[float, ...] = ffn.DENSITIES
     architectures: tuple[str, ...] = language_models.ARCHITECTURES
     tune: Recipe = Recipe(steps=200)
     drift_steps: int = 200
@@ -67,7 +68,7 @@ class Plan:
         """Ten minutes at most: the same questions of small models; its figures show that it works, no more."""
         return Plan(
             size=Size(layers=2, width=128, heads=2, length=512), code_steps=150, english_steps=40, learning=4, heldout=1,
-            minilm=1, lengths=(512,), tune=Recipe(steps=16, shape=(1, 512), heldout=4, evaluations=2), drift_steps=24,
+            minilm=1, lengths=(512,), ffn_densities=(1 / 2,), tune=Recipe(steps=16, shape=(1, 512), heldout=4, evaluations=2), drift_steps=24,
             seeds=(0,), parity_architectures=("llama",), speed_rounds=3, inner="eager",
         )  # fmt: skip
 
@@ -76,8 +77,8 @@ class Plan:
         """Seconds: for the tests."""
         return Plan(
             size=Size(layers=1, width=32, heads=2, length=128), code_steps=2, english_steps=1, learning=4, heldout=1,
-            minilm=1, lengths=(128,), architectures=("llama",), seeds=(0,), parity_architectures=("llama",),
-            tune=Recipe(steps=2, shape=(1, 128), heldout=1, evaluations=1), drift_steps=8, speed_rounds=1, inner="eager",
+            minilm=1, lengths=(128,), ffn_densities=(1 / 2,), architectures=("llama",), seeds=(0,),
+            parity_architectures=("llama",), tune=Recipe(steps=2, shape=(1, 128), heldout=1, evaluations=1), drift_steps=8, speed_rounds=1, inner="eager",
         )  # fmt: skip
 
 
@@ -115,7 +116,7 @@ class Bench:
         for name, subject, length in self._subjects():
             yield f"selection.{name}", lambda s=subject: self._selection(s())
             if length in (None, plan.lengths[0]):  # tokens are routed one by one: one length says it all
-                for density in ffn.DENSITIES:
+                for density in plan.ffn_densities:
                     unit = f"ffn.{name}.{100 * density:.0f}"
                     yield unit, lambda s=subject, d=density: self._ffn(s(), d)
         start = self.models / f"{plan.parity_architectures[0]}-{language_models.DOMAINS[0]}"
