@@ -68,8 +68,8 @@ class Plan:
         """Ten minutes at most: the same questions of small models; its figures show that it works, no more."""
         return Plan(
             size=Size(layers=2, width=128, heads=2, length=512), code_steps=150, english_steps=40, learning=4, heldout=1,
-            minilm=1, lengths=(512,), ffn_densities=(1 / 2,), tune=Recipe(steps=16, shape=(1, 512), heldout=4, evaluations=2), drift_steps=24,
-            seeds=(0,), parity_architectures=("llama",), speed_rounds=3, inner="eager",
+            minilm=1, lengths=(512,), ffn_densities=(1 / 2,), seeds=(0,), parity_architectures=("llama",), drift_steps=24,
+            tune=Recipe(steps=16, shape=(1, 512), heldout=4, evaluations=2), speed_rounds=3, inner="eager",
         )  # fmt: skip
 
     @staticmethod
@@ -78,7 +78,8 @@ class Plan:
         return Plan(
             size=Size(layers=1, width=32, heads=2, length=128), code_steps=2, english_steps=1, learning=4, heldout=1,
             minilm=1, lengths=(128,), ffn_densities=(1 / 2,), architectures=("llama",), seeds=(0,),
-            parity_architectures=("llama",), tune=Recipe(steps=2, shape=(1, 128), heldout=1, evaluations=1), drift_steps=8, speed_rounds=1, inner="eager",
+            parity_architectures=("llama",), tune=Recipe(steps=2, shape=(1, 128), heldout=1, evaluations=1), drift_steps=8,
+            speed_rounds=1, inner="eager",
         )  # fmt: skip
 
 
