@@ -94,6 +94,7 @@ class Bench:
     def __init__(self, plan: Plan, out: Path, *, minilm: Path | None, model: Path | None, log: Callable[[str], None]):
         self.plan, self.out, self.minilm, self.model, self.log = plan, out, minilm, model, log
         self.models = out / "models"
+        self.commit = _commit()  # now: while a long run goes on, its checkout may move
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self, only: tuple[str, ...] = PARTS, match: str = "") -> None:
@@ -106,7 +107,11 @@ class Bench:
             began, cpu = time.perf_counter(), time.process_time()
             torch.manual_seed(0)
             value = unit()
-            record = {"value": value, "conditions": self._conditions(), "seconds": time.perf_counter() - began}
+            record = {
+                "value": value,
+                "conditions": {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": self.commit},
+                "seconds": time.perf_counter() - began,
+            }
             write_json(path, {**record, "cpu_seconds": time.process_time() - cpu})
 
     def units(self) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -166,10 +171,6 @@ class Bench:
             recipe = dataclasses.replace(plan.tune, lora_rank=rank)
             times[kind] = tuning.step_times(start, recipe, plan.speed_rounds, plan.inner)
         return {"inner": plan.inner, **times}
-
-    @staticmethod
-    def _conditions() -> dict[str, str]:
-        return {"date": time.strftime("%Y-%m-%d %H:%M"), "commit": _commit()}
 
 
 def collect(bench: Bench) -> dict[str, Any]:

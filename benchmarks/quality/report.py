@@ -276,7 +276,7 @@ def _draw_selection(plt: Any, units: dict[str, Any], which: int, label: str) -> 
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
     figure.supxlabel("density", fontsize=9)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6 if len(panels) > 2 else 3, frameon=False)
     return figure
 
 
@@ -299,7 +299,9 @@ def _draw_ffn(plt: Any, units: dict[str, Any]) -> Any:
             _density_axis(panel, list(routers["learned"]))
             panel.set_title(f"{name}: {title}", fontsize=8)
     figure.supxlabel("density", fontsize=9)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7 if len(panels) > 2 else 3, frameon=False
+    )
     return figure
 
 
@@ -342,6 +344,7 @@ def _draw_parity(plt: Any, units: dict[str, Any]) -> Any:
                 dense = speeds[kind]["dense"]["seconds"]
                 seconds = [s * speed["ratio"] * dense for s in steps]
                 time_panel.plot(seconds, mean, line, color=colour, marker="o", ms=3, label=name)
+        time_panel.set_visible(kind in speeds)
         steps_panel.set_title(f"{architecture} LM, {titles[kind]}", fontsize=9)
         steps_panel.set_xlabel("steps")
         steps_panel.set_ylabel("held-out loss")
@@ -352,8 +355,8 @@ def _draw_parity(plt: Any, units: dict[str, Any]) -> Any:
 
 _INTRODUCTION = """# Quality
 
-What the approximation costs, measured by `python -m benchmarks.quality` (CPU, offline; `--quick` takes at most ten
-minutes). This page is written by it from `benchmarks/results/quality.json`; the remarks are ours. All models are small: the
+What the approximation costs, measured by `python -m benchmarks.quality` (CPU, offline; `--quick` is a short
+form). This page is written by it from `benchmarks/results/quality.json`; the remarks are ours. All models are small: the
 figures rank methods and find mistakes, they do not predict large models."""
 
 _MODELS = """\
@@ -389,4 +392,5 @@ density 1/4 and FFN density 1/2. "balanced" is the default; "paper" is the prese
 (single keys by equal codes, gates of 2 x probability, no compensation), its routers and codebooks trained by gradients,
 with the auxiliary loss; "static" the default with a static router; "window" attends to the nearest tiles and the first one,
 as many as "balanced", and routes FFNs as it does. Losses are those of the sparse model, as trained. Times are ratios of
-steps taken in turns in one process, so that other load met all alike; "window" has none, as a mask saves nothing."""
+steps taken in turns in one process, so that other load met all alike; "window" has none, as a mask saves nothing. Spreads
+are standard deviations over seeds; "against dense" compares runs of the same seed."""
