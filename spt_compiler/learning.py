@@ -157,7 +157,7 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
         permutation = routing.cluster((h.abs() * scaled.norm(dim=0)).T, n_blocks, seed, n_keep=n_keep)
         state.assign(permutation=permutation)
     outputs = routing.block_outputs(h, w_out, t["permutation"], n_blocks)
-    target = (outputs * scale).norm(dim=2)
+    target = torch.stack([(outputs[:, g] * scale).norm(dim=1) for g in range(n_blocks)], dim=1)
     if router == "static":
         weight, bias = routing.static_router(target, x.shape[1])
         state.assign(router_weight=weight, router_bias=bias)
@@ -188,7 +188,7 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     if not first:
         mean = t["compensation"].lerp(mean, 1 - COMPENSATION_DECAY)
     state.assign(compensation=mean)
-    missing = torch.where(kept[..., None], 0.0, outputs).sum(1) - (~kept).to(mean.dtype) @ t["compensation"]
+    missing = routing.dropped_outputs(outputs, kept) - (~kept).to(mean.dtype) @ t["compensation"]
     rank = t["correction_in"].shape[0]
     down, shift, up = routing.fit_correction(x, missing, scale, rank, seed)
     state.assign(correction_in=down, correction_shift=shift, correction_out=up)
@@ -210,8 +210,7 @@ def router_quality(state: SiteState, x: Tensor, weights: Any, density: float) ->
     n_keep = blocks_kept(density, n_blocks)
     kept = routing.choose(scores, t["always_on"], n_keep)
     y_blocks = routing.block_outputs(h, w_out, t["permutation"], n_blocks)
-    missing = torch.where(kept[..., None], 0.0, y_blocks)
-    error = missing.sum(1)
+    error = routing.dropped_outputs(y_blocks, kept)
     if state.settings is None or state.settings.ffn.compensation:  # type: ignore[attr-defined]
         error = error - (~kept).to(y_blocks.dtype) @ t["compensation"]
         if n_keep == state.counter("fitted_keep"):

@@ -288,8 +288,17 @@ def conditional_mean(y_blocks: Tensor, kept: Tensor) -> Tensor:
     Returns: compensation [G, E] fp32; 0 for a block that no token drops. Non-finite values do not count.
     """
     dropped = (~kept).float()
-    total = torch.einsum("sg,sge->ge", dropped, _finite(y_blocks))
+    # Block by block, here and below: the outputs of all blocks are the largest thing in learning, and no copy of them is made.
+    total = torch.stack([dropped[:, g] @ _finite(y_blocks[:, g]) for g in range(kept.shape[1])])
     return total / dropped.sum(0).unsqueeze(1).clamp_min(1)
+
+
+def dropped_outputs(y_blocks: Tensor, kept: Tensor) -> Tensor:
+    """The sum of what dropped blocks would have added: y_blocks [S, G, E], kept [S, G] bool -> [S, E]."""
+    total = torch.zeros_like(y_blocks[:, 0])
+    for g in range(kept.shape[1]):
+        total += torch.where(kept[:, g, None], 0.0, y_blocks[:, g])
+    return total
 
 
 def fit_compensation(y_blocks: Tensor, kept: Tensor) -> Tensor:
@@ -305,7 +314,9 @@ def fit_compensation(y_blocks: Tensor, kept: Tensor) -> Tensor:
     n_rows, n_blocks = dropped.shape
     if n_rows == 0:
         return mean
-    missing = torch.where(kept.unsqueeze(2), 0, _finite(y_blocks)).sum(1) - dropped @ mean
+    missing = -(dropped @ mean)
+    for g in range(n_blocks):
+        missing += torch.where(kept[:, g, None], 0, _finite(y_blocks[:, g]))
     strength = torch.tensor(_COMPENSATION_RIDGE * n_rows / n_blocks, dtype=torch.float64, device=y_blocks.device)
     change = _solve((dropped.t() @ dropped).double(), strength, (dropped.t() @ missing).double())
     return mean + torch.where(dropped.any(0).unsqueeze(1), change.float(), 0)
