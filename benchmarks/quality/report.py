@@ -249,6 +249,7 @@ def _density_axis(panel: Any, densities: list[str]) -> None:
     panel.set_xscale("log", base=2)
     panel.set_xticks([float(d) for d in densities], [_FRACTIONS[d] for d in densities])
     panel.minorticks_off()
+    panel.set_xlabel("density", fontsize=8)
 
 
 def _draw_selection(plt: Any, units: dict[str, Any], which: int, label: str) -> Any:
@@ -275,7 +276,6 @@ def _draw_selection(plt: Any, units: dict[str, Any], which: int, label: str) -> 
     for panel in panels[:2]:
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
-    figure.supxlabel("density", fontsize=9)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6 if len(panels) > 2 else 3, frameon=False)
     return figure
 
@@ -298,7 +298,6 @@ def _draw_ffn(plt: Any, units: dict[str, Any]) -> Any:
                     panel.plot(densities, list(points.values()), line, color=colour, marker="o", ms=3, label=router)
             _density_axis(panel, list(routers["learned"]))
             panel.set_title(f"{name}: {title}", fontsize=8)
-    figure.supxlabel("density", fontsize=9)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7 if len(panels) > 2 else 3, frameon=False
     )
