@@ -35,6 +35,9 @@ def maintain(state: SiteState, weights: Callable[[], Any], *, after_backward: bo
     With several processes everything that is decided here is decided on the samples of all of them, and at steps that the
     number of backwards alone fixes: their states stay equal, and none waits for a collective that another does not enter.
     """
+    if after_backward and state.settled and _only_counts(state):
+        state.set_counter("steps", state.counter("steps") + 1)
+        return
     # The call may stand in the user's autocast region: states are fp32, and so is what is computed for them.
     device = state.tensors["budget"].device.type
     with torch.no_grad(), torch.autocast(device, enabled=False):
@@ -88,6 +91,19 @@ def _maintain(state: SiteState, weights: Callable[[], Any], after_backward: bool
         collect_no_grad=learns and not state.initialised,
         measure_no_grad=False,
     )
+    on_its_way = part.schedule is not None and steps - config.dense_steps < part.schedule[1]  # type: ignore[union-attr]
+    state.settled = (
+        state.initialised
+        and not (on_its_way or steps < config.dense_steps)  # type: ignore[union-attr]
+        and not (learns and not learning.ring_is_full(state))
+        and not (interval > 0 and state.counter("measured_at") == 0)
+    )
+
+
+def _only_counts(state: SiteState) -> bool:
+    """Whether the turn of a settled site does nothing else: nothing was asked of the last forward or will be of the next."""
+    turn, interval = state.counter("steps") + 1, state.settings.guard.interval  # type: ignore[union-attr]
+    return not any(learning.is_due(step) or _is_measured(step, interval) for step in (turn, turn + 1))
 
 
 def _is_measured(steps: int, interval: int) -> bool:

@@ -110,6 +110,7 @@ class SiteState:
     auxiliary_loss: Tensor | None = None
     ledger: Any = None  # the run-time wrapper's account of open forwards
     fault: str = ""
+    settled: bool = False  # upkeep only counts steps until learning or measuring is due again
 
     @property
     def kind(self) -> str:
@@ -365,6 +366,7 @@ def _fill(state: SiteState, saved: Mapping[str, Tensor], site: str) -> None:
     if missing:
         raise StateError(f"state lacks the tensor(s) {sorted(missing)}", site=site)
     state.assign(**saved)
+    state.settled = False
     if state.ledger is not None:
         state.ledger.backward_ran = bool(state.counter("pending"))
 

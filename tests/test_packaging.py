@@ -75,6 +75,18 @@ def test_readme_says_what_matters():
         assert word in text
 
 
+def test_documents_that_are_named_exist():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    named = {}
+    for path in tracked:
+        if path.endswith((".py", ".md", ".jinja", ".toml")) or path == "Makefile":
+            text = (ROOT / path).read_text()
+            named |= {name: path for name in re.findall(r"\b(?:docs|benchmarks/results)/[\w/-]+\.(?:md|json|png|html)", text)}
+    assert named, "the README names its documents"
+    missing = {name: path for name, path in named.items() if not (ROOT / name).exists()}
+    assert not missing
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """A wheel built from a copy of the tree: setuptools writes beside its sources."""

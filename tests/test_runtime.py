@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import spt_compiler
-from spt_compiler import learning
+from spt_compiler import calibrate, learning
 from spt_compiler.state import STORE
 from tests.blocks import SPARSE, Stack, gradients, relative, train_steps
 
@@ -81,6 +81,24 @@ def test_nothing_changes_between_a_forward_and_its_backward():
     (second.sum() + third.sum()).backward()
     run(batch())
     assert not same(learned(model), before)
+
+
+def test_turns_that_only_count_change_nothing_else(monkeypatch):
+    def trained():
+        torch.manual_seed(1)
+        model = Stack(1)
+        run = compiled(model, **{"guard.interval": 24})
+        for _ in range(70):
+            run(batch()).square().mean().backward()
+        return spt_compiler.state_dict(model)
+
+    skipped, decide = [], calibrate._only_counts
+    monkeypatch.setattr(calibrate, "_only_counts", lambda state: skipped.append(decide(state)) or skipped[-1])
+    short = trained()
+    assert sum(skipped) > 40
+    monkeypatch.setattr(calibrate, "_only_counts", lambda state: False)
+    torch._dynamo.reset()
+    assert same(short, trained())
 
 
 def test_a_dropped_forward_does_not_block_learning():

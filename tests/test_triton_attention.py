@@ -64,7 +64,7 @@ def test_kernels_compile_for_hopper_without_a_gpu(dtype, config, kernel):
         check_compiled(entry, "sm_90")
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", triton_catalog.DTYPES)
 @pytest.mark.parametrize("target", triton_common.TARGETS)
 def test_the_whole_grid_compiles(target, dtype):

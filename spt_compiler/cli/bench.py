@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if "passes" in parts:
         [results["passes"]] = workers.call(context, [workers.Job("passes   ", 1, passes.measure, (args.quick,))], console)
     if "wrapper" in parts:
-        total = 2 * ((10 if args.quick else 60) + 5)
+        total = 2 * ((10 if args.quick else 60) + wrapper.WARM_UP)
         [results["wrapper"]] = workers.call(context, [workers.Job("wrapper  ", total, wrapper.measure, (args.quick,))], console)
     if "finetune" in parts:
         results["finetune"] = _finetune(context, console, args, options, out)
