@@ -207,7 +207,8 @@ _LOCAL = ("sample", "cursor", "probe", "quality", "budget", "correction_gate")
 
 def _share(state: SiteState) -> None:
     """Makes the state of rank 0 that of every rank: equal input gives equal results only on equal machines."""
-    counters = state.tensors["counters"].to(state.tensors["budget"].device)
+    # A copy: what each rank counts for itself must not be written over.
+    counters = state.tensors["counters"].to(state.tensors["budget"].device, copy=True)
     torch.distributed.broadcast(counters, src=0)
     for name in ("initialised", "updates", "densified", "measured_at", "fitted_keep"):
         state.set_counter(name, int(counters[COUNTERS[name]]))

@@ -521,12 +521,14 @@ def test_worker_does_not_outlive_its_parent(tmp_path, start):
     time.sleep(3)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not list((tmp_path / "out" / "dense").glob("checkpoint-*")):
-        time.sleep(0.5)
-    before = training.newest_checkpoint(tmp_path / "out" / "dense")
-    time.sleep(3)
-    assert before is not None and training.newest_checkpoint(tmp_path / "out" / "dense") == before
+    # An orphan notices at its next report, and still saves; one that lived on would checkpoint again and again.
+    deadline, newest = time.monotonic() + 30, None
+    while time.monotonic() < deadline:
+        before, newest = newest, training.newest_checkpoint(tmp_path / "out" / "dense")
+        if newest is not None and newest == before:
+            break
+        time.sleep(3)
+    assert newest is not None and newest == before
 
 
 # ---- bench --------------------------------------------------------------------------------------------------------
