@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .saved import saved_bytes
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -246,21 +248,10 @@ def _time(case: Case, seconds: float) -> dict[str, Any]:
 
 def _memory(case: Case, variant: str) -> dict[str, Any]:
     side = Side(case, variant)
-    saved: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in (*side.model.parameters(), *side.model.buffers(), *side.inputs)}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return x
-
     for _ in range(5):
         side.step()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = side.model(*side.inputs)
-    kept = sum(saved.values())
-    del out
+    own = (*side.model.parameters(), *side.model.buffers(), *side.inputs)
+    kept = saved_bytes(lambda: side.model(*side.inputs), own)
     with contextlib.suppress(OSError):  # from here on VmHWM is that of steps alone, without the compiler's
         Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spt_compiler.benchmarks import saved
 from tests.blocks import SPARSE
 
 # Large enough that lists, statistics and padding do not decide: 2048 tokens of 256 values.
@@ -61,19 +62,11 @@ class Llama(nn.Module):
 
 def saved_bytes(module: nn.Module, call, x: Tensor) -> int:
     """Bytes of all storages that autograd keeps in one forward pass, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that the address stays taken
-        return tensor
+    def forward() -> None:
+        assert call(x).requires_grad
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = call(x)
-    assert out.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
+    return saved.saved_bytes(forward, (*module.parameters(), *module.buffers()))
 
 
 def ratio(module: nn.Module, dtype: torch.dtype = torch.bfloat16, inner: str = "eager", **options) -> float:

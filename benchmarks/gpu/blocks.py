@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..saved import saved_bytes
 from .common import Bench
 
 PART = "blocks"
@@ -142,18 +143,8 @@ def _peak(bench: Bench, step: Any) -> int | None:
 
 def _saved_bytes(call: Any, ready: Any, x: Tensor) -> int | None:
     """Bytes that one forward pass keeps for backward, besides parameters (T5)."""
-    kept: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
     try:
         ready()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            call(x)
-    except Exception:
+        return saved_bytes(lambda: call(x), getattr(call, "_orig_mod", call).parameters())
+    except Exception:  # as in `_peak`
         return None
-    own = {p.untyped_storage().data_ptr() for p in getattr(call, "_orig_mod", call).parameters()}
-    return sum(s.nbytes() for address, s in kept.items() if address not in own)
