@@ -209,19 +209,18 @@ def test_default_generators_are_left_alone():
 # ---- shapes and modes of torch ------------------------------------------------------------------------------------
 
 
-def test_lengths_and_batches_share_one_dynamic_graph():
+@pytest.mark.parametrize("granularity", ["tile", "token"])
+def test_lengths_and_batches_share_one_dynamic_graph(granularity):
     from torch._dynamo.utils import counters
 
     model = Stack(1)
-    run = torch.compile(model, backend="spt", options=EXACT, dynamic=True)
+    run = torch.compile(model, backend="spt", options={**EXACT, "attention.granularity": granularity}, dynamic=True)
     counters.clear()
-    for length, size in ((130, 2), (100, 3), (257, 4)):
+    # Several query tiles, one, and less than one: no derived size may make a graph of its own.
+    for length, size in ((130, 2), (100, 3), (257, 4), (40, 2), (7, 3), (2, 2)):
         x = batch(length, size)
         assert_same(gradients(model, run, x), gradients(model, model, x))
     assert counters["stats"]["unique_graphs"] == 1
-    # A single query tile is a case of its own to torch (a size of one); it is right all the same.
-    x = batch(40, 2)
-    assert_same(gradients(model, run, x), gradients(model, model, x))
 
 
 @pytest.mark.parametrize("length", [1, 2, 15])

@@ -40,10 +40,7 @@ def graphs_of(run, model, sizes) -> int:
 
 
 def test_every_length_and_batch_runs_in_one_dynamic_graph():
-    """Lengths of several tiles, of one, and below one alike: no guard is ours.
-
-    AOTAutograd adds one where a derived size, the number of query tiles, is one (`test_backend.py` has that case).
-    """
+    """Lengths of several tiles, of one, and below one alike: no guard is ours (through AOTAutograd: `test_backend.py`)."""
     model = Stack(1)
     run = compiled(model, dynamic=True)
     assert graphs_of(run, model, ((130, 2), (100, 3), (257, 4), (40, 2), (7, 3), (64, 2))) == 1

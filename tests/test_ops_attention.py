@@ -464,8 +464,10 @@ def test_number_of_tiles(n_k, density, expected):
     # fp32 0.1 is larger than 0.1: a plain ceil would keep 11 of 100 tiles.
     case = cases.make("none", batch=1, heads=1, groups=1, n_q=16, n_k=n_k, tile_q=16, tile_k=10 if n_k != 4096 else 16)
     tiles, counts = spt.select_tiles_v1(*case.select_tiles_args(density, "mean"))
-    assert counts.tolist() == [[[expected]]]
-    assert tiles.shape[-1] == max_tiles(n_k, density, case.tile_q, case.tile_k) >= expected
+    # One query tile; the lists are stored in two rows and slots at least, the rest of them unused.
+    assert counts.tolist() == [[[expected, 0]]]
+    assert tiles.shape[-1] == max(2, max_tiles(n_k, density, case.tile_q, case.tile_k)) >= expected
+    assert (tiles[0, 0, 0, expected:] == -1).all() and (tiles[0, 0, 1] == -1).all()
 
 
 def test_budget_is_read_as_data_below_a_static_maximum():

@@ -25,7 +25,7 @@ from spt_compiler.ops.reference import (
     everything_by_data,
     wanted_count,
 )
-from spt_compiler.ops.selection.common import causal_split, max_tiles
+from spt_compiler.ops.selection.common import causal_split, in_use, max_tiles, stored
 
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 _READS = {"bool": "uint8_t", "int": "int64_t", "float": "float"}
@@ -190,7 +190,7 @@ def select_tiles(
     width = max_tiles(n_k, max_density, tile_q, tile_k)
     rows = (batch, n_groups, -(-n_q // tile_q))
     if bool(everything_by_data(budget, n_k, min_keys)):
-        return torch.full((*rows, width), -1, dtype=torch.int32), torch.full(rows, -1, dtype=torch.int32)
+        return stored(torch.full((*rows, width), -1, dtype=torch.int32), torch.full(rows, -1, dtype=torch.int32), tiles=True)
     masks = split(bias, expr, expr_in, (batch, n_heads, n_q, n_k), torch.float32)
     words = None
     if rule == "pq" and codebook is not None:  # codewords about the mean, as `pq.reconstruct` has them
@@ -209,7 +209,7 @@ def select_tiles(
     wanted = int(wanted_count(budget, max_density, n_k, tile_k))
     call.set(tiles=tiles, counts=counts, slots=width, causal=int(masks.causal), own=int(own), wanted=wanted)
     call.run("select_tiles")
-    return tiles, counts
+    return stored(tiles, counts, tiles=True)
 
 
 def _attention_fits(
@@ -239,6 +239,7 @@ def tile_attention(
 ) -> tuple[Tensor, Tensor]:
     """`spt::tile_attention_v1`; see there."""
     check_attention(q, k, v, bias, tiles, counts, seed, p, empty, tile_q, tile_k)
+    tiles, counts = in_use(tiles, counts, q.shape[2], tile_q)
     rest = (expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k)
     if cpu_attention.fused(q, k, v, bias, counts, expr, p, softcap):
         return cpu_attention.tile_attention(q, k, v, bias, tiles, counts, *rest)
@@ -250,7 +251,7 @@ def tile_attention(
         return cpu_attention.tile_attention(q, k, v, bias, tiles, counts, *rest)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    call.set(tiles=tiles.contiguous(), counts=counts.contiguous(), slots=tiles.shape[3], out=out, lse=lse)
+    call.set(tiles=tiles, counts=counts, slots=tiles.shape[3], out=out, lse=lse)
     call.run("attend")
     fill_empty(out, lse, v, masks, seed, p, empty)
     return out, lse
@@ -306,6 +307,7 @@ def tile_attention_backward(
     compensate: bool = False,
 ) -> list[Tensor]:
     """`spt::tile_attention_backward_v1`; see there."""
+    tiles, counts = in_use(tiles, counts, q.shape[2], tile_q)
     arguments = (grad_out, q, k, v, bias, out, lse, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k)
     coarse = bool(((lse.abs() > cpu_attention.LSE_LIMIT / LOG2E) & (lse != -torch.inf)).any())
     if coarse or cpu_attention.fused(q, k, v, bias, counts, expr, p, softcap):
@@ -318,7 +320,7 @@ def tile_attention_backward(
         return cpu_attention.tile_attention_backward(*arguments, needs)
     grads = [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip((q, k, v), needs, strict=False)]
     shared = {name: g for name, g, need in zip(("grad_q", "grad_k", "grad_v"), grads, needs, strict=False) if need}
-    call.set(tiles=tiles.contiguous(), counts=counts.contiguous(), slots=tiles.shape[3], out=out.contiguous(), lse=lse.contiguous())
+    call.set(tiles=tiles, counts=counts, slots=tiles.shape[3], out=out.contiguous(), lse=lse.contiguous())
     call.tensor("grad_out", grad_out)
     call.set(**shared)
     n_splits, lanes = call.values["splits"], call.library.lanes()

@@ -30,6 +30,7 @@ from spt_compiler.lowering.cpu_tiles import (
 )
 from spt_compiler.lowering.registry import register
 from spt_compiler.ops.reference import check_attention, compute_dtype
+from spt_compiler.ops.selection.common import in_use
 
 _CAUSAL = "k <= q"
 # Beyond this |lse| (in units of log 2) fp32 cannot tell probabilities from lse: rows whose every key is masked by a finite
@@ -96,6 +97,7 @@ def tile_attention(
 ) -> tuple[Tensor, Tensor]:
     """`spt::tile_attention_v1`; see there."""
     check_attention(q, k, v, bias, tiles, counts, seed, p, empty, tile_q, tile_k)
+    tiles, counts = in_use(tiles, counts, q.shape[2], tile_q)
     if fused(q, k, v, bias, counts, expr, p, softcap):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -183,6 +185,7 @@ def tile_attention_backward(
     need_q, need_k, need_v, need_bias = needs
     need_bias = need_bias and bias is not None and bias.is_floating_point()
     none = q.new_empty(0)
+    tiles, counts = in_use(tiles, counts, q.shape[2], tile_q)
     if fused(q, k, v, bias, counts, expr, p, softcap):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

@@ -27,7 +27,7 @@ from spt_compiler.ops.reference import (
     wanted_count,
 )
 from spt_compiler.ops.selection import pq, pq_match
-from spt_compiler.ops.selection.common import forced_tiles, max_keys, max_tiles
+from spt_compiler.ops.selection.common import forced_tiles, max_keys, max_tiles, stored
 
 # Logits of tiles, or of keys, held at a time (elements).
 _PANEL = 1 << 19
@@ -255,9 +255,9 @@ def select_tiles(
     rows = (batch, n_groups, -(-n_q // tile_q))
     everything = everything_by_data(budget, n_k, min_keys)
     if bool(everything):
-        return torch.full((*rows, width), -1, dtype=torch.int32), torch.full(rows, -1, dtype=torch.int32)
+        return stored(torch.full((*rows, width), -1, dtype=torch.int32), torch.full(rows, -1, dtype=torch.int32), tiles=True)
     if batch * n_q * n_k == 0:
-        return torch.full((*rows, width), -1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+        return stored(torch.full((*rows, width), -1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32), tiles=True)
     dtype = compute_dtype(q, k)
     wanted = int(wanted_count(budget, max_density, n_k, tile_k))
     masks = split(bias, expr, expr_in, (batch, n_heads, n_q, n_k), dtype)
@@ -280,7 +280,7 @@ def select_tiles(
             tiles[at, key_heads], counts[at, key_heads] = choose_tiles(mass, visible, forced, some, width, everything)
 
     cpu_threads.run([functools.partial(part, *block) for block in _blocks(batch, n_groups, n_heads // n_groups)])
-    return tiles, counts
+    return stored(tiles, counts, tiles=True)
 
 
 @register("select_keys_v1", "cpu", "cpu")
@@ -309,7 +309,7 @@ def select_keys(
     if bool(everything) or batch * n_q * n_k == 0:
         fill = -1 if bool(everything) else 0
         keys = torch.full((batch, n_heads, n_q, width), -1, dtype=torch.int32)
-        return keys, torch.full((batch, n_heads, n_q), fill, dtype=torch.int32)
+        return stored(keys, torch.full((batch, n_heads, n_q), fill, dtype=torch.int32), tiles=False)
     dtype = compute_dtype(q, k)
     masks = split(bias, expr, expr_in, (batch, n_heads, n_q, n_k), dtype)
     wanted = wanted_count(budget, max_density, n_k, 1)
@@ -343,4 +343,4 @@ def select_keys(
             keys[at, heads, start:stop], counts[at, heads, start:stop] = lists
 
     cpu_threads.run([functools.partial(part, *block) for block in _blocks(batch, n_groups, n_heads // n_groups)])
-    return keys, counts
+    return stored(keys, counts, tiles=False)

@@ -36,7 +36,7 @@ from spt_compiler.lowering.triton_common import (
 from spt_compiler.lowering.triton_selection import MAX_HEAD_DIM, MAX_ROW, pool_tiles, supports_heads, supports_tiles
 from spt_compiler.lowering.triton_tuning import Setting
 from spt_compiler.ops import reference
-from spt_compiler.ops.selection.common import causal_split
+from spt_compiler.ops.selection.common import causal_split, in_use
 
 # Marks of single keys are made for so many bytes of heads at a time.
 SCRATCH_BYTES = 256 << 20
@@ -385,7 +385,7 @@ def tile_attention(
 ) -> tuple[Tensor, Tensor]:
     """`spt::tile_attention_v1` by one kernel: one program per query tile, head and batch row, online softmax."""
     reference.check_attention(q, k, v, bias, tiles, counts, seed, p, empty, tile_q, tile_k)
-    tiles, counts = tiles.contiguous(), counts.contiguous()
+    tiles, counts = in_use(tiles, counts, q.shape[2], tile_q)
     pseudo = _pseudo(bias, expr) if compensate else None
     masked = (bias, counts, expr, expr_in, seed, p, scale, softcap)
     call = _call(q, k, v, *masked, tile_q, tile_k, single=False, pseudo=pseudo)
@@ -673,7 +673,7 @@ def tile_attention_backward(
     compensate: bool = False,
 ) -> list[Tensor]:
     """`spt::tile_attention_backward_v1`: dQ along the lists, then dK and dV along the transposed lists; no atomics."""
-    tiles, counts = tiles.contiguous(), counts.contiguous()
+    tiles, counts = in_use(tiles, counts, q.shape[2], tile_q)
     pseudo = _pseudo(bias, expr) if compensate else None
     masked = (bias, counts, expr, expr_in, seed, p, scale, softcap)
     call = _call(q, k, v, *masked, tile_q, tile_k, single=False, pseudo=pseudo)

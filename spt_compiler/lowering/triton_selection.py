@@ -31,7 +31,7 @@ from spt_compiler.lowering.triton_common import (
     supports_mask,
 )
 from spt_compiler.ops import reference
-from spt_compiler.ops.selection.common import causal_split, max_keys, max_tiles, millionths
+from spt_compiler.ops.selection.common import causal_split, max_keys, max_tiles, millionths, stored
 
 MAX_HEAD_DIM = 256
 # Scores of one row are held in registers by one program while its best are found.
@@ -197,7 +197,7 @@ def select_tiles(
     width = max_tiles(n_k, max_density, tile_q, tile_k)
     rows = (batch, n_groups, n_query_tiles)
     if n_k < min_keys:
-        return q.new_full((*rows, width), -1, dtype=torch.int32), q.new_full(rows, -1, dtype=torch.int32)
+        return stored(q.new_full((*rows, width), -1, dtype=torch.int32), q.new_full(rows, -1, dtype=torch.int32), tiles=True)
     tiles, counts = q.new_empty((*rows, width), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)
     scores = q.new_full((*rows, n_key_tiles), -1.0, dtype=torch.float32)
 
@@ -283,7 +283,7 @@ def select_tiles(
         },
         num_warps=4 if block <= 2048 else 8,
     )
-    return tiles, counts
+    return stored(tiles, counts, tiles=True)
 
 
 def supports_select_keys(
@@ -320,7 +320,7 @@ def select_keys(
     width = max_keys(n_k, max_density)
     if n_k < min_keys:
         rows = (batch, n_heads, n_q)
-        return q.new_full((*rows, width), -1, dtype=torch.int32), q.new_full(rows, -1, dtype=torch.int32)
+        return stored(q.new_full((*rows, width), -1, dtype=torch.int32), q.new_full(rows, -1, dtype=torch.int32), tiles=False)
     keys = q.new_empty((batch, n_heads, n_q, width), dtype=torch.int32)
     counts = q.new_empty((batch, n_heads, n_q), dtype=torch.int32)
     mask = mask_of(expr, expr_in)
@@ -390,7 +390,7 @@ def select_keys(
             {"NEAREST": chosen.nearest, "BLOCK_N": next_power_of_2(n_k), "BLOCK_W": next_power_of_2(width)},
             num_warps=4 if n_k <= 2048 else 16,
         )
-    return keys, counts
+    return stored(keys, counts, tiles=False)
 
 
 def _selection_structure(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spt_compiler.ops import reference
-from spt_compiler.ops.selection.common import max_keys, max_tiles
+from spt_compiler.ops.selection.common import stored_keys, stored_tiles
 
 _SELECT = "Tensor q, Tensor k, Tensor? bias, str expr, Tensor[] expr_in, Tensor? codebook, Tensor? key_mean, Tensor budget"
 _MASKED = "str expr, Tensor[] expr_in, Tensor? seed, float p, float scale, float? softcap, str empty"
@@ -75,7 +75,8 @@ def select_tiles(
         max_density: bounds the storage, k_max = min(nK, max(ceil(max_density * Tk / tile_k), ceil(tile_q / tile_k) + 2)).
         tile_q, tile_k: sizes of query and key tiles; the last ones may be short.
         rule: "pq" or "mean".  min_keys: with Tk below it everything is kept (count -1).
-    Returns: tiles [B, Hkv, nQ, k_max] int32, ascending, -1 where unused; counts [B, Hkv, nQ] int32, -1 for all tiles.
+    Returns: tiles [B, Hkv, nQ, k_max] int32, ascending, -1 where unused; counts [B, Hkv, nQ] int32, -1 for all tiles. nQ and
+        k_max are at least 2 (`selection.common.stored`); a row without queries has -1 and count 0.
     Raises: ValueError on shapes that do not fit, an unknown rule, a missing codebook.
     No gradient. Deterministic. Source: KERNELS 2.1; SPT (arXiv 2312.10365) selects single keys by equal codes.
     """
@@ -86,8 +87,8 @@ def select_tiles(
 
 @select_tiles.register_fake
 def _(q, k, bias, expr, expr_in, codebook, key_mean, budget, max_density, tile_q, tile_k, scale, softcap, rule, min_keys):
-    rows = (q.shape[0], k.shape[1], (q.shape[2] + tile_q - 1) // tile_q)
-    slots = max_tiles(k.shape[2], max_density, tile_q, tile_k)
+    n_rows, slots = stored_tiles(q.shape[2], k.shape[2], max_density, tile_q, tile_k)
+    rows = (q.shape[0], k.shape[1], n_rows)
     return q.new_empty((*rows, slots), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)
 
 
@@ -116,8 +117,8 @@ def select_keys(
     Args: as for `select_tiles`, with L = max(1, ceil(min(budget, max_density) * Tk)) keys per query, all allowed ones where
         fewer are allowed.  rule: "pq" (score scale * q . khat + bias, ties to the lower index) or "pq-match" (number of equal
         codes of q and k + bias; ties to the key nearest to position q + Tk - Tq, then to the lower index).
-    Returns: keys [B, H, Tq, L_max] int32, ascending, -1 where unused, L_max = ceil(max_density * Tk) within [1, Tk];
-        counts [B, H, Tq] int32, -1 for all keys.
+    Returns: keys [B, H, Tq, L_max] int32, ascending, -1 where unused, L_max = ceil(max_density * Tk) within [1, Tk],
+        but stored as at least 2 (`selection.common.stored`); counts [B, H, Tq] int32, -1 for all keys.
     Raises: ValueError on shapes that do not fit, an unknown rule, a missing codebook.
     No gradient. Deterministic; the choice of a query depends on its own allowed keys alone.
     Source: SPT (arXiv 2312.10365), PQ lookup; differs from it by an exact top-L and the tie rule.
@@ -131,7 +132,7 @@ def select_keys(
 def _(q, k, bias, expr, expr_in, codebook, key_mean, budget, max_density, scale, softcap, rule, min_keys):
     rows = q.shape[:3]
     return (
-        q.new_empty((*rows, max_keys(k.shape[2], max_density)), dtype=torch.int32),
+        q.new_empty((*rows, stored_keys(k.shape[2], max_density)), dtype=torch.int32),
         q.new_empty(rows, dtype=torch.int32),
     )
 

@@ -20,6 +20,7 @@ from spt_compiler.ops.selection.common import (
     is_causal,
     max_keys,
     max_tiles,
+    stored,
 )
 
 EMPTY = ("zero", "nan", "uniform")
@@ -281,7 +282,7 @@ def select_tiles(
 
     mass = by_row(share).sum(3)
     visible = by_row(sees).any(3)
-    return choose_tiles(
+    tiles, counts = choose_tiles(
         mass,
         visible,
         forced_mask(visible, expr, n_q, n_k, tile_q, tile_k),
@@ -289,6 +290,7 @@ def select_tiles(
         max_tiles(n_k, max_density, tile_q, tile_k),
         everything_by_data(budget, n_k, min_keys),
     )
+    return stored(tiles, counts, tiles=True)
 
 
 def choose_keys(
@@ -340,7 +342,7 @@ def select_keys(
     added, allowed = _masks(q, k, bias, expr, expr_in, dtype)
     if added is not None:
         scores = scores + added
-    return choose_keys(
+    keys, counts = choose_keys(
         scores,
         allowed,
         torch.arange(n_q, device=q.device) + n_k - n_q if chosen.nearest else None,
@@ -348,6 +350,7 @@ def select_keys(
         max_keys(n_k, max_density),
         everything_by_data(budget, n_k, min_keys),
     )
+    return stored(keys, counts, tiles=False)
 
 
 def listed(index: Tensor, counts: Tensor, n: int) -> Tensor:
@@ -697,7 +700,10 @@ def check_attention(
         rows = q.shape[:3]
     else:
         rows = (q.shape[0], k.shape[1], -(-q.shape[2] // tile_q))
-    fits = index.dim() == 4 and tuple(index.shape[:3]) == tuple(rows) and tuple(counts.shape) == tuple(rows)
+    found = tuple(counts.shape)
+    if tile_q is not None and found[2:] == (2,):  # lists are stored in at least two rows
+        found = (*found[:2], min(2, rows[2]))
+    fits = index.dim() == 4 and index.shape[:3] == counts.shape and found == tuple(rows)
     _need(fits, op, f"lists {[*rows, 'L']} and counts {list(rows)}", (list(index.shape), list(counts.shape)), "select anew")
     _need(empty in EMPTY, op, f"empty in {EMPTY}", repr(empty), "say what a row without keys returns")
     _need(0 <= p <= 1, op, "a dropout probability in [0, 1]", p, "check dropout_p")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, sym_max, sym_min
 
 from spt_compiler import expression
@@ -49,6 +50,36 @@ def budget_millionths(budget: Tensor, max_density: float) -> Tensor:
 def forced_tiles(tile_q: int, tile_k: int) -> int:
     """Most tiles a row can be forced to keep: those a query tile's own positions touch, and the first visible one."""
     return -(-tile_q // tile_k) + 2
+
+
+def stored(index: Tensor, counts: Tensor, *, tiles: bool) -> tuple[Tensor, Tensor]:
+    """Lists as the selection ops return them: at least two slots and, of tiles, two rows; what is added is unused.
+
+    A size that is derived from a symbolic length and may be one makes torch compile a graph for that case alone; one that is
+    at least two never does. Only lists of very short inputs are copied.
+    """
+    rows = max(0, 2 - index.shape[2]) if tiles else 0
+    slots = max(0, 2 - index.shape[3])
+    if rows or slots:
+        index = torch.nn.functional.pad(index, (0, slots, 0, rows), value=-1)
+        counts = torch.nn.functional.pad(counts, (0, rows), value=0)
+    return index, counts
+
+
+def in_use(tiles: Tensor, counts: Tensor, n_q: int, tile_q: int) -> tuple[Tensor, Tensor]:
+    """The rows of stored lists of tiles that have queries, contiguous."""
+    n_rows = -(-n_q // tile_q)
+    return tiles[:, :, :n_rows].contiguous(), counts[:, :, :n_rows].contiguous()
+
+
+def stored_tiles(n_q, n_k, max_density: float, tile_q: int, tile_k: int):
+    """Rows and slots of stored lists of tiles, see `stored`. `n_q` and `n_k` may be symbolic."""
+    return sym_max(2, (n_q + tile_q - 1) // tile_q), sym_max(2, max_tiles(n_k, max_density, tile_q, tile_k))
+
+
+def stored_keys(n_k, max_density: float):
+    """Slots of stored lists of keys, see `stored`. `n_k` may be symbolic."""
+    return sym_max(2, max_keys(n_k, max_density))
 
 
 def max_tiles(n_k, max_density: float, tile_q: int, tile_k: int):
