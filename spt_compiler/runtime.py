@@ -75,11 +75,14 @@ class _Ledger:
 class _Bound:
     """The states behind one set of anchors (one layer, or one model) for one graph."""
 
-    __slots__ = ("anchors", "states", "inputs", "ledger", "version", "first_use", "device", "pinned")
+    __slots__ = ("anchors", "ids", "states", "inputs", "ledger", "version", "first_use", "device", "pinned", "__weakref__")
 
     def __init__(self, graph: CompiledGraph, arguments: Sequence[Any]):
-        real = [arguments[b.anchor] for b in graph.bindings]
-        self.anchors = tuple(weakref.ref(t) for t in real)
+        real = graph.anchors_of(arguments)
+        # Ids tell the anchors of a call in one comparison; they are good for as long as every anchor lives.
+        self.ids: tuple[int, ...] | None = tuple(map(id, real))
+        expire = functools.partial(_expire, weakref.ref(self))
+        self.anchors = tuple(weakref.ref(t, expire) for t in real)
         self.version = STORE.version
         self.states = [STORE.get(t, b.spec, path=b.path) for t, b in zip(real, graph.bindings, strict=True)]
         for state, binding in zip(self.states, graph.bindings, strict=True):
@@ -100,11 +103,12 @@ class _Bound:
         self.first_use = any(not s.initialised for s in self.states)
         self.pinned: list[bool] | None = None
 
-    def fits(self, arguments: Sequence[Any], graph: CompiledGraph) -> bool:
-        for anchor, binding in zip(self.anchors, graph.bindings, strict=True):
-            if anchor() is not arguments[binding.anchor]:
-                return False
-        return arguments[graph.bindings[0].anchor].device == self.device
+
+def _expire(bound: weakref.ref[_Bound], _anchor: Any) -> None:
+    """An anchor has died: its id may come again with another tensor."""
+    alive = bound()
+    if alive is not None:
+        alive.ids = None
 
 
 class CompiledGraph:
@@ -133,6 +137,7 @@ class CompiledGraph:
         self.bindings, self.reports = tuple(bindings), tuple(reports)
         self.extra_outputs, self.training, self.ends_call, self.config = extra_outputs, training, ends_call, config
         self.learns = not config.exact
+        self._anchors = tuple(b.anchor for b in self.bindings)
         self._bound: dict[int, _Bound] = {}
         _local.unjudged = True
 
@@ -161,14 +166,22 @@ class CompiledGraph:
             judge()
         return outputs
 
+    def anchors_of(self, arguments: Sequence[Any]) -> list[Any]:
+        return [arguments[i] for i in self._anchors]
+
     def _find(self, arguments: Sequence[Any]) -> _Bound:
-        key = id(arguments[self.bindings[0].anchor])
-        bound = self._bound.get(key)
-        if bound is not None and bound.fits(arguments, self) and bound.version == STORE.version:
+        ids = tuple([id(arguments[i]) for i in self._anchors])
+        bound = self._bound.get(ids[0])
+        if (
+            bound is not None
+            and bound.ids == ids
+            and bound.version == STORE.version
+            and arguments[self._anchors[0]].device == bound.device
+        ):
             return bound
-        for stale in [k for k, b in self._bound.items() if any(a() is None for a in b.anchors)]:
+        for stale in [k for k, b in self._bound.items() if b.ids is None]:
             del self._bound[stale]
-        bound = self._bound[key] = _Bound(self, arguments)
+        bound = self._bound[ids[0]] = _Bound(self, arguments)
         return bound
 
     def _maintain(self, bound: _Bound, arguments: Sequence[Any]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import spt_compiler
 from spt_compiler import calibrate, learning
+from spt_compiler.runtime import CompiledGraph
 from spt_compiler.state import STORE
 from tests.blocks import SPARSE, Stack, gradients, relative, train_steps
 
@@ -181,6 +185,31 @@ def test_prepare_initialises_before_training():
     spt_compiler.prepare(run, batch())
     assert all(s.initialised for s in states(model))
     assert relative(run(batch()), model(batch())) > 1e-3
+
+
+def test_states_are_found_by_the_tensors_of_the_call_while_these_live():
+    """A graph that runs with fresh tensors at each call, which may get the addresses of dead ones, never takes old states."""
+    calls, model, x = [], Stack(1), batch()
+
+    class Spy(CompiledGraph):
+        def _find(self, arguments):
+            bound = super()._find(arguments)
+            calls.append((bound, self.anchors_of(arguments)))
+            return bound
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spt_compiler.backend.CompiledGraph", Spy)
+        run = torch.compile(lambda p, x: functional_call(model, p, (x,)), backend="spt", options=SPARSE)
+        for _ in range(4):
+            fresh = {n: torch.nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
+            run(fresh, x).sum().backward()
+            bound, anchors = calls.pop()
+            assert [a() for a in bound.anchors] == anchors and len(anchors) == 2
+            assert all(any(a is p for p in fresh.values()) for a in anchors)
+            del fresh, anchors
+    torch._dynamo.reset()
+    gc.collect()
+    assert bound.ids is None
 
 
 def test_prepare_without_sites_says_so():
