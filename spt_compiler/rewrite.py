@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import fx
 
 from .graph import settled, shape
@@ -89,6 +90,20 @@ def open_body(module: fx.GraphModule, call: fx.Node, name: str, scope: Scope) ->
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     outer = {p: a for p, a in zip(placeholders, call.args[1:], strict=True) if isinstance(a, fx.Node)}
     return body, Scope(body, parent=scope, outer=outer)
+
+
+def _recomputes() -> bool:
+    """Whether torch is told to compute activations again in backward rather than keep all that it can."""
+    return torch._functorch.config.activation_memory_budget < 1
+
+
+def _joins_heads(output: fx.Node) -> bool:
+    """Whether everybody who reads an attention's result [B, H, T, Dv] turns it to [B, T, H, Dv], as the op lays it out.
+
+    Others may view it as if it were contiguous, which most of what is replaced returns.
+    """
+    turns = (0, 2, 1, 3)
+    return all(user.target is torch.permute and tuple(user.args[1]) == turns for user in output.users)  # type: ignore[arg-type]
 
 
 class Rewriter:
@@ -328,6 +343,8 @@ class Rewriter:
                 self._extra_output(
                     plan, self.emit(torch.ops.spt.commitment_loss_v1.default, self.state(plan, "codebook"), k)
                 )
+        if rank > 3 and not _joins_heads(plan.match.output):
+            out = self.emit(torch.ops.aten.contiguous.default, out)
         out = self._restore_rank(out, c.q, rank)
         return out if out_dtype == common else self.emit(torch.ops.aten.to.dtype, out, out_dtype)
 
@@ -476,7 +493,7 @@ class Rewriter:
                 float(c.dropout_p),
                 self._seed(device) if lora_p > 0 else None,
                 lora_p,
-                self.training,
+                self.training and not _recomputes(),
             ),
         )
         y = self.emit(operator.getitem, result, 0)

@@ -113,7 +113,7 @@ def check_gradients(op, case, lists, rest, needs, compensate=(), repeat=False):
     kernels, definition = getattr(triton_attention, f"{op}_backward"), getattr(reference, f"{op}_backward")
     forward = getattr(reference, op)
     out, lse = forward(*case, *lists, *rest, *compensate)
-    grad = torch.randn(()).to(out.dtype).expand(out.shape) if repeat else torch.randn_like(out)
+    grad = torch.randn(()).to(out.dtype).expand(out.shape) if repeat else torch.randn(out.shape).to(out.dtype)
     args = (grad, *case, out, lse, *lists, *rest, needs, *compensate)
     assert supports(*args) is None
     got = kernels(*args)

@@ -232,6 +232,17 @@ def test_lengths_below_a_tile(length):
     assert run(x).isfinite().all()
 
 
+def test_a_result_that_is_not_transposed_is_contiguous():
+    """The operator lays its result out for the output projection; who reads it as it is may view it."""
+
+    def attend(q, k, v):
+        return (q @ k.transpose(-1, -2) / 4).softmax(-1) @ v
+
+    q, k, v = (torch.randn(2, 3, 40, 16) for _ in range(3))
+    run = torch.compile(attend, backend="spt", options={**EXACT, "require_matches": 1})
+    torch.testing.assert_close(run(q, k, v).view(6, -1), attend(q, k, v).view(6, -1))
+
+
 def test_an_empty_batch():
     model = Stack(1)
     out = compiled(model, strict=False)(batch(16, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -82,15 +83,21 @@ def ratio(module: nn.Module, dtype: torch.dtype = torch.bfloat16, inner: str = "
 @pytest.mark.parametrize(
     ("block", "most", "inner"),
     [
-        (lambda: OPT(F.gelu), 0.75, "eager"),
-        (lambda: OPT(F.gelu), 0.75, "aot_eager"),
-        (Llama, 0.70, "eager"),
+        (lambda: OPT(F.gelu), 0.64, "eager"),
+        (lambda: OPT(F.gelu), 0.64, "aot_eager"),
+        (Llama, 0.62, "eager"),
         # Dense ReLU keeps its result alone, half of what GELU keeps: less is to be won.
-        (lambda: OPT(F.relu), 0.95, "eager"),
+        (lambda: OPT(F.relu), 0.85, "eager"),
     ],
 )
 def test_a_block_keeps_less_for_backward_than_the_dense_one(block, most, inner):
     assert ratio(block(), inner=inner) <= most
+
+
+@pytest.mark.parametrize(("block", "most"), [(lambda: OPT(F.gelu), 0.52), (Llama, 0.49)])
+def test_a_block_keeps_less_still_where_activations_are_computed_again(block, most):
+    with torch._functorch.config.patch(activation_memory_budget=0.5):
+        assert ratio(block()) <= most
 
 
 def test_the_count_sees_what_it_should():

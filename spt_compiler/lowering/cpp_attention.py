@@ -19,6 +19,7 @@ from spt_compiler.lowering.cpu_empty import add_empty_grad, fill_empty
 from spt_compiler.lowering.cpu_masks import LOG2E, Masks, classes, split
 from spt_compiler.lowering.registry import register
 from spt_compiler.ops.reference import (
+    attention_output,
     check_attention,
     check_rule,
     check_selection,
@@ -35,7 +36,8 @@ _MAX_DIM = 512  # a wider head would not fit the cache that the blocking counts 
 _INTEGERS = (
     *("batch", "n_heads", "n_groups", "n_q", "n_k", "n_row_tiles", "n_key_tiles", "slots", "splits", "threads"),
     *("q", "q_b", "q_h", "q_t", "k", "k_b", "k_h", "k_t", "v", "v_b", "v_h", "v_t", "grad_out", "g_b", "g_h", "g_t"),
-    *("out", "lse", "tiles", "counts", "grad_q", "grad_k", "grad_v", "partial", "classes", "class_b", "class_h"),
+    *("out", "out_b", "out_h", "out_t", "lse", "tiles", "counts"),
+    *("grad_q", "grad_k", "grad_v", "partial", "classes", "class_b", "class_h"),
     *("codebook", "key", "key_b", "key_h", "bias", "bias_b", "bias_h", "bias_q", "bias_k", "causal", "own", "wanted"),
 )
 _REALS = ("scale", "softcap")
@@ -249,9 +251,10 @@ def tile_attention(
     except SPTError as error:
         cpp.give_up(str(error))
         return cpu_attention.tile_attention(q, k, v, bias, tiles, counts, *rest)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
+    out = attention_output(q, v)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    call.set(tiles=tiles, counts=counts, slots=tiles.shape[3], out=out, lse=lse)
+    call.set(tiles=tiles, counts=counts, slots=tiles.shape[3], lse=lse)
+    call.tensor("out", out)
     call.run("attend")
     fill_empty(out, lse, v, masks, seed, p, empty)
     return out, lse
@@ -320,7 +323,8 @@ def tile_attention_backward(
         return cpu_attention.tile_attention_backward(*arguments, needs)
     grads = [x.new_empty(x.shape) if need else x.new_empty(0) for x, need in zip((q, k, v), needs, strict=False)]
     shared = {name: g for name, g, need in zip(("grad_q", "grad_k", "grad_v"), grads, needs, strict=False) if need}
-    call.set(tiles=tiles, counts=counts, slots=tiles.shape[3], out=out.contiguous(), lse=lse.contiguous())
+    call.set(tiles=tiles, counts=counts, slots=tiles.shape[3], lse=lse.contiguous())
+    call.tensor("out", out)
     call.tensor("grad_out", grad_out)
     call.set(**shared)
     n_splits, lanes = call.values["splits"], call.library.lanes()

@@ -29,7 +29,7 @@ from spt_compiler.lowering.cpu_tiles import (
     unpack_rows,
 )
 from spt_compiler.lowering.registry import register
-from spt_compiler.ops.reference import check_attention, compute_dtype
+from spt_compiler.ops.reference import attention_output, check_attention, compute_dtype
 from spt_compiler.ops.selection.common import in_use
 
 _CAUSAL = "k <= q"
@@ -102,16 +102,14 @@ def tile_attention(
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         out, lse = op(q, k, v, 0.0, expr == _CAUSAL, scale=scale)
-        return out.contiguous(), lse.contiguous()
+        return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
     dtype = compute_dtype(q)
     shape = shape_of(q, k, v, tile_q, tile_k)
     masks = split(bias, expr, expr_in, (shape.batch, shape.n_heads, shape.n_q, shape.n_k), dtype)
     work = Work(shape, tiles, counts, masks)
     factor, lowest, tiny = _score_factor(scale, softcap), torch.finfo(dtype).min, torch.finfo(dtype).tiny
-    out = q.new_empty(*q.shape[:3], shape.dim_v)
+    out = attention_output(q, v)
     lse = q.new_empty(q.shape[:3], dtype=dtype)
-    # With one head per group and whole tiles, the items of a segment are its output.
-    in_out = shape.group == 1 and shape.n_q % tile_q == 0 and dtype == q.dtype
 
     def chunk_rows(chunk: Chunk, buffers: Buffers, packed_q, packed_kv, packed_out, tops, totals) -> None:
         keys, values = _gather(buffers, packed_kv, chunk, shape)
@@ -140,7 +138,7 @@ def tile_attention(
             pack_rows(packed_q, q[b, heads], shape, factor)
             pack_keys(packed_kv, k[b, segment.first : segment.stop], v[b, segment.first : segment.stop], shape)
             size = (packed_q.shape[0], shape.rows)
-            packed_out = out[b, heads].view(*size, -1) if in_out else buffers.get("out", *size, shape.dim_v)
+            packed_out = buffers.get("out", *size, shape.dim_v)
             # Largest score of each row, and the sum of 2^(score - largest).
             tops, totals = buffers.get("tops", *size, 1).fill_(-torch.inf), buffers.get("totals", *size, 1).zero_()
             chunks = work.chunks(segment)
@@ -149,8 +147,7 @@ def tile_attention(
             for chunk in chunks:
                 chunk_rows(chunk, buffers, packed_q, packed_kv, packed_out, tops, totals)
             packed_out.div_(totals.clamp(min=tiny))
-            if not in_out:
-                unpack_rows(out[b, heads], packed_out, shape)
+            unpack_rows(out[b, heads], packed_out, shape)
             unpack_rows(lse[b, heads].unsqueeze(-1), tops.add_(totals.log2_()), shape, 1 / LOG2E)
 
     cpu_threads.run([functools.partial(part, segments) for segments in partition(shape)])

@@ -16,7 +16,7 @@ from spt_compiler.lowering.cpu_empty import add_empty_grad, fill_empty
 from spt_compiler.lowering.cpu_masks import LOG2E, Masks, base2, split
 from spt_compiler.lowering.cpu_tiles import Segment, Shape, partition, shape_of
 from spt_compiler.lowering.registry import register
-from spt_compiler.ops.reference import attention_dropout, check_attention, compute_dtype, listed
+from spt_compiler.ops.reference import attention_dropout, attention_output, check_attention, compute_dtype, listed
 
 # Scores of a chunk (elements).
 _PANEL = 1 << 18
@@ -95,7 +95,7 @@ def key_attention(
     dtype = compute_dtype(q)
     shape = shape_of(q, k, v, 1, 1)
     masks = split(bias, expr, expr_in, (shape.batch, shape.n_heads, shape.n_q, shape.n_k), dtype)
-    out = q.new_zeros(*q.shape[:3], shape.dim_v)
+    out = attention_output(q, v).zero_()
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
 
     def part(segments: list[Segment]) -> None:

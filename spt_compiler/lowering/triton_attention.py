@@ -332,7 +332,7 @@ def _forward(call: _Call, out: Tensor, lse: Tensor, empty: str, n_programs: int,
 
 
 def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return reference.attention_output(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _pooled(k: Tensor, v: Tensor, tile_k: int) -> dict[str, Tensor]:
@@ -465,7 +465,7 @@ class _Backward:
         self.q, self.k, self.v, self.bias_in = inputs
         self.call, self.grad_out, self.empty, self.needs = call, grad_out, empty, needs
         q, k, v, bias = inputs
-        self.out, lse = out.contiguous(), lse.contiguous()
+        self.out, lse = out, lse.contiguous()
         self.group = q.shape[1] // k.shape[1]
         additive = _is_additive(call)
         blank_dropout = special and call.structure["dropout"] and empty == "uniform"
@@ -522,7 +522,8 @@ class _Backward:
     def queries(self, n_heads: int, lists: dict[str, Any]) -> None:
         """dQ of n_heads heads, and what the other kernels need of every query."""
         call = self.call
-        args = {**self.args, **lists, "lse_ptr": self.lse, "out_ptr": self.out, "dq_ptr": self.dq}
+        args = {**self.args, **lists, "lse_ptr": self.lse, "dq_ptr": self.dq}
+        args |= {"out_ptr": self.out, **strides("out", self.out, "bhtd")}
         if self.shift is not self.lse:
             args["shift_ptr"] = self.shift
         if self.nothing is not None:

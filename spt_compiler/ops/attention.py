@@ -12,7 +12,8 @@ Common arguments
     logits = softcap(scale * q . k) + bias + expr, where softcap(x) = c * tanh(x / c), or x for None.
     empty: what a row with nothing allowed (over all keys) returns: "zero", "nan" or "uniform" (the mean of all values). A row
         that may see keys, but none of the listed ones, returns zero.
-Softmax and accumulation in fp32 (fp64 for fp64 input); outputs are contiguous and have the dtype of q.
+Softmax and accumulation in fp32 (fp64 for fp64 input); outputs have the dtype of q. The result of attention is laid out as
+[B, Tq, H, Dv] (`reference.attention_output`), everything else is contiguous.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def _(
 
 
 def _attention_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return reference.attention_output(q, v), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
 @torch.library.custom_op(

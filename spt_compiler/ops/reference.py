@@ -443,6 +443,15 @@ def _probabilities(q, k, bias, kept, expr, expr_in, seed, p, scale, softcap, emp
     return prob, factor, lse, live, slope, weight
 
 
+def attention_output(q: Tensor, v: Tensor) -> Tensor:
+    """Memory for the result [B, H, Tq, Dv] of attention, laid out as [B, Tq, H, Dv].
+
+    That is what the output projection reads: joining the heads then copies nothing, and autograd keeps one tensor, not two.
+    """
+    batch, n_heads, n_q = q.shape[:3]
+    return q.new_empty((batch, n_q, n_heads, v.shape[3])).transpose(1, 2)
+
+
 def attend(q, k, v, bias, kept, expr, expr_in, seed, p, scale, softcap, empty, tile_k=None) -> tuple[Tensor, Tensor]:
     """Attention restricted to `kept` [B, H, Tq, Tk] bool: (out, lse). With tile_k, pseudo-keys stand for dropped tiles."""
     prob, factor, lse, *_, weight = _probabilities(
@@ -452,7 +461,7 @@ def attend(q, k, v, bias, kept, expr, expr_in, seed, p, scale, softcap, empty, t
     values = v.to(prob.dtype)
     values = values if weight is None else torch.cat([values, tile_means(values, tile_k)], 2)
     out = prob @ _heads(values, q.shape[1])
-    return out.to(q.dtype).contiguous(), lse.contiguous()
+    return attention_output(q, v).copy_(out), lse.contiguous()
 
 
 def attend_backward(
