@@ -30,6 +30,7 @@ from spt_compiler.lowering.triton_common import (
     launch,
     mask_of,
     next_power_of_2,
+    on_hip,
     product_precision,
     strides,
 )
@@ -325,7 +326,8 @@ def _forward(call: _Call, out: Tensor, lse: Tensor, empty: str, n_programs: int,
         (n_programs,),
         {**call.args, **more, "out_ptr": out, **strides("out", out, "bhtd"), "lse_ptr": lse},
         {**call.constants, "BLOCK_N": block_n},
-        num_warps=8 if crowded else 4,
+        # A wave of AMD's has 64 lanes: four have as many registers as one program can use.
+        num_warps=8 if crowded and not on_hip() else 4,
         num_stages=1 if call.full else 2,
         alternatives=call.alternatives(block_n),
     )
@@ -517,7 +519,8 @@ class _Backward:
     def _keys_per_step(self) -> int:
         """Of the kernels that walk lists: what shared memory holds beside queries and gradients of their results."""
         call = self.call
-        return call.block_n(16 if call.full and call.wide > 128 else 32 if call.full or call.wide > 64 else 64)
+        crowded = call.full or call.wide > 64 or before_hopper() or call.structure["single"]
+        return call.block_n(16 if call.full and call.wide > 128 else 32 if crowded else 64)
 
     def queries(self, n_heads: int, lists: dict[str, Any]) -> None:
         """dQ of n_heads heads, and what the other kernels need of every query."""

@@ -716,7 +716,10 @@ class _Backward:
     def _products(self, recompute: bool) -> tuple[dict[str, Any], dict[str, int]]:
         # The derivative needs registers: never the widest tile. So do two dropouts and the sum that one is applied to.
         n_sums = len(self.projections.weights) + 1 if recompute else 2
-        return self.g.products(n_sums + 2 * self.projections.low_dropout, columns=self.g.width)
+        constants, tuning = self.g.products(n_sums + 2 * self.projections.low_dropout, columns=self.g.width)
+        if on_hip() and self.g.dtype != torch.float32:
+            tuning["num_warps"] = 4  # of 64 lanes: more of them have fewer registers each
+        return constants, tuning
 
     def _hidden_tiles(self, *, recompute: bool) -> int:
         return ceil_div(self.g.width, self._products(recompute)[0]["BLOCK_N"])

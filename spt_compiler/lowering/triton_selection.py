@@ -213,7 +213,7 @@ def select_tiles(
     causal = plain and is_causal
     block_d = max(16, next_power_of_2(dim))
     block_t = max(1, max(16, 64 if block_d <= 128 else 32) // tile_k)
-    crowded = block_d > 64 and (causal or not plain)
+    crowded = causal or not plain
     tile_constants = {"HEAD_DIM": dim, "TILE_K": tile_k}
     args = {"budget_ptr": budget, "scores_ptr": scores}
     if plain:
