@@ -7,6 +7,7 @@ FlexAttention gets the very block mask that our selection chose, which it did no
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .common import Bench, backward_of, profile
+from .common import Bench, Case, backward_of, profile
 
 PART = "attention"
 # Llama-3-8B: 32 query heads, 8 key heads, 128 values each. Tokens -> sequences in a batch.
@@ -25,19 +26,28 @@ GOALS = {("T1", 1 / 8, 8192): 1.5, ("T1", 1 / 8, 16384): 2.3, ("T1", 1 / 8, 6553
 TILE = (64, 16)
 
 
-def run(bench: Bench) -> None:
-    lengths = {96: 1} if bench.dry else LENGTHS
+def cases(dry: bool) -> list[Case]:
+    """One per length; those with a goal of T1 first, the largest gain predicted last."""
+    lengths = {96: 1} if dry else LENGTHS
+    goals = {tokens for _, _, tokens in GOALS}
+    return [
+        Case(f"{batch} x {n}", functools.partial(run, length=n, batch=batch), 60 if n < 65536 else 110, dry or n in goals)
+        for n, batch in lengths.items()
+    ]
+
+
+def run(bench: Bench, length: int, batch: int) -> None:
+    """Dense attention of a length, and sparse of every density."""
     heads, groups, dim = (2, 1, 16) if bench.dry else (32, 8, 128)
-    for length, batch in lengths.items():
-        torch.manual_seed(0)
-        q, k, v = (
-            torch.randn(batch, h, length, dim, dtype=bench.dtype, device=bench.device, requires_grad=True)
-            for h in (heads, groups, groups)
-        )
-        grad = torch.randn_like(q)
-        dense = _dense(bench, f"{batch} x {length}", q, k, v, grad)
-        for density in DENSITIES[:1] if bench.dry else DENSITIES:
-            _sparse(bench, f"{batch} x {length} density 1/{round(1 / density)}", density, length, dense, q, k, v, grad)
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, h, length, dim, dtype=bench.dtype, device=bench.device, requires_grad=True)
+        for h in (heads, groups, groups)
+    )
+    grad = torch.randn_like(q)
+    dense = _dense(bench, f"{batch} x {length}", q, k, v, grad)
+    for density in DENSITIES[:1] if bench.dry else DENSITIES:
+        _sparse(bench, f"{batch} x {length} density 1/{round(1 / density)}", density, length, dense, q, k, v, grad)
 
 
 def _both(bench: Bench, case: str, what: str, make: Any, leaves: list[Tensor], grad: Tensor, pairs: float) -> float | None:
@@ -114,11 +124,12 @@ def _sparse(
         # T2: products per second on the pairs that are computed, relative to dense flash.
         efficiency = (pairs / ours) / (dense[1] / dense[0])
         bench.target(f"T2 efficiency {case}", case, efficiency, 0.6)
-    dim = q.shape[-1]
+    dim, size = q.shape[-1], q.element_size()
+    rows, keys = size * q.numel(), size * k.numel()  # bytes of one tensor; each read or written once at least
     work = {
-        "tile_attention_fwd_kernel": (4 * pairs * dim, 0.0),
-        "tile_attention_bwd_kernel_dq": (6 * pairs * dim, 0.0),
-        "tile_attention_bwd_kernel_dkdv": (8 * pairs * dim, 0.0),
+        "tile_attention_fwd_kernel": (4 * pairs * dim, 2.0 * rows + 2 * keys),
+        "tile_attention_bwd_kernel_dq": (6 * pairs * dim, 4.0 * rows + 2 * keys),
+        "tile_attention_bwd_kernel_dkdv": (8 * pairs * dim, 2.0 * rows + 4 * keys),
     }
     profile(bench, "profile", f"attention {case}", lambda: backward_of(everything(), grad, [q, k, v]), work)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +19,25 @@ from torch import Tensor
 # Dense 16-bit matrix throughput (TFLOP/s) and memory bandwidth (TB/s) from the vendors' data sheets; the first name that
 # the device's name contains counts.
 PEAKS = {"H200": (989.0, 4.8), "H100": (989.0, 3.35), "B200": (2250.0, 8.0), "A100": (312.0, 2.04), "MI300": (1307.0, 5.3)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured, and kept, as one.
+
+    Args: name: unique in its part.  run: measures, and adds rows.  seconds: about how long it takes on an H100, compiling
+        included (estimated, until it was measured).  goal: whether it decides a target, or must precede every figure.
+    """
+
+    name: str
+    run: Callable[[Bench], None]
+    seconds: float = 30.0
+    goal: bool = False
+
+    @property
+    def slug(self) -> str:
+        """The name as one of a file."""
+        return re.sub(r"[^A-Za-z0-9.]+", "_", self.name)
 
 
 @dataclass
@@ -120,6 +143,7 @@ def device_facts(bench: Bench) -> dict[str, Any]:
     import platform
 
     facts: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "dry_run": bench.dry}
+    facts["sources"] = sources()
     try:
         import triton
 
@@ -141,6 +165,19 @@ def device_facts(bench: Bench) -> dict[str, Any]:
         "peak_tflops": peaks and peaks[0],
         "peak_tbytes_per_s": peaks and peaks[1],
     }
+
+
+@functools.lru_cache(maxsize=1)
+def sources() -> str:
+    """A hash of the package, its templates and these scripts: figures of one version are not mixed with another's."""
+    import spt_compiler
+    from spt_compiler.lowering import render
+
+    package, scripts = Path(spt_compiler.__file__).parent, Path(__file__).parent
+    texts = [path.read_bytes() for folder in (package, scripts) for path in sorted(folder.rglob("*.py"))]
+    templates = render._template_folder()
+    texts += [item.read_bytes() for item in sorted(templates.iterdir(), key=lambda item: item.name) if item.name.endswith("jinja")]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
 
 def _driver() -> str | None:
@@ -189,8 +226,19 @@ def profile(bench: Bench, part: str, case: str, call: Callable[[], Any], work: d
             bench.add(part, case, f"kernel {event.key[:80]}", ms=ms, launches=event.count, **rates)
 
 
-def pairs(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, float]]:
-    """(case, what, milliseconds) of what was timed."""
+def roofline(
+    rows: list[dict[str, Any]], peak: float | None, bandwidth: float | None
+) -> list[tuple[str, float, float, float]]:
+    """(kernel, operations per byte, TFLOP/s, share of what the roofline allows) of kernels with known work.
+
+    Args: peak: TFLOP/s.  bandwidth: TB/s.  None of a device that `PEAKS` does not know.
+    """
+    points = []
     for row in rows:
-        if row.get("ms") is not None:
-            yield row["case"], row["what"], row["ms"]
+        tflops, gbytes = row.get("tflops"), row.get("gbytes_per_s")
+        if not (peak and bandwidth and tflops and gbytes):
+            continue
+        intensity = tflops * 1e3 / gbytes
+        name = row["what"].removeprefix("kernel ").removesuffix("_kernel")
+        points.append((f"{name}, {row['case']}", intensity, tflops, tflops / min(peak, bandwidth * intensity)))
+    return points

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Bench, backward_of, profile
+from .common import Bench, Case, backward_of, profile
 
 PART = "ffn"
 # name -> (tokens, model width, hidden width, gated)
@@ -24,13 +25,24 @@ TOY = {"toy gated": (40, 32, 64, True)}
 BLOCKS, DENSITY, TILE = 8, 0.5, 128
 
 
-def run(bench: Bench) -> None:
-    for name, (n, e, f, gated) in (TOY if bench.dry else SHAPES).items():
-        for trained in ("full",) if bench.dry else ("full", "frozen"):
-            _shape(bench, f"{name} {trained}", n, e, f, gated, trained == "full")
+def cases(dry: bool) -> list[Case]:
+    """One per shape, with weights that train and frozen ones; 8192 tokens of width 2048 and more decide T3."""
+    return [
+        Case(
+            f"{name} {trained}",
+            functools.partial(run, name=name, trained=trained),
+            30,
+            dry or (trained == "full" and "8k" in name and e >= 2048),
+        )
+        for name, (_, e, _, _) in (TOY if dry else SHAPES).items()
+        for trained in ("full", "frozen")
+    ]
 
 
-def _shape(bench: Bench, case: str, n: int, e: int, f: int, gated: bool, full: bool) -> None:
+def run(bench: Bench, name: str, trained: str) -> None:
+    """Routed, dense and rivals."""
+    case, full = f"{name} {trained}", trained == "full"
+    n, e, f, gated = (TOY if bench.dry else SHAPES)[name]
     torch.manual_seed(0)
     n_in = 2 if gated else 1
 
