@@ -16,11 +16,13 @@ from torch import Tensor
 
 from . import learning
 from .plan import GUARD_HEADROOM
-from .state import COUNTERS, SiteState
+from .state import COUNTERS, LOOKS, SiteState
 
 log = logging.getLogger(__name__)
 
 DENSE = -1.0
+# A site misses its limit when its pooled error lies so many standard errors above it.
+CONFIDENCE = 1.0
 # Levels of the guard: as configured, denser, dense.
 _LEVELS = (1.0, GUARD_HEADROOM, DENSE)
 
@@ -52,7 +54,8 @@ def _maintain(state: SiteState, weights: Callable[[], Any], after_backward: bool
         state.set_counter("steps", state.counter("steps") + 1)
     steps, interval = state.counter("steps"), config.guard.interval  # type: ignore[union-attr]
     replicas = _replicas() if after_backward else 1
-    together = replicas > 1 and (learning.is_due(steps) or _is_measured(steps, interval))
+    measured = _is_looked_at(steps, interval) if state.kind == "attention" else _is_measured(steps, interval)
+    together = replicas > 1 and (learning.is_due(steps) or measured)
     alone = replicas == 1
     due = learns and (learning.is_due(steps) or (alone and not state.initialised))
     # Rows and sums lie on the device: they are looked at only in the turns that need them.
@@ -81,8 +84,9 @@ def _maintain(state: SiteState, weights: Callable[[], Any], after_backward: bool
         state.set_correction(0 <= state.budget and n_keep == state.counter("fitted_keep"))
     next_step = steps + 1
     # The first sparse step is measured, then one in every `guard.interval`.
+    looks = _is_looked_at if state.kind == "attention" else _is_measured
     measure = state.initialised and (
-        _is_measured(next_step, interval) or (interval > 0 and state.counter("measured_at") == 0)
+        looks(next_step, interval) or (interval > 0 and state.counter("measured_at") == 0)
     )
     collect = learns and (not state.initialised or learning.is_due(next_step) or not learning.ring_is_full(state))
     state.set_probe(
@@ -103,11 +107,17 @@ def _maintain(state: SiteState, weights: Callable[[], Any], after_backward: bool
 def _only_counts(state: SiteState) -> bool:
     """Whether the turn of a settled site does nothing else: nothing was asked of the last forward or will be of the next."""
     turn, interval = state.counter("steps") + 1, state.settings.guard.interval  # type: ignore[union-attr]
-    return not any(learning.is_due(step) or _is_measured(step, interval) for step in (turn, turn + 1))
+    looks = _is_looked_at if state.kind == "attention" else _is_measured
+    return not any(learning.is_due(step) or looks(step, interval) for step in (turn, turn + 1))
 
 
 def _is_measured(steps: int, interval: int) -> bool:
     return interval > 0 and steps > 0 and steps % interval == 0
+
+
+def _is_looked_at(steps: int, interval: int) -> bool:
+    """Whether this step is one of the last `LOOKS` of an interval."""
+    return interval > 0 and steps > 0 and -steps % interval < LOOKS
 
 
 def _base(state: SiteState, part: Any) -> float:
@@ -140,43 +150,71 @@ def _budget(state: SiteState, part: Any, pinned: bool, dense_steps: int) -> floa
 
 def _judge(state: SiteState, fresh: Tensor | None, weights: Callable[[], Any], part: Any, interval: int, together: bool) -> None:
     """Turns what was observed into metrics, and lets the guard act on them. Rows are judged before anything learns from them."""
+    steps, judged = state.counter("steps"), _is_measured(state.counter("steps"), interval)
     if state.kind == "attention":
-        measured = _attention_quality(state, together)
+        measured, looks = _attention_quality(state, together)
     elif fresh is not None and state.budget >= 0:
-        measured = learning.router_quality(state, fresh, weights(), state.budget * _base(state, part))
+        measured, looks = learning.router_quality(state, fresh, weights(), state.budget * _base(state, part), LOOKS)
     else:
-        measured = {}
+        return
     if not measured:
         return
     state.metrics.update(measured)
-    state.set_counter("measured_at", max(1, state.counter("steps")))
+    state.set_counter("measured_at", max(1, steps))
     name = f"{state.path or '?'}/{state.kind}"
-    log.info("step %d %s: %s", state.counter("steps"), name, ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
-    limit, error = part.max_rel_error, measured["rel_error"]
-    if not _is_measured(state.counter("steps"), interval):
+    log.info("step %d %s: %s", steps, name, ", ".join(f"{k} {v:.4g}" for k, v in measured.items()))
+    if not judged:
         return  # between two intervals, while it settles, a site is only reported: what the guard does is for good
-    if limit is None or error <= limit or state.counter("densified") >= len(_LEVELS) - 1:
+    error, spread = pooled_error(looks)
+    state.metrics.update(rel_error=error, rel_error_spread=spread)
+    state.tensors["looks"].zero_()
+    limit = part.max_rel_error
+    if limit is None or error - CONFIDENCE * spread <= limit or state.counter("densified") >= len(_LEVELS) - 1:
         return
     level = state.counter("densified") + 1
     if _LEVELS[level] * part.density >= 1:
         level = len(_LEVELS) - 1
     state.set_counter("densified", level)
     warnings.warn(
-        f"spt_compiler: {name} has relative error {error:.3f}, above {state.kind}.max_rel_error = {limit}; "
+        f"spt_compiler: {name} has relative error {error:.3f} +- {spread:.3f}, above {state.kind}.max_rel_error = {limit}; "
         f"it becomes {'dense' if _LEVELS[level] < 0 else 'denser'}",
         stacklevel=2,
     )
 
 
-def _attention_quality(state: SiteState, together: bool) -> dict[str, float]:
-    sums = state.tensors["quality"].clone()
+def pooled_error(looks: Tensor) -> tuple[float, float]:
+    """Relative error of several looks taken together, and its standard error (that of a ratio of means).
+
+    Args: looks: [n, 2] squared error and squared norm of the dense output; rows without energy, or not finite, do not count.
+    Returns: (0, 0) without a look, a standard error of 0 for a single one.
+    """
+    looks = looks.double()
+    looks = looks[looks.isfinite().all(1) & (looks[:, 1] > 0)]
+    n = len(looks)
+    if n == 0:
+        return 0.0, 0.0
+    error, energy = looks.sum(0).tolist()
+    ratio = error / energy
+    value = max(ratio, 0.0) ** 0.5
+    if n == 1 or value == 0:
+        return value, 0.0
+    residual = looks[:, 0] - ratio * looks[:, 1]
+    variance = float(residual.square().sum()) * n / (n - 1) / energy**2
+    return value, variance**0.5 / (2 * value)  # the root halves a relative error
+
+
+def _attention_quality(state: SiteState, together: bool) -> tuple[dict[str, float], Tensor]:
+    """Figures of the last look, and the looks of this interval so far (the new one included)."""
+    sums, looks = state.tensors["quality"].clone(), state.tensors["looks"]
     state.tensors["quality"].zero_()
     if together:
         torch.distributed.all_reduce(sums)
     mass, error, reference, count = sums.tolist()
     if count <= 0:
-        return {}
-    return {"mass": mass / count, "rel_error": (max(error, 0.0) / max(reference, 1e-30)) ** 0.5}
+        return {}, looks
+    looks.copy_(looks.roll(-1, 0))
+    looks[-1, 0], looks[-1, 1] = max(error, 0.0), reference
+    return {"mass": mass / count, "rel_error": (max(error, 0.0) / max(reference, 1e-30)) ** 0.5}, looks
 
 
 def _replicas() -> int:

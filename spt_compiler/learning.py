@@ -153,13 +153,15 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     first = not state.initialised or grown
     if first:
         state.set_counter("clustered_rows", x.shape[0])
-    if first and (settings is None or settings.preset != "paper"):  # the paper's blocks lie as the units do
+    if first and router == "static":
+        state.assign(permutation=routing.by_energy(h, w_out))
+    elif first and (settings is None or settings.preset != "paper"):  # the paper's blocks lie as the units do
         permutation = routing.cluster((h.abs() * scaled.norm(dim=0)).T, n_blocks, seed, n_keep=n_keep)
         state.assign(permutation=permutation)
     outputs = routing.block_outputs(h, w_out, t["permutation"], n_blocks)
     target = torch.stack([(outputs[:, g] * scale).norm(dim=1) for g in range(n_blocks)], dim=1)
     if router == "static":
-        weight, bias = routing.static_router(target, x.shape[1])
+        weight, bias = routing.static_router(outputs.norm(dim=-1), x.shape[1])
         state.assign(router_weight=weight, router_bias=bias)
     elif router == "random":
         if first:
@@ -195,14 +197,17 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     state.set_counter("fitted_keep", n_keep)
 
 
-def router_quality(state: SiteState, x: Tensor, weights: Any, density: float) -> dict[str, float]:
+def router_quality(
+    state: SiteState, x: Tensor, weights: Any, density: float, parts: int = 1
+) -> tuple[dict[str, float], Tensor]:
     """What routing costs on tokens x [n, E]: relative output error (plain, and with every output channel
     measured by its own spread), load of the hottest block relative to the mean, share dropped (by norm).
 
-    Returns: {} where there are too few rows to tell.
+    Returns: the figures, {} where there are too few rows to tell; and for each of `parts` parts of the tokens squared error and
+        squared norm of the dense output, [parts, 2].
     """
     if x.shape[0] < MIN_ROWS:
-        return {}
+        return {}, x.new_zeros(parts, 2)
     t = state.tensors
     n_blocks = t["router_weight"].shape[0]
     h, w_out = hidden(weights, x), weights["w_out"].float()
@@ -218,12 +223,14 @@ def router_quality(state: SiteState, x: Tensor, weights: Any, density: float) ->
             error = error - features @ t["correction_out"].t()
     dense = y_blocks.sum(1)
     norms, scale = y_blocks.norm(dim=-1), routing.output_scale(dense)
-    return {
+    energy = torch.stack([error, dense]).square().sum(-1)  # [2, n]
+    figures = {
         "rel_error": float(error.norm() / dense.norm().clamp_min(1e-20)),
         "scaled_error": float((error * scale).norm() / (dense * scale).norm().clamp_min(1e-20)),
         "load_max": float(kept.float().mean(0).max() * n_blocks / kept.float().sum(1).mean().clamp_min(1e-20)),
         "dropped_share": float(1 - torch.where(kept, norms, 0.0).sum() / norms.sum().clamp_min(1e-20)),
     }
+    return figures, torch.stack([part.sum(1) for part in energy.tensor_split(parts, 1)])
 
 
 def evaluate_weights(recipes: Any, arguments: Sequence[Any]) -> dict[str, Any]:

@@ -31,8 +31,8 @@ ATTENTION_SAMPLES = 512
 FFN_SAMPLES = 1024
 # Numbers an FFN's ring may hold: several observations of a narrow model, one of a wide one (16 MiB), and at most MOST of them.
 _RING_NUMBERS, _MOST_OBSERVATIONS = 1 << 22, 4
-# Rank of the FFN's correction: a fiftieth of the FFN's work at model width 384, less of wider ones.
-CORRECTION_RANK = 32
+# Rank of the FFN's correction: a twenty-fifth of the FFN's work at model width 384, less of wider ones.
+CORRECTION_RANK = 64
 
 # How much denser than configured the guard may make a site before it goes dense (only where a limit lets it act).
 GUARD_HEADROOM = 2.0

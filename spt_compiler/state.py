@@ -72,6 +72,10 @@ class StateSpec:
         return tuple(name for name, spec in self.tensors if spec.graph_input)
 
 
+# The guard looks at attention in the last so many steps of an interval: between two batches its error varies by a factor of two,
+# and what the guard does is for good. FFNs are measured on a thousand tokens at once; those are cut into as many parts.
+LOOKS = 8
+
 # probe: what the graph is to observe in this step. [collect samples?, measure quality?] for graphs that train,
 # followed by the same pair for graphs that do not (they only ever collect for the first initialisation).
 PROBE = {"collect": 0, "measure": 1, "collect_no_grad": 2, "measure_no_grad": 3}
@@ -179,11 +183,12 @@ class SiteState:
 
 
 def common_tensors(budget: float, quality: int = 4) -> dict[str, TensorSpec]:
-    """Tensors that every site has: budget and probe (with host mirrors), quality sums, counters, sample cursor."""
+    """Tensors that every site has: budget and probe (with host mirrors), quality sums, the guard's looks, counters, cursor."""
     return {
         "budget": TensorSpec((1,), fill=budget),
         "probe": TensorSpec((4,), torch.int32),
         "quality": TensorSpec((quality,)),
+        "looks": TensorSpec((LOOKS, 2), graph_input=False),
         "cursor": TensorSpec((1,), torch.int32),
         "budget_host": TensorSpec((1,), fill=budget, graph_input=False),
         "probe_host": TensorSpec((4,), torch.int32, graph_input=False),

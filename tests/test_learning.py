@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import spt_compiler
-from spt_compiler import learning
+from spt_compiler import calibrate, learning
 from spt_compiler.state import STORE
 from tests.blocks import SPARSE, Stack, train_steps
 
@@ -69,7 +69,7 @@ def test_the_guard_finds_a_spoiled_site_within_one_interval_and_densifies_just_t
             block.qkv.weight[48:96] = block.qkv.weight[:48]
     start = copy.deepcopy(model.state_dict())
     clean = compiled(model, **{"guard.interval": interval})
-    for _ in range(17):
+    for _ in range(20):
         clean(data).square().mean().backward()
     errors = [m["rel_error"] for n, m in spt_compiler.metrics(model).items() if f"/{kind}/" in n]
     torch._dynamo.reset()
@@ -78,11 +78,11 @@ def test_the_guard_finds_a_spoiled_site_within_one_interval_and_densifies_just_t
     run = compiled(model, **{"guard.interval": interval, f"{kind}.max_rel_error": 1.15 * max(errors)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing to warn about while all is well
-        for _ in range(17):
+        for _ in range(20):
             run(data).square().mean().backward()
         run(data)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    spoil(sites(model)[site])
+    spoil(sites(model)[site])  # step 20 was judged just now
     with pytest.warns(UserWarning, match="max_rel_error.*it becomes den"):
         for _ in range(interval + 1):  # the last call reads what the last step measured
             run(data).square().mean().backward()
@@ -91,6 +91,75 @@ def test_the_guard_finds_a_spoiled_site_within_one_interval_and_densifies_just_t
     assert {n for n in after if after[n] > before[n]} == {site}
     assert all(after[n] == before[n] for n in after if n != site)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_pooled_error_is_that_of_all_looks_with_the_spread_of_a_ratio():
+    generator = torch.Generator().manual_seed(0)
+    energy = torch.rand(4, generator=generator).double() + 0.5
+    looks = torch.stack([energy * torch.tensor([0.01, 0.02, 0.04, 0.01]).double(), energy], 1)
+    error, spread = calibrate.pooled_error(looks)
+    assert error == pytest.approx(float(looks[:, 0].sum() / looks[:, 1].sum()) ** 0.5)
+    left_out = [calibrate.pooled_error(looks[[j for j in range(4) if j != i]])[0] for i in range(4)]
+    mean = sum(left_out) / 4
+    jackknife = (3 / 4 * sum((e - mean) ** 2 for e in left_out)) ** 0.5
+    assert spread == pytest.approx(jackknife, rel=0.2) and spread > 0
+    even = torch.stack([0.04 * energy, energy], 1)
+    assert calibrate.pooled_error(even) == pytest.approx((0.2, 0.0), abs=1e-9)
+    # A look that says nothing, or that is not finite, does not count; nor does a single one have a spread.
+    bad = torch.tensor([[0.0, 0.0], [torch.nan, 1.0], [1.0, torch.inf]]).double()
+    assert calibrate.pooled_error(torch.cat([looks, bad])) == pytest.approx((error, spread))
+    assert calibrate.pooled_error(bad) == (0.0, 0.0) and calibrate.pooled_error(looks[:1])[1] == 0.0
+
+
+@pytest.mark.parametrize(("error", "acts"), [(0.3, False), (1.0, False), (0.3, True)])
+def test_one_bad_look_of_many_does_not_make_a_site_denser(error, acts):
+    """The guard wants the pooled error a standard error above the limit; one odd batch raises both."""
+    model = Stack(1)
+    run = compiled(model, **{"guard.interval": 8, "attention.max_rel_error": 0.2})
+    x = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(15):
+            run(x).square().mean().backward()
+        run(x)  # reads step 15, the third look of its interval
+        state = of(model, "attention")
+        state.set_counter("densified", 0)
+        assert state.counter("measured_at") == 15
+        looks = state.tensors["looks"]
+        # Seven looks below the limit (an error of .1), or above it (.3), and what step 16 adds.
+        looks[1:, 1] = 1.0
+        looks[1:, 0] = 0.01 if not acts else 0.09
+        run(x).square().mean().backward()
+        quality = state.tensors["quality"]
+        quality.copy_(torch.tensor([1.0, error**2, 1.0, 1.0]))
+        run(x)
+    expected = ((7 * (0.09 if acts else 0.01) + error**2) / 8) ** 0.5
+    assert state.metrics["rel_error"] == pytest.approx(expected, rel=1e-3)
+    if error == 1.0:  # the mean is above the limit, and says little
+        assert state.metrics["rel_error"] > 0.2 and state.metrics["rel_error_spread"] > 0.1
+    assert state.counter("densified") == int(acts)
+
+
+def test_the_looks_of_an_interval_survive_a_resume():
+    model = Stack(1)
+    run = compiled(model, **{"guard.interval": 8})
+    x = batch()
+    for _ in range(14):
+        run(x).square().mean().backward()
+    run(x)
+    saved = spt_compiler.state_dict(model)
+    looks = next(v for n, v in saved.items() if n.endswith("/attention/0.looks"))
+    assert (looks[:, 1] > 0).sum() == 6  # steps 9 to 14: after step 8 they began anew
+    other = Stack(1)
+    other.load_state_dict(model.state_dict())
+    again = compiled(other, **{"guard.interval": 8})
+    spt_compiler.load_state_dict(other, saved)
+    for call in (run, again):
+        for _ in range(3):
+            call(x).square().mean().backward()
+        call(x)
+    ours, theirs = (of(m, "attention").metrics for m in (model, other))
+    assert ours["rel_error"] == theirs["rel_error"] and ours["rel_error_spread"] == theirs["rel_error_spread"]
 
 
 def test_guard_interval_zero_never_measures():

@@ -114,7 +114,7 @@ def _figures() -> dict:
     units = {
         "selection.a": {"name": "a", "rules": rules},
         "ffn.minilm.50": {"routers": {"learned": {"token_cosine": 0.91, "cosine": 0.95}}},
-        "guard": {"interval": 4, "spoiled": {"x/ffn/0": {"steps": 3, "others": {}}}},
+        "guard": {"interval": 4, "false_alarms": 0, "checks": 8, "spoiled": {"x/ffn/0": {"steps": 3, "others": {}}}},
         **{f"parity.llama.full.{name}.0": dict(run) for name in ("dense", "balanced", "static")},
     }
     return {name: {"value": value} for name, value in units.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,27 +17,39 @@ from spt_compiler.state import STORE
 
 from .tuning import VARIANTS, Recipe, Tuning
 
-INTERVAL = 4
+INTERVAL = 8
 _SPOILED = ("codebook", "router_weight", "router_bias", "always_on")
-MARGIN = 2.0  # limits are so many times the clean error
+MARGIN = 1.5  # limits are so many times the clean error, a mean over intervals
+CLEAN_INTERVALS = 4
 
 
 def measure(start: Path, recipe: Recipe, log: Callable[[str], None]) -> dict[str, Any]:
     """Spoils each site of one fine-tuning in turn, and puts it back when it was found.
 
-    A spoiled attention site has its codewords negated, so that it prefers the keys least alike; a spoiled FFN has a random
-    router. Every site's limit is `MARGIN` times its own error before.
-    Returns: {"interval", "clean": {site: error}, "spoiled": {site: {"error", "steps", "others"}}}; error: when it was found;
-        steps: until it was denser, None if it was not within two intervals; others: {site: error} of those made denser as well.
+    A spoiled attention site has its codewords zeroed, so that it cannot tell a key from another; a spoiled FFN has a random
+    router. Sites are spoiled right after a turn of the guard. Every site's limit is `MARGIN` times its own error before.
+    Returns: {"interval", "margin", "clean": {site: error}, "spoiled": {site: {"error", "steps", "others"}}, "false_alarms",
+        "checks"}; error: when it was found; steps: until it was denser, None if it was not within two intervals; others:
+        {site: error} of those made denser as well; false_alarms: how many of `checks` judgements of clean sites, before any
+        was spoiled, found one.
     """
     torch.manual_seed(0)
-    tuning = _train(start, recipe, {})
+    tuning = _train(start, recipe)
     states = dict(STORE.named_states(tuning.model))
-    errors = {site: m["rel_error"] for site, m in spt_compiler.metrics(tuning.model).items()}
-    limits = {f"{s.path}/{s.kind}": {f"{s.kind}.max_rel_error": MARGIN * errors[name]} for name, s in states.items()}
-    tuning = _train(start, recipe, {"sites": limits})
-    states = dict(STORE.named_states(tuning.model))
-    _settle(tuning, states)  # a site that has just begun to learn may well have missed its limit
+    errors: dict[str, list[float]] = {site: [] for site in states}
+    for _ in range(CLEAN_INTERVALS):
+        _quiet_steps(tuning, INTERVAL)
+        for site, figures in spt_compiler.metrics(tuning.model).items():
+            errors[site].append(figures["rel_error"])
+    clean = {site: statistics.fmean(values) for site, values in errors.items()}
+    settings = {site: state.settings for site, state in states.items()}
+    for site, state in states.items():
+        state.settings = _limited(state, MARGIN * clean[site])
+    alarms = 0
+    for _ in range(CLEAN_INTERVALS):
+        _quiet_steps(tuning, INTERVAL)
+        alarms += sum(bool(state.counter("densified")) for state in states.values())
+        _forgive(states)
     spoiled = {}
     for site, state in states.items():
         whole = {name: value.detach().clone() for name, value in state.tensors.items() if name in _SPOILED}
@@ -50,22 +64,38 @@ def measure(start: Path, recipe: Recipe, log: Callable[[str], None]) -> dict[str
         spoiled[site] = {"error": error, "steps": steps, "others": others}
         log(f"guard, {site}: {spoiled[site]}")
         state.assign(**whole)
-        _settle(tuning, states)
-    return {"interval": INTERVAL, "clean": errors, "spoiled": spoiled}
+        _forgive(states)
+        _quiet_steps(tuning, INTERVAL)  # an interval with every site whole
+        _forgive(states)
+    for site, state in states.items():
+        state.settings = settings[site]
+    checks = CLEAN_INTERVALS * len(states)
+    return {
+        "interval": INTERVAL,
+        "margin": MARGIN,
+        "clean": clean,
+        "spoiled": spoiled,
+        "false_alarms": alarms,
+        "checks": checks,
+    }
 
 
-def _settle(tuning: Tuning, states: dict[str, Any]) -> None:
-    """Every site as dense as configured, and whatever was observed before read and forgotten."""
-    for steps in (INTERVAL + 1, 0):
-        for state in states.values():
-            state.set_counter("densified", 0)
-        _quiet_steps(tuning, steps)
+def _limited(state: Any, limit: float) -> Any:
+    part = dataclasses.replace(getattr(state.settings, state.kind), max_rel_error=limit)
+    return dataclasses.replace(state.settings, **{state.kind: part})
 
 
-def _train(start: Path, recipe: Recipe, options: dict[str, Any]) -> Tuning:
+def _forgive(states: dict[str, Any]) -> None:
+    """Every site as dense as configured from the next step on."""
+    for state in states.values():
+        state.set_counter("densified", 0)
+
+
+def _train(start: Path, recipe: Recipe) -> Tuning:
+    """A fine-tuning that has just been judged: the call after a step reads what that step measured."""
     balanced = next(v for v in VARIANTS if v.name == "balanced")
-    tuning = Tuning(start, balanced, recipe, seed=0, **{"guard.interval": INTERVAL, **options})
-    _quiet_steps(tuning, 3 * INTERVAL + 1)  # what a step measures is read at the start of the next one
+    tuning = Tuning(start, balanced, recipe, seed=0, **{"guard.interval": INTERVAL})
+    _quiet_steps(tuning, 2 * INTERVAL + 1)
     return tuning
 
 
@@ -79,7 +109,7 @@ def _quiet_steps(tuning: Tuning, steps: int) -> None:
 
 def _spoil(state: Any) -> None:
     if state.kind == "attention":
-        state.assign(codebook=-state.tensors["codebook"].detach())
+        state.assign(codebook=torch.zeros_like(state.tensors["codebook"]))
     else:
         n_blocks, width = state.tensors["router_weight"].shape
         weight, bias = routing.random_router(n_blocks, width, seed=0)

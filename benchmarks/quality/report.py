@@ -166,7 +166,8 @@ def _guard(units: dict[str, Any]) -> str:
         others = ", ".join(f"`{name}` ({other:.2f})" for name, other in found["others"].items()) or "none"
         rows.append((f"`{site}`", f"{value['clean'][site]:.3f}", error, steps, others))
     columns = ("site", "error before", "error when found", "steps until denser", "other sites made denser")
-    return f"One measurement every {value['interval']} steps.\n\n" + table(columns, rows)
+    alarms = f"{value['false_alarms']} false alarms in {value['checks']} judgements of clean sites"
+    return f"Judged every {value['interval']} steps; {alarms}.\n\n" + table(columns, rows)
 
 
 def _parity(units: dict[str, Any]) -> str:
@@ -382,8 +383,9 @@ The LLaMA-like model, fine-tuned from code to English in all weights with the ba
 keeps what was learned at the first steps."""
 
 _GUARD = """\
-The same fine-tuning; each site's limit is twice its own error before. In turn one site is spoiled (an attention site gets its
-codewords negated, an FFN a random router) and put back when it was found."""
+The same fine-tuning; each site's limit is 1.5 times its own error before (mean of four intervals). In turn one site is
+spoiled, right after a turn of the guard (an attention site gets codewords of zero, an FFN a random router), and put back when
+it was found."""
 
 _PARITY = """\
 From the code model to English: the same batches, optimizer and steps for every variant. All sparse variants have attention
