@@ -15,6 +15,7 @@ import re
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,6 +203,8 @@ class StateStore:
     def __init__(self) -> None:
         self._sites: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._pending: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        # What waits for parameters that FSDP has not gathered yet: their full form, which graphs see, does not exist.
+        self._ungathered: list[tuple[weakref.ref, dict]] = []
         self._lock = threading.RLock()
         self._created = 0
         self.version = 0  # moves whenever a state appears or is replaced: cached look-ups compare it
@@ -232,13 +235,21 @@ class StateStore:
         self._created += 1
         state = SiteState(spec, tensors, path=path, order=self._created)
         state.set_probe(collect=True, collect_no_grad=True)
-        waiting = self._pending.get(anchor)
+        waiting = self._pending.get(anchor) or self._of_shard(anchor)
         if waiting:
             ordinal = sum(kind == spec.kind for kind, _ in self._sites.get(anchor, {}))
             saved = waiting.pop((spec.kind, ordinal), None)
             if saved is not None:
                 _fill(state, saved, path or spec.kind)
         return state
+
+    def _of_shard(self, anchor: Tensor) -> dict | None:
+        """What was loaded for the shard of this parameter before FSDP first gathered it."""
+        self._ungathered = [(shard, waiting) for shard, waiting in self._ungathered if shard() is not None and waiting]
+        for shard, waiting in self._ungathered:
+            if getattr(shard(), "_unsharded_param", None) is anchor:
+                return waiting
+        return None
 
     def named_states(self, model: nn.Module) -> Iterator[tuple[str, SiteState]]:
         """(name, state) of every site of `model`, in the order of its parameters; a shared anchor is listed once."""
@@ -293,6 +304,7 @@ class StateStore:
         anchors: dict[str, list[Tensor]] = {}
         for name, parameter in _anchors(model):
             anchors.setdefault(_owner(name), []).append(parameter)
+        shards = {id(p.sharded_param): p for p in _fsdp_parameters(model) if not hasattr(p, "_unsharded_param")}
         left_over = []
         for site, tensors in grouped.items():
             if site in existing:
@@ -304,9 +316,11 @@ class StateStore:
                 continue
             # Which parameter of the module is the anchor is known only when the graph is: every one may claim it.
             for parameter in anchors[owner]:
-                self._pending.setdefault(parameter, {})[(kind, int(ordinal))] = {
-                    n: t.clone() for n, t in tensors.items()
-                }
+                waiting = self._pending.setdefault(parameter, {})
+                waiting[(kind, int(ordinal))] = {n: t.clone() for n, t in tensors.items()}
+                shard = shards.pop(id(parameter), None)
+                if shard is not None:
+                    self._ungathered.append((weakref.ref(shard), waiting))
         if left_over:
             warnings.warn(
                 f"spt_compiler: state of {len(left_over)} site(s) fits no module of this model and was ignored: "
@@ -330,18 +344,21 @@ def _anchors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     A model under FSDP (`fully_shard`) shows its shards; what its graphs compute with, and what state hangs on, is the full
     parameter behind each, which exists from the first forward on.
     """
-    full: dict[int, Tensor] = {}
+    full = {id(p.sharded_param): p._unsharded_param for p in _fsdp_parameters(model) if hasattr(p, "_unsharded_param")}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, full.get(id(parameter), parameter)
+
+
+def _fsdp_parameters(model: nn.Module) -> Iterator[Any]:
+    """FSDP's own account (`FSDPParam`) of every parameter that `fully_shard` has sharded."""
     for module in model.modules():
         get_state = getattr(module, "_get_fsdp_state", None)
         if get_state is None:
             continue
         state = get_state()
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for sharded in (p for group in groups for p in getattr(group, "fsdp_params", ())):
-            if hasattr(sharded, "_unsharded_param"):
-                full[id(sharded.sharded_param)] = sharded._unsharded_param
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield name, full.get(id(parameter), parameter)
+        for group in groups:
+            yield from getattr(group, "fsdp_params", ())
 
 
 def _owner(parameter_name: str) -> str:

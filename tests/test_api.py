@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import spt_compiler
+from spt_compiler import api, learning
 from tests.blocks import SPARSE, Stack, train_steps
 
 
@@ -153,6 +154,29 @@ def test_what_tune_writes_is_what_runs(tmp_path):
             assert density == pytest.approx(tuned["sites"][f"blocks.{block}/{kind}"][f"{kind}.density"]), compile_it
         errors[compile_it] = densities
     assert errors["whole"] == errors["per block"]
+
+
+def test_tune_measures_on_rows_that_nothing_was_fitted_to(monkeypatch):
+    fitted, judged = [], []
+    learn, quality = learning.learn, learning.router_quality
+    monkeypatch.setattr(learning, "learn", lambda state, rows, *a, **k: (fitted.append(rows), learn(state, rows, *a, **k))[1])
+    monkeypatch.setattr(
+        learning, "router_quality", lambda state, x, *a, **k: (judged.append(x), quality(state, x, *a, **k))[1]
+    )
+    block = nn.Sequential(nn.Linear(24, 96), nn.ReLU(), nn.Linear(96, 24))
+    x = torch.randn(4, 300, 24)
+    options = {"ffn.min_width": 0}
+    tuned = spt_compiler.tune(block, (x,), max_rel_error=1e-6, target="memory", options=options)
+    assert tuned["sites"] == {"*/ffn": {"ffn.density": 1.0}} or list(tuned["sites"].values()) == [{"ffn.density": 1.0}]
+    seen = {tuple(row.tolist()) for rows in fitted for row in rows}
+    assert seen <= {tuple(row.tolist()) for row in x[:2].flatten(0, 1)}
+    assert judged and not seen & {tuple(row.tolist()) for row in judged[-1]}
+    # A batch of one row, or of tensors that do not go together, is not cut.
+    for batch in (x[:1], (x, torch.randn(3, 2)), {"x": torch.randn(1, 4)}, ()):
+        first, second = api._halves(batch)
+        assert first is batch and second is batch
+    first, second = api._halves({"a": x[:3], "b": torch.arange(3), "c": 5})
+    assert torch.equal(first["a"], x[:1]) and torch.equal(second["b"], torch.tensor([1])) and second["c"] == 5
 
 
 def test_tune_refuses_bad_arguments():

@@ -219,6 +219,38 @@ def test_an_ffn_that_ddp_splits_is_reported(tmp_path, monkeypatch):
         dist.destroy_process_group()
 
 
+def test_state_loaded_before_fsdp_first_gathers_is_applied(tmp_path):
+    """Shards are all there is then; the full parameters, on which state hangs, appear with the first forward."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh, x, models = init_device_mesh("cpu", (1,)), batch(), []
+        for _ in range(2):
+            torch.manual_seed(0)
+            model = Stack(2)
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            models.append(spt_compiler.compile(model, **SPARSE))
+        trained, resumed = models
+        for _ in range(3):
+            trained(x).square().mean().backward()
+        saved = spt_compiler.state_dict(trained)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert spt_compiler.load_state_dict(resumed, saved) == []
+        with torch.no_grad():
+            assert torch.equal(resumed(x), trained(x))
+        ours, theirs = spt_compiler.state_dict(resumed), spt_compiler.state_dict(trained)
+        assert ours.keys() == theirs.keys() and len({n.rpartition(".")[0] for n in ours}) == 4
+        assert all(torch.equal(ours[n], theirs[n]) for n in ours), [n for n in ours if not torch.equal(ours[n], theirs[n])]
+    finally:
+        dist.destroy_process_group()
+
+
 SHARDED = textwrap.dedent(
     """
     import sys, torch, torch.distributed as dist

@@ -1,5 +1,6 @@
 """Byte-level language models that the benchmark trains itself: a GPT-2 (GELU, learned positions) and a LLaMA (SwiGLU, RoPE,
-grouped keys). Each is trained on code first and then goes on with English, so that both domains have a model."""
+grouped keys). Each is trained on code first and then goes on with English, so that both domains have a model. A third one, GeGLU,
+is the LLaMA of code with GELU in its gates, trained on: for its FFNs alone."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import torch
 from . import texts
 
 ARCHITECTURES = ("gelu", "llama")
+GEGLU = "geglu"
 DOMAINS = ("code", "english")
 LENGTHS = (512, 2048)
 TOKENS_PER_STEP = 2048
@@ -69,14 +71,21 @@ def _rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(architecture: str, domain: str, size: Size, steps: int, folder: Path, log: Any) -> dict[str, Any]:
-    """Trains the model of (architecture, domain), resuming where it stopped; English starts from the code model.
+    """Trains the model of (architecture, domain), resuming where it stopped; English starts from the code model, and GeGLU from
+    the LLaMA of code.
 
     Args: folder: gets `<architecture>-<domain>/` with the model.  log: called with lines of text.
     Returns: {"steps", "parameters", "heldout": {length: nats per byte}}.
     """
     out = folder / f"{architecture}-{domain}"
     start = None if domain == DOMAINS[0] else folder / f"{architecture}-{DOMAINS[0]}"
+    if architecture == GEGLU:
+        start = folder / f"llama-{DOMAINS[0]}"
     model = build(architecture, size) if start is None else load(start)
+    if architecture == GEGLU:
+        model.config.hidden_act = "gelu_pytorch_tanh"  # saved with the model
+        for layer in model.model.layers:
+            layer.mlp.act_fn = torch.nn.GELU(approximate="tanh")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1)
     peak = 2e-3 if start is None else 5e-4
     done = 0

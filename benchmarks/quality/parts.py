@@ -119,6 +119,14 @@ class Bench:
         plan = self.plan
         for architecture, domain in itertools.product(plan.architectures, language_models.DOMAINS):
             yield f"models.{architecture}.{domain}", lambda a=architecture, d=domain: self._train(a, d)
+        if "llama" in plan.architectures:
+            geglu, code = language_models.GEGLU, language_models.DOMAINS[0]
+            yield f"models.{geglu}.{code}", lambda: self._train(geglu, code)
+            sizes = (plan.learning, max(1, plan.heldout * 512 // plan.lengths[0]))
+            for density in plan.ffn_densities:
+                name = f"ffn.{geglu}-{code}-{plan.lengths[0]}.{100 * density:.0f}"
+                subject = functools.partial(subjects.own, geglu, code, plan.lengths[0], self.models, *sizes)
+                yield name, lambda s=subject, d=density: self._ffn(s(), d)
         for name, subject, length in self._subjects():
             yield f"selection.{name}", lambda s=subject: self._selection(s())
             if length in (None, plan.lengths[0]):  # tokens are routed one by one: one length says it all
@@ -151,7 +159,8 @@ class Bench:
             yield f"given-{length}", functools.partial(subjects.pretrained, self.model, True, length, *sizes), length
 
     def _train(self, architecture: str, domain: str) -> dict[str, Any]:
-        steps = self.plan.code_steps if domain == language_models.DOMAINS[0] else self.plan.english_steps
+        first = domain == language_models.DOMAINS[0] and architecture != language_models.GEGLU
+        steps = self.plan.code_steps if first else self.plan.english_steps
         return language_models.train(architecture, domain, self.plan.size, steps, self.models, self.log)
 
     def _selection(self, subject: subjects.Subject) -> dict[str, Any]:

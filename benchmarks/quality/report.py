@@ -190,6 +190,14 @@ def _parity(units: dict[str, Any]) -> str:
         columns = ("variant", "seeds", "held-out loss", "against dense", "same weights run dense", "step time / dense", "CPU time")
         title = {"full": "all weights", "lora": "LoRA of rank 8 on every linear layer"}[kind]
         parts.append(f"{architecture} LM, {title}:\n\n{table(columns, rows)}")
+        own = [run for run in variants.get("balanced", {}).values() if "upkeep_seconds" in run]
+        if own:
+            share = sum(run["upkeep_seconds"] for run in own) / sum(run["cpu_seconds"] for run in own)
+            steps = own[0]["heldout"][-1][0]
+            parts.append(
+                f"Upkeep (learning and judging between the steps) took {100 * share:.0f} % of the CPU time of the {steps} steps of "
+                '"balanced", in which sites learn at steps 1, 2, 4, 8, 16 and every 32.'
+            )
     return "\n\n".join(parts)
 
 

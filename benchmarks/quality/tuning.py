@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import spt_compiler
+from spt_compiler import calibrate
 
 from . import attention, language_models, texts
 
@@ -132,15 +134,17 @@ def run(start: Path, variant: Variant, recipe: Recipe, seed: int, log: Callable[
     """A whole fine-tuning.
 
     Returns: {"heldout": [(steps, loss), ...], "dense": loss of the final weights without sparsity, "train": mean loss of the
-        last tenth, "cpu_seconds": of the steps alone}.
+        last tenth, "cpu_seconds": of the steps alone, "upkeep_seconds": the part of it between the steps, in which sites learn
+        and are judged}.
     """
     tuning = Tuning(start, variant, recipe, seed)
     heldout = []
-    losses, seconds = [], 0.0
+    losses, seconds, upkeep = [], 0.0, _Upkeep()
     every = max(1, recipe.steps // recipe.evaluations)
     for step in range(recipe.steps):
         began = time.process_time()
-        losses.append(tuning.step())
+        with mock.patch.object(calibrate, "maintain", upkeep):
+            losses.append(tuning.step())
         seconds += time.process_time() - began
         if (step + 1) % every == 0 or step + 1 == recipe.steps:
             heldout.append((step + 1, tuning.evaluate()))
@@ -151,7 +155,20 @@ def run(start: Path, variant: Variant, recipe: Recipe, seed: int, log: Callable[
         "dense": tuning.evaluate_dense(),
         "train": statistics.fmean(tail),
         "cpu_seconds": seconds,
+        "upkeep_seconds": upkeep.seconds,
     }
+
+
+class _Upkeep:
+    """`calibrate.maintain`, with an account of the CPU time that it takes."""
+
+    def __init__(self) -> None:
+        self.seconds, self._maintain = 0.0, calibrate.maintain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        began = time.process_time()
+        self._maintain(*args, **kwargs)
+        self.seconds += time.process_time() - began
 
 
 def step_times(start: Path, recipe: Recipe, rounds: int, inner: str) -> dict[str, Any]:
