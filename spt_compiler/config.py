@@ -496,7 +496,7 @@ _SPECS: dict[str, _Spec] = {
         _spec(
             "attention.subspaces",
             _integer(1, 1024),
-            "PQ subspaces per head. null: head width / 4, or / 8 for 'pq-match'",
+            "PQ subspaces per head. null: head width / 2 for tiles, / 4 for tokens, / 8 for 'pq-match'",
             optional=True,
         ),
         _spec("attention.codewords", _integer(2, 256), "codewords per subspace"),

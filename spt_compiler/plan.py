@@ -247,16 +247,18 @@ def _most(density: float, options: AttentionConfig | FFNConfig) -> float:
 
 
 def options_subspace(head_dim: int, options: AttentionConfig) -> int | Reject:
-    """Width of a PQ subspace: at most 8 where codes are compared (the paper), else at most 4, a divisor of the head dim.
+    """Width of a PQ subspace: at most 8 where codes are compared (the paper), 4 where single keys are scored, 2 for tiles, a
+    divisor of the head dim.
 
-    With 16 codewords, width 4 keeps .94 and .97 of the oracle's attention mass at densities 1/8 and 1/4 on MiniLM where width 8
-    keeps .89 and .94; a codebook has the same size, and assignment the same products, at either width.
+    A codebook has the same size, and assignment the same products, at every width. With 16 codewords, width 4 keeps .94 and .97
+    of the oracle's attention mass on single keys at densities 1/8 and 1/4 on MiniLM where width 8 keeps .89 and .94. Tiles keep 1.3
+    points of mass less than by plain means at 1/8 with width 4, 0.8 with 32 codewords of it, and 0.4 with width 2.
     """
     if options.subspaces is not None:
         if head_dim % options.subspaces:
             return Reject("head dim {} is not divisible by attention.subspaces = {}", head_dim, options.subspaces)
         return head_dim // options.subspaces
-    widest = 8 if options.select == "pq-match" else 4
+    widest = 8 if options.select == "pq-match" else 4 if options.granularity == "token" else 2
     return max(d for d in range(1, widest + 1) if head_dim % d == 0)
 
 
