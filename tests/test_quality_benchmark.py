@@ -78,7 +78,7 @@ def test_texts_are_disjoint():
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The smallest plan: two models, selection, and fine-tuning of two variants."""
+    """The smallest plan: three models, selection, and fine-tuning of two variants."""
     out = tmp_path_factory.mktemp("quality")
     lines: list[str] = []
     bench = parts.Bench(parts.Plan.smoke(), out, minilm=None, model=None, log=lines.append)
@@ -91,7 +91,7 @@ def smoke(tmp_path_factory):
 
 def test_runs_resumes_and_reports(smoke):
     before = {path.name: path.stat().st_mtime_ns for path in smoke.out.glob("*.json")}
-    assert len(before) == 2 + 1 + 2
+    assert len(before) == 3 + 1 + 2
     smoke.run(("models", "selection"), "code")
     assert {path.name: path.stat().st_mtime_ns for path in smoke.out.glob("*.json")} == before
 
