@@ -50,6 +50,8 @@ def small_spans(monkeypatch):
     """Spans of a few rows, so that small inputs meet every way of cutting and merging."""
     monkeypatch.setattr(cpu_ffn, "_SPAN_VALUES", 1)
     monkeypatch.setattr(cpu_ffn, "_MIN_SPAN", 20)
+    for name in ("_CHUNK_BYTES", "_CHUNK_16_BIT"):
+        monkeypatch.setattr(cpu_ffn, name, 1)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -117,6 +119,21 @@ def test_error_is_within_twice_that_of_plain_operators(dtype, kind, small_spans)
         scale = rms(value) + 1e-30
         ours, theirs = rms(got[name].double() - value) / scale, rms(eager[name].double() - value) / scale
         assert ours < 2 * theirs + 1e-6, f"{name}: {ours} against {theirs} of plain operators"
+
+
+@pytest.mark.parametrize(
+    "kind", [{"tile": 1}, {"tile": 4, "always": 7, "idle": 3}, {"budget": 0.25}, {"f": 9}, {"n": 1}, {"g": 20, "f": 60}]
+)
+def test_sums_over_chunks_of_tokens_equal_reference(kind, small_spans):
+    c = case(act="silu(x0) * x1", lora=True, down=True, gates=True, compensation=True, **kind)
+    work = cpu_ffn._Work(
+        c.x.float(), None, c.blocks, c.rows, c.offsets, c.permutation, cpu_ffn.cpp_ffn.kernels("x0", 1, 0, torch.float32)
+    )
+    assert work.kernels is None or kind == {"n": 1} or len(work.chunks) > 1
+    grad_y = torch.randn(c.x.shape[0], c.n_out, dtype=torch.float64)
+    got, expected = lowered(c.to(torch.float32), grad_y.float()), defined(c, grad_y)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name].double(), value, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_strides_of_gradients_and_of_tokens():
@@ -194,10 +211,12 @@ def test_half_of_the_blocks_is_half_of_the_products():
 def test_small_blocks_share_a_gather_and_an_activation():
     c = case(n=200, f=64, tile=1)
     with Products() as counted:
-        spans = list(cpu_ffn._Work(c.x, None, c.blocks, c.rows, c.offsets, c.permutation).spans(merge=True))
+        work = cpu_ffn._Work(c.x, None, c.blocks, c.rows, c.offsets, c.permutation)
+        spans = list(work.spans(*work.chunks, merge=True))
     assert len(spans) == 1 and len(spans[0].segments) == 8 and counted.count == 0
     padded = case(n=200, f=64, tile=16)
-    spans = list(cpu_ffn._Work(padded.x, None, padded.blocks, padded.rows, padded.offsets, padded.permutation).spans(merge=True))
+    work = cpu_ffn._Work(padded.x, None, padded.blocks, padded.rows, padded.offsets, padded.permutation)
+    spans = list(work.spans(*work.chunks, merge=True))
     assert sum(span.n_rows for span in spans) == 800
 
 

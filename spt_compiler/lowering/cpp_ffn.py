@@ -19,7 +19,8 @@ from spt_compiler.lowering import cpp, cpu_threads
 
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 _FIELDS = (
-    *("n", "width", "threads", "from", "from_stride", "to", "to_stride", "index", "distinct", "add"),
+    *("n", "width", "threads", "from", "from_stride", "to", "to_stride", "index", "add"),
+    *("blocks", "slots", "lists", "n_blocks", "first", "bias", "shift"),
     *("x_stride", "hidden", "hidden_stride", "grad", "grad_stride"),
 )
 
@@ -78,12 +79,30 @@ class Kernels:
         )
         return out
 
-    def add_rows(self, target: Tensor, index: Tensor, source: Tensor, *, distinct: bool) -> None:
-        """target[index[i]] += source[i]; target fp32. distinct: no row occurs twice."""
+    def sum_blocks(
+        self,
+        target: Tensor,
+        products: Tensor,
+        blocks: Tensor,
+        rows: Tensor,
+        lists: Tensor,
+        *,
+        first: int,
+        bias: Tensor | None,
+        shift: Tensor | None,
+    ) -> None:
+        """target[t] = bias + the products of token `first` + t with its blocks + the shifts of all other blocks, summed in fp32.
+
+        Args:
+            target: [n, K].  products: [., K].  blocks: int32 [n, R], ascending, -1 where unused.
+            rows: int64 token ids, ascending in each block's list.  lists: int64 [G, 3]: where a block's list of these n tokens
+            begins in `rows`, its length, and the place of its first row in `products`.  bias: [K].  shift: fp32 [G, K].
+        """
         self._call(
-            "add_rows",
-            **{"from": source, "from_stride": source.stride(0), "to": target, "to_stride": target.stride(0)},
-            **{"n": index.shape[0], "width": source.shape[1], "index": index, "distinct": int(distinct)},
+            "sum_blocks",
+            **{"from": products, "from_stride": products.stride(0), "to": target, "to_stride": target.stride(0)},
+            **{"n": target.shape[0], "width": target.shape[1], "index": rows, "blocks": blocks, "slots": blocks.shape[1]},
+            **{"lists": lists, "n_blocks": lists.shape[0], "first": first, "bias": bias, "shift": shift},
         )
 
     def sum_rows(self, target: Tensor, source: Tensor, *, add: bool) -> None:

@@ -1,11 +1,12 @@
-"""CPU lowering of the routed FFN: gather the tokens of a block, two GEMMs of the vendor library, add the rows back.
+"""CPU lowering of the routed FFN: gather the tokens of a block, two GEMMs of the vendor library, add up each token's blocks.
 
-The row list is walked in spans. A span holds part of a large block, so that its hidden activations are still in cache
-when the second GEMM reads them, or several small blocks, so that one gather, one activation and one scatter serve them
-all. Weights are read through the permutation (as views where it is the identity) and never moved; their permuted copies
-live for one call, which costs 2 * F * E values of traffic against N * F * E multiplications. Accumulation over blocks
-runs in fp32 for 16-bit inputs. What lies between the GEMMs runs in generated C++ where there is a compiler (`cpp_ffn.py`),
-else in ATen operators.
+Tokens are walked in chunks, and the rows of a chunk in spans. A span holds part of a large block, so that its hidden
+activations are still in cache when the second GEMM reads them, or several small blocks, so that one gather and one
+activation serve them all. The products of a chunk wait until all are there; one pass then reads each of them once and
+writes the sum of each token once, in its final type. Weights are read through the permutation (as views where it is the
+identity) and never moved; their permuted copies live for one call, which costs 2 * F * E values of traffic against
+N * F * E multiplications. Accumulation over blocks runs in fp32 for 16-bit inputs. What lies between the GEMMs runs in
+generated C++ where there is a compiler (`cpp_ffn.py`), else in ATen operators.
 
 Results are bitwise repeatable. A token's result may depend in the last bit on which other tokens share its GEMMs,
 because the vendor library picks its kernel by the number of rows.
@@ -37,6 +38,10 @@ from spt_compiler.ops.reference_ffn import (
 _SPAN_VALUES = 1 << 19
 # Fewer rows than this starve a GEMM.
 _MIN_SPAN = 256
+# Bytes of products that wait for their sum, if the blocks of a chunk then have _MIN_SPAN rows on average.
+_CHUNK_BYTES = 1 << 24
+# Tokens of a chunk for which each weight gradient of 16 bits is one GEMM: partial sums are added in fp32, which costs a pass.
+_CHUNK_16_BIT = 8192
 # Up to here comparing every pair of blocks beats sorting each token's scores.
 _PAIRWISE_BLOCKS = 16
 
@@ -110,6 +115,7 @@ class _Span:
     tokens: Tensor | None
     part: slice
     slots: slice  # of `rows` and `saved`
+    place: int  # of its first row among those of the chunk
     width: int
     segments: tuple[_Segment, ...]
 
@@ -129,23 +135,6 @@ class _Span:
         """The span's saved pre-activations: a [n, width] view per in-projection."""
         return [s[self.slots, : self.width] for s in saved]
 
-    def add_product(self, work: _Work, target: Tensor, left: Tensor, weight: Tensor) -> None:
-        """target[tokens] += left @ weight[units], for [n, W] and [F, K] in block order."""
-        if self.tokens is None:
-            (segment,) = self.segments
-            if target.dtype == left.dtype:
-                target[self.part].addmm_(left, weight[segment.units])
-            else:
-                target[self.part] += torch.mm(left, weight[segment.units])
-            return
-        product = work.buffers.get("product", self.n_rows, weight.shape[1])
-        for segment in self.segments:
-            torch.mm(left[segment.rows], weight[segment.units], out=product[segment.rows])
-        if work.kernels is not None and target.dtype == torch.float32:
-            work.kernels.add_rows(target, self.tokens, product, distinct=len(self.segments) == 1)
-        else:
-            target.index_add_(0, self.tokens, product.to(target.dtype))
-
     def gate_index(self, n_blocks: int) -> Tensor:
         """Where the gates of the span's rows lie in a flattened [N, G]."""
         tokens = torch.arange(self.part.start, self.part.stop) if self.tokens is None else self.tokens
@@ -153,6 +142,18 @@ class _Span:
         for segment in self.segments:
             index[segment.rows] += segment.block
         return index
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Tokens whose sums over blocks are taken together, and for each block the range of its list that holds them."""
+
+    tokens: slice
+    ranges: tuple[tuple[int, int], ...]
+
+    def places(self) -> list[int]:
+        """Where the rows of each block begin among those of the chunk."""
+        return [0, *itertools.accumulate(high - low for low, high in self.ranges)]
 
 
 class _Work:
@@ -189,6 +190,7 @@ class _Work:
             counts = torch.bincount(blocks.reshape(-1) + 1, minlength=self.n_blocks + 1)[1:].tolist()
         # A block past the last unit (F much smaller than G * W) has nothing to compute.
         self.counts = [c if self.units_of[g].start < self.n_units else 0 for g, c in enumerate(counts)]
+        self.blocks = blocks.contiguous()
         self.listed = None if self.dense else rows.long()
         self.capacity = rows.shape[0]
 
@@ -199,55 +201,74 @@ class _Work:
             # No more hidden values at a time than the sparse capacity holds.
             self.span = max(1, min(self.span, self.capacity))
         elif low_precision:
-            # A weight gradient is one GEMM per block then: partial sums would be rounded to 16 bits.
+            # A weight gradient is one GEMM per block and chunk then: partial sums would be rounded to 16 bits.
             self.span = max(1, self.n_tokens)
+        self.chunks = self._chunks(low_precision, x.element_size() * max(x.shape[1], 1))
         # Sums of 16-bit products over several spans are kept wide.
-        self.partial = self.accumulate if self.dense else x.dtype
+        self.partial = self.accumulate if self.dense or len(self.chunks) > 1 else x.dtype
 
-    def spans(self, *, merge: bool) -> Iterator[_Span]:
-        """All spans in block order. With `merge`, small blocks that lie together in the row list share one."""
+    def _chunks(self, low_precision: bool, row_bytes: int) -> list[_Chunk]:
+        n_tokens, slots = self.n_tokens, max(self.blocks.shape[1], 1)
+        size = max(_CHUNK_BYTES // (slots * row_bytes), _MIN_SPAN * self.n_blocks // slots, 1)
+        if low_precision:
+            size = max(size, _CHUNK_16_BIT)
+        if self.listed is None or self.kernels is None or n_tokens <= size:
+            return [_Chunk(slice(0, n_tokens), tuple((0, count) for count in self.counts))]
+        edges = [n_tokens * i // -(-n_tokens // size) for i in range(-(-n_tokens // size) + 1)]
+        bounds = []
+        for start, count in zip(self.starts, self.counts, strict=False):
+            found = edges
+            if count != n_tokens:
+                found = torch.searchsorted(self.listed[start : start + count], torch.tensor(edges)).tolist()
+            bounds.append(list(itertools.pairwise(found)))
+        return [_Chunk(slice(*edges[i : i + 2]), tuple(b[i] for b in bounds)) for i in range(len(edges) - 1)]
+
+    def spans(self, chunk: _Chunk, *, merge: bool) -> Iterator[_Span]:
+        """The spans of a chunk in block order. With `merge`, small blocks that lie together in the row list share one."""
         waiting: list[int] = []
-        for block, count in enumerate(self.counts):
-            alone = count == self.n_tokens or count > self.span or not merge
-            if waiting and (alone or not self._joins(waiting, block)):
-                yield self._merged(waiting)
+        counts, places = [high - low for low, high in chunk.ranges], chunk.places()
+        for block, count in enumerate(counts):
+            alone = self.counts[block] == self.n_tokens or count > self.span or not merge
+            if waiting and (alone or not self._joins(waiting, block, chunk)):
+                yield self._merged(waiting, chunk, places)
                 waiting = []
             if count == 0:
                 continue
             if alone:
-                yield from self._split(block)
+                yield from self._split(block, *chunk.ranges[block], places[block])
             else:
                 waiting.append(block)
         if waiting:
-            yield self._merged(waiting)
+            yield self._merged(waiting, chunk, places)
 
-    def _joins(self, blocks: list[int], block: int) -> bool:
+    def _joins(self, blocks: list[int], block: int, chunk: _Chunk) -> bool:
         last, units = blocks[-1], self.units_of[block]
-        total = sum(self.counts[b] for b in blocks) + self.counts[block]
-        adjacent = self.starts[last] + self.counts[last] == self.starts[block]
+        total = sum(chunk.ranges[b][1] - chunk.ranges[b][0] for b in (*blocks, block))
+        adjacent = self.starts[last] + chunk.ranges[last][1] == self.starts[block] + chunk.ranges[block][0]
         return adjacent and total <= self.span and units.stop - units.start == self.width
 
-    def _merged(self, blocks: list[int]) -> _Span:
+    def _merged(self, blocks: list[int], chunk: _Chunk, places: list[int]) -> _Span:
         assert self.listed is not None
         segments, row = [], 0
         for block in blocks:
-            segments.append(_Segment(block, self.units_of[block], slice(row, row + self.counts[block]), True))
-            row += self.counts[block]
-        slots = slice(self.starts[blocks[0]], self.starts[blocks[0]] + row)
+            low, high = chunk.ranges[block]
+            segments.append(_Segment(block, self.units_of[block], slice(row, row + high - low), low == 0))
+            row += high - low
+        start = self.starts[blocks[0]] + chunk.ranges[blocks[0]][0]
+        slots = slice(start, start + row)
         width = segments[0].units.stop - segments[0].units.start
-        return _Span(self.listed[slots], slice(0, row), slots, width, tuple(segments))
+        return _Span(self.listed[slots], slice(0, row), slots, places[blocks[0]], width, tuple(segments))
 
-    def _split(self, block: int) -> Iterator[_Span]:
-        count, units = self.counts[block], self.units_of[block]
+    def _split(self, block: int, first: int, stop: int, place: int) -> Iterator[_Span]:
+        count, units = stop - first, self.units_of[block]
         start = 0 if self.dense else self.starts[block]
         size = -(-count // -(-count // self.span))
-        for low in range(0, count, size):
-            high = min(low + size, count)
+        for low in range(first, stop, size):
+            high = min(low + size, stop)
             slots = slice(start + low, start + high)
-            tokens = None if self.listed is None or count == self.n_tokens else self.listed[slots]
+            tokens = None if self.listed is None or self.counts[block] == self.n_tokens else self.listed[slots]
             segment = _Segment(block, units, slice(0, high - low), low == 0)
-            part = slice(low, high)
-            yield _Span(tokens, part, slots, units.stop - units.start, (segment,))
+            yield _Span(tokens, slice(low, high), slots, place + low - first, units.stop - units.start, (segment,))
 
     def dropout(self, span: _Span, seed: Tensor, p: float, dtype: torch.dtype) -> Tensor:
         """[n, W] factors of the span's hidden units; the hash takes the model's own numbers of tokens and units."""
@@ -298,6 +319,16 @@ def _per_unit(act_in: Tensor) -> bool:
     return act_in.dim() == 1 and act_in.shape[0] != 1
 
 
+def _sum_rows(rows: Tensor, kernels: cpp_ffn.Kernels | None) -> Tensor:
+    """[K] sum of the rows of [n, K], in fp32 for rows of 16 bits."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    if kernels is None or rows.stride(1) != 1:
+        return rows.sum(0, dtype=wide)
+    out = torch.empty(rows.shape[1], dtype=wide)
+    kernels.sum_rows(out, rows, add=False)
+    return out
+
+
 def _accumulate_product(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """out = left @ right for a block's first rows, out += left @ right for the others."""
     if out.dtype != left.dtype:
@@ -307,6 +338,73 @@ def _accumulate_product(out: Tensor, left: Tensor, right: Tensor, first: bool) -
         torch.mm(left, right, out=out)
     else:
         out.addmm_(left, right)
+
+
+class _TokenSums:
+    """[N, width]: for each token the sum over its blocks of what their products give, and constants.
+
+    Args:
+        bias: [width] or None, added for every token. shift: [G, width] or None, its rows of the dropped blocks are added.
+    """
+
+    def __init__(self, work: _Work, width: int, bias: Tensor | None = None, shift: Tensor | None = None):
+        self.work = work
+        self.waits = work.kernels is not None and not work.dense and width > 0
+        if self.waits:
+            rows = max(chunk.places()[-1] for chunk in work.chunks)
+            self.total, self.products = (torch.empty((n, width), dtype=work.buffers.dtype) for n in (work.n_tokens, rows))
+            self.bias = None if bias is None else bias.contiguous()
+            self.shift = None if shift is None else shift.float().contiguous()
+            return
+        wide, shape = work.accumulate, (work.n_tokens, width)
+        if shift is not None and not work.dense:
+            dropped = (~kept_mask(work.blocks, work.n_blocks)).to(wide)
+            self.total = torch.mm(dropped, shift.to(wide)) if bias is None else torch.addmm(bias.to(wide), dropped, shift.to(wide))
+        elif bias is not None:
+            self.total = bias.to(wide).expand(shape).clone(memory_format=torch.contiguous_format)
+        else:
+            self.total = torch.zeros(shape, dtype=wide)
+
+    def add(self, span: _Span, left: Tensor, weight: Tensor, *, first: bool = True) -> None:
+        """Adds left @ weight[units] for the span's rows; left [n, W], weight [F, width] in block order.
+
+        first: this is the first product of these rows.
+        """
+        work, n_rows = self.work, span.n_rows
+        if self.waits:
+            products = self.products[span.place : span.place + n_rows]
+            for segment in span.segments:
+                _accumulate_product(products[segment.rows], left[segment.rows], weight[segment.units], first)
+        elif span.tokens is None:
+            (segment,) = span.segments
+            if self.total.dtype == left.dtype:
+                self.total[span.part].addmm_(left, weight[segment.units])
+            else:
+                self.total[span.part] += torch.mm(left, weight[segment.units])
+        else:
+            product = work.buffers.get("product", n_rows, weight.shape[1])
+            for segment in span.segments:
+                torch.mm(left[segment.rows], weight[segment.units], out=product[segment.rows])
+            self.total.index_add_(0, span.tokens, product.to(self.total.dtype))
+
+    def close(self, chunk: _Chunk) -> None:
+        """Takes the sums of a chunk, of which every span has been added."""
+        if self.waits:
+            assert self.work.kernels is not None and self.work.listed is not None
+            lists = [
+                (self.work.starts[block] + low, high - low, place)
+                for block, ((low, high), place) in enumerate(zip(chunk.ranges, chunk.places(), strict=False))
+            ]
+            self.work.kernels.sum_blocks(
+                self.total[chunk.tokens],
+                self.products,
+                self.work.blocks[chunk.tokens],
+                self.work.listed,
+                torch.tensor(lists),
+                first=chunk.tokens.start,
+                bias=self.bias,
+                shift=self.shift,
+            )
 
 
 class _Inputs:
@@ -419,30 +517,24 @@ def routed_ffn(
     if save:
         _clear_unused(saved, work)
 
-    shape = (x.shape[0], w_out.shape[0])
-    if compensation is not None and not work.dense:
-        dropped = (~kept_mask(blocks, work.n_blocks)).to(work.accumulate)
-        shift = compensation.to(work.accumulate)
-        y = torch.mm(dropped, shift) if b_out is None else torch.addmm(b_out.to(work.accumulate), dropped, shift)
-    elif b_out is not None:
-        y = b_out.to(work.accumulate).expand(shape).clone(memory_format=torch.contiguous_format)
-    else:
-        y = torch.zeros(shape, dtype=work.accumulate)
-    low = torch.zeros((x.shape[0], low_rank.rank), dtype=work.accumulate)
-
+    y = _TokenSums(work, w_out.shape[0], b_out, compensation)
+    low = _TokenSums(work, low_rank.rank)
     flat_gates = None if gates is None else gates.reshape(-1)
-    for span in work.spans(merge=inputs.merge):
-        pre = inputs.pre_activations(span, saved if save and not work.dense else None, span.take(x, work, "x"))
-        hidden = inputs.hidden(span, pre)
-        if p > 0 and seed is not None:
-            hidden = hidden * work.dropout(span, seed, p, hidden.dtype)
-        if flat_gates is not None:
-            scale = flat_gates.index_select(0, span.gate_index(work.n_blocks))
-            hidden = hidden * scale.to(hidden.dtype).unsqueeze(1)
-        span.add_product(work, y, hidden, w_down)
-        if low_rank.down is not None:
-            span.add_product(work, low, low_rank.dropped(span, hidden), low_rank.down)
-    return y.to(x.dtype), saved, low.to(x.dtype)
+    for chunk in work.chunks:
+        for span in work.spans(chunk, merge=inputs.merge):
+            pre = inputs.pre_activations(span, saved if save and not work.dense else None, span.take(x, work, "x"))
+            hidden = inputs.hidden(span, pre)
+            if p > 0 and seed is not None:
+                hidden = hidden * work.dropout(span, seed, p, hidden.dtype)
+            if flat_gates is not None:
+                scale = flat_gates.index_select(0, span.gate_index(work.n_blocks))
+                hidden = hidden * scale.to(hidden.dtype).unsqueeze(1)
+            y.add(span, hidden, w_down)
+            if low_rank.down is not None:
+                low.add(span, low_rank.dropped(span, hidden), low_rank.down)
+        y.close(chunk)
+        low.close(chunk)
+    return y.total.to(x.dtype), saved, low.total.to(x.dtype)
 
 
 def _clear_unused(saved: Tensor, work: _Work) -> None:
@@ -489,12 +581,12 @@ def routed_ffn_backward(
 ) -> list[Tensor]:
     """`spt::routed_ffn_backward_v1` on the CPU: no GEMM for what is not needed, and none again for what was saved."""
     flat = FlatGrads(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, act_in, needs)
-    flat.put("b_out", lambda: grad_y.sum(0, dtype=torch.promote_types(grad_y.dtype, torch.float32)))
-    if flat.needed <= {"b_out"}:
-        return flat.tensors()
     kernels = cpp_ffn.kernels(act_expr, len(w_in), len(act_in), x.dtype)
     if any(name.startswith("act_in") for name in flat.needed):
         kernels = None  # they compute no such gradient
+    flat.put("b_out", lambda: _sum_rows(grad_y, kernels))
+    if flat.needed <= {"b_out"}:
+        return flat.tensors()
     work = _Work(x, gates, blocks, rows, offsets, permutation, kernels)
     low_rank = _LowRank(work, lora_down, lora_seed, lora_p, x.dtype)
     inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in, max(p, low_rank.p))
@@ -504,48 +596,50 @@ def routed_ffn_backward(
     w_down = work.arrange(w_out.t()) if grads.through_hidden else None
     flat_gates = None if gates is None else gates.reshape(-1)
     recompute = work.dense or saved.shape[1] == 0
-    for span in work.spans(merge=inputs.merge):
-        x_rows = span.take(x, work, "x") if recompute or grads.uses_x else None
-        pre = inputs.pre_activations(span, None, x_rows) if recompute else span.of(saved)
-        grad = span.take(grad_y, work, "grad")
-        keep = work.dropout(span, seed, p, x.dtype) if p > 0 and seed is not None else None
-        index = scale = None
-        if flat_gates is not None:
-            index = span.gate_index(work.n_blocks)
-            scale = flat_gates.index_select(0, index).to(x.dtype).unsqueeze(1)
+    for chunk in work.chunks:
+        for span in work.spans(chunk, merge=inputs.merge):
+            x_rows = span.take(x, work, "x") if recompute or grads.uses_x else None
+            pre = inputs.pre_activations(span, None, x_rows) if recompute else span.of(saved)
+            grad = span.take(grad_y, work, "grad")
+            keep = work.dropout(span, seed, p, x.dtype) if p > 0 and seed is not None else None
+            index = scale = None
+            if flat_gates is not None:
+                index = span.gate_index(work.n_blocks)
+                scale = flat_gates.index_select(0, index).to(x.dtype).unsqueeze(1)
 
-        low_grad = None if low_rank.down is None else span.take(grad_low).to(x.dtype)
-        grad_hidden = None
-        if w_down is not None:
-            grad_hidden = work.buffers.get("grad_hidden", span.n_rows, span.width)
-            for segment in span.segments:
-                torch.mm(grad[segment.rows], w_down[segment.units].t(), out=grad_hidden[segment.rows])
-            if low_rank.down is not None:
-                grad_hidden += low_rank.back(span, low_grad)
-        hidden, slopes = None, []
-        if kernels is not None and grads.names and grads.names == inputs.names and scale is None and keep is None:
-            # One pass over the hidden units for both.
-            hidden = work.buffers.get("hidden", span.n_rows, span.width) if grads.uses_hidden else None
-            slopes = kernels.activate_backward(pre, inputs.env(span, []), grad_hidden, hidden)
-        else:
-            if grads.uses_hidden:
-                hidden = inputs.hidden(span, pre)
-                hidden = hidden if keep is None else hidden * keep
-            if grads.gates is not None:
-                value = (grad_hidden * hidden).sum(1, dtype=grads.gates.dtype)
-                grads.gates.view(-1).index_copy_(0, index, value)
-            for factor in (scale, keep):
-                if factor is not None and grad_hidden is not None:
-                    grad_hidden.mul_(factor)
+            low_grad = None if low_rank.down is None else span.take(grad_low).to(x.dtype)
+            grad_hidden = None
+            if w_down is not None:
+                grad_hidden = work.buffers.get("grad_hidden", span.n_rows, span.width)
+                for segment in span.segments:
+                    torch.mm(grad[segment.rows], w_down[segment.units].t(), out=grad_hidden[segment.rows])
+                if low_rank.down is not None:
+                    grad_hidden += low_rank.back(span, low_grad)
+            hidden, slopes = None, []
+            if kernels is not None and grads.names and grads.names == inputs.names and scale is None and keep is None:
+                # One pass over the hidden units for both.
+                hidden = work.buffers.get("hidden", span.n_rows, span.width) if grads.uses_hidden else None
+                slopes = kernels.activate_backward(pre, inputs.env(span, []), grad_hidden, hidden)
+            else:
+                if grads.uses_hidden:
+                    hidden = inputs.hidden(span, pre)
+                    hidden = hidden if keep is None else hidden * keep
+                if grads.gates is not None:
+                    value = (grad_hidden * hidden).sum(1, dtype=grads.gates.dtype)
+                    grads.gates.view(-1).index_copy_(0, index, value)
+                for factor in (scale, keep):
+                    if factor is not None and grad_hidden is not None:
+                        grad_hidden.mul_(factor)
+                if grads.names:
+                    slopes = expression.vjp(inputs.act, inputs.env(span, pre), grads.names, grad_hidden)
+            scaled = hidden if scale is None or hidden is None else hidden * scale
+            if grads.w_out is not None:
+                grads.add_rows(grads.w_out, span, scaled, grad)
+            if grads.lora_down is not None:
+                grads.add_rows(grads.lora_down, span, low_rank.dropped(span, scaled), low_grad)
             if grads.names:
-                slopes = expression.vjp(inputs.act, inputs.env(span, pre), grads.names, grad_hidden)
-        scaled = hidden if scale is None or hidden is None else hidden * scale
-        if grads.w_out is not None:
-            grads.add_rows(grads.w_out, span, scaled, grad)
-        if grads.lora_down is not None:
-            grads.add_rows(grads.lora_down, span, low_rank.dropped(span, scaled), low_grad)
-        if grads.names:
-            grads.add(inputs, span, dict(zip(grads.names, slopes, strict=True)), x_rows)
+                grads.add(inputs, span, dict(zip(grads.names, slopes, strict=True)), x_rows)
+        grads.close(chunk)
     grads.store()
     return flat.tensors()
 
@@ -561,15 +655,18 @@ class _Gradients:
         def tokens(name: str) -> Tensor | None:
             return torch.zeros(like[name].shape, dtype=work.accumulate) if name in needed else None
 
+        def sums(name: str) -> _TokenSums | None:
+            return _TokenSums(work, like[name].shape[1]) if name in needed else None
+
         def units(name: str, dtype: torch.dtype) -> Tensor | None:
             return work.gradient(like[name], dtype) if name in needed else None
 
-        self.x = tokens("x")
+        self.x = sums("x")
         self.w_in = [units(f"w_in{i}", work.partial) for i in range(self.n_in)]
         self.b_in = [units(f"b_in{i}", work.accumulate) for i in range(self.n_in)]
         self.w_out = work.gradient(like["w_out"].t(), work.partial) if "w_out" in needed else None
         self.lora_down = work.gradient(like["lora_down"].t(), work.partial) if "lora_down" in needed else None
-        self.lora_a_out = [tokens(f"lora_a_out{i}") for i in range(self.n_in)]
+        self.lora_a_out = [sums(f"lora_a_out{i}") for i in range(self.n_in)]
         self.lora_b = [units(f"lora_b{i}", work.partial) for i in range(self.n_in)]
         self.gates = tokens("gates")
         self.act_in = {f"a{name[6:]}": tokens(name) for name in sorted(needed) if name.startswith("act_in")}
@@ -586,15 +683,14 @@ class _Gradients:
         for name, buffer in self.act_in.items():
             target = buffer[span.segments[0].units] if _per_unit(buffer) else buffer
             target += slopes[name]
-        for i in range(self.n_in):
-            if f"x{i}" not in slopes:
-                continue
+        used = [i for i in range(self.n_in) if f"x{i}" in slopes]
+        for i in used:
             grad = slopes[f"x{i}"].to(inputs.x.dtype)
             if self.x is not None:
-                span.add_product(self.work, self.x, grad, inputs.w_in[i])
+                self.x.add(span, grad, inputs.w_in[i], first=i == used[0])
             lora = inputs.lora[i]
             if lora is not None and self.lora_a_out[i] is not None:
-                span.add_product(self.work, self.lora_a_out[i], grad, lora[1])
+                self.lora_a_out[i].add(span, grad, lora[1])
             low = span.take(lora[0]) if lora is not None and self.lora_b[i] is not None else None
             for segment in span.segments:
                 part, units, first = grad[segment.rows], segment.units, segment.first
@@ -611,6 +707,12 @@ class _Gradients:
                 if low is not None:
                     _accumulate_product(self.lora_b[i][units], part.t(), low[segment.rows], first)
 
+    def close(self, chunk: _Chunk) -> None:
+        """Takes the sums of a chunk's tokens."""
+        for sums in (self.x, *self.lora_a_out):
+            if sums is not None:
+                sums.close(chunk)
+
     @staticmethod
     def add_rows(buffer: Tensor, span: _Span, hidden: Tensor, grad: Tensor) -> None:
         """buffer[units] += hidden^T @ grad for the span's rows, block by block."""
@@ -621,11 +723,11 @@ class _Gradients:
     def store(self) -> None:
         """Hand the finished gradients, in the model's order of units, to the flat list."""
         put, restore = self.flat.put, self.work.restore
-        put("x", lambda: self.x)
+        put("x", lambda: self.x.total)
         for i in range(self.n_in):
             put(f"w_in{i}", lambda i=i: restore(self.w_in[i]))
             put(f"b_in{i}", lambda i=i: restore(self.b_in[i]))
-            put(f"lora_a_out{i}", lambda i=i: self.lora_a_out[i])
+            put(f"lora_a_out{i}", lambda i=i: self.lora_a_out[i].total)
             put(f"lora_b{i}", lambda i=i: restore(self.lora_b[i]))
         put("w_out", lambda: restore(self.w_out).t())
         put("lora_down", lambda: restore(self.lora_down).t())
