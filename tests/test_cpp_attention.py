@@ -85,8 +85,12 @@ def documents(**options) -> cases.Case:
     return case
 
 
-def test_packed_documents_equal_the_reference(nan_empty):
+@pytest.mark.parametrize("row", ["b", "0", "1"])  # a constant: of a batch of one row, whose masks broadcast
+def test_packed_documents_equal_the_reference(row, nan_empty):
     case = documents()
+    case.expr = DOCUMENTS.replace("[b,", f"[{row},")
+    lists = (torch.zeros(1), torch.zeros(1))
+    assert cpp_attention._attention_fits(*case.attend_args(*lists))
     lists = reference.select_tiles(*double(case).select_tiles_args(0.4))
     upstream = torch.randn(2, 4, 100, 20)
     exact = results(reference, double(case), lists, upstream.double())
@@ -191,6 +195,9 @@ def test_what_the_kernels_cannot_do_is_declined():
     # An index that may leave the tensor is not read by generated code.
     near = cases.Case(**(vars(case) | {"expr": "t0[b, q - 1] == 0", "expr_in": [torch.zeros(2, 100, dtype=torch.long)]}))
     assert not cpp_attention._attention_fits(*near.attend_args(*lists))
+    for index in ("2, q", "-1, q", "b, q + 0 * k", "0"):
+        near.expr = f"t0[{index}] == 0"
+        assert not cpp_attention._attention_fits(*near.attend_args(*lists)), index
     near.expr = "t0[b, q] == 0"
     assert cpp_attention._attention_fits(*near.attend_args(*lists))
 

@@ -16,7 +16,7 @@ from spt_compiler import expression
 from spt_compiler.errors import SPTError
 from spt_compiler.lowering import cpp, cpu_attention, cpu_selection, cpu_threads
 from spt_compiler.lowering.cpu_empty import add_empty_grad, fill_empty
-from spt_compiler.lowering.cpu_masks import LOG2E, Masks, classes, split
+from spt_compiler.lowering.cpu_masks import LOG2E, Masks, classes, plain_reads, split
 from spt_compiler.lowering.registry import register
 from spt_compiler.ops.reference import (
     attention_output,
@@ -51,6 +51,7 @@ def _readable(expr: str, expr_in: list[Tensor]) -> bool:
             return False
         return all(plain(a) for a in node.args)
 
+    expr, expr_in = plain_reads(expr, expr_in)
     return not expr or (plain(expression.parse(expr)) and all(t.dtype != torch.float64 for t in expr_in))
 
 

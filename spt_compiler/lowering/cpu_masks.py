@@ -307,9 +307,39 @@ def _unknown(node: expression.Expression) -> tuple[Tensor, Tensor]:
     return torch.tensor(-torch.inf, dtype=torch.float64), torch.tensor(torch.inf, dtype=torch.float64)
 
 
+def plain_reads(expr: str, expr_in: list[Tensor]) -> tuple[str, list[Tensor]]:
+    """The same mask with every read at a constant index (a batch of one: `t0[0, k]`) as a read of a view without that axis."""
+    if not expr_in:
+        return expr, expr_in
+    text, views = _plain_reads(expr, tuple(tuple(t.shape) for t in expr_in))
+    return text, [*expr_in, *(expr_in[number][at] for number, at in views)]
+
+
+@functools.lru_cache(maxsize=256)
+def _plain_reads(expr: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[str, tuple[tuple[int, tuple], ...]]:
+    views: dict[tuple[int, tuple], int] = {}
+
+    def build(node: expression.Expression) -> expression.Expression:
+        args = tuple(build(a) for a in node.args)
+        if node.op == "read":
+            number = int(str(node.value)[1:])
+            at = tuple(a.value if a.op == "const" and type(a.value) is int else slice(None) for a in args)
+            fixed = [(i, size) for i, size in zip(at, shapes[number], strict=False) if isinstance(i, int)]
+            if fixed and len(at) == len(shapes[number]) and all(0 <= i < size for i, size in fixed):
+                key = (number, tuple(-1 if isinstance(i, slice) else i for i in at))
+                name = f"t{len(shapes) + views.setdefault(key, len(views))}"
+                rest = [a for a, i in zip(args, at, strict=True) if isinstance(i, slice)]
+                return expression.read(name, *rest) if rest else expression.var(name)
+        return expression.Expression(node.op, args, node.value)
+
+    text = str(build(expression.parse(expr)))
+    return text, tuple((number, tuple(slice(None) if i < 0 else i for i in at)) for number, at in views)
+
+
 def split(bias: Tensor | None, expr: str, expr_in: list[Tensor], shape: tuple[int, int, int, int], dtype: torch.dtype) -> Masks:
     """Takes the masks of a call apart."""
     batch, heads, _, n_k = shape
+    expr, expr_in = plain_reads(expr, expr_in)
     causal = False
     over_keys: list[Tensor | None] = []
     rest: expression.Expression | None = None
