@@ -23,6 +23,9 @@ CODEBOOK_DECAY = 0.9
 MEAN_DECAY = 0.9
 UPDATE_RIDGE = 3.0  # later fits trust what was learned before ten times more than the first one trusts zero
 COMPENSATION_DECAY = 0.5
+HIDDEN_ROWS = 512  # whose hidden units are computed at a time
+SCALE_ROWS = 1024  # as many rows tell the spread of the output channels
+CLUSTER_ROWS = 2048  # and as many what units do: two copies of their profiles are the most that learning holds
 GROWN = 1.3  # this many times the rows of the last clustering are worth another one
 
 
@@ -125,12 +128,14 @@ def _learn_codebook(state: SiteState, rows: Tensor, seed: int) -> None:
 
 
 def hidden(weights: Any, x: Tensor) -> Tensor:
-    """Hidden units of an FFN for rows x [S, E]: [S, F], in fp32."""
-    pairs = zip(weights["w_in"], weights["b_in"], strict=True)
-    pre = [torch.nn.functional.linear(x, w.float(), None if b is None else b.float()) for w, b in pairs]
-    names: dict[str, Any] = {f"x{i}": p for i, p in enumerate(pre)}
-    names.update({f"a{i}": a.float() for i, a in enumerate(weights["act_in"])})
-    return expression.evaluate(expression.parse(weights["act"]), names)
+    """Hidden units of an FFN for rows x [S, E]: [S, F], in fp32; some rows at a time, so that it is all that is held."""
+    wide = [(w.float(), None if b is None else b.float()) for w, b in zip(weights["w_in"], weights["b_in"], strict=True)]
+    fixed: dict[str, Any] = {f"a{i}": a.float() for i, a in enumerate(weights["act_in"])}
+    act, out = expression.parse(weights["act"]), x.new_empty(x.shape[0], wide[0][0].shape[0], dtype=torch.float32)
+    for rows, filled in zip(x.split(HIDDEN_ROWS), out.split(HIDDEN_ROWS), strict=True):
+        pre = {f"x{i}": torch.nn.functional.linear(rows, w, b) for i, (w, b) in enumerate(wide)}
+        filled.copy_(expression.evaluate(act, pre | fixed))
+    return out
 
 
 def blocks_kept(density: float, n_blocks: int) -> int:
@@ -145,7 +150,8 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     settings = state.settings
     router, gate = ("learned", "hard") if settings is None else (settings.ffn.router, settings.ffn.gate)
     h, w_out = hidden(weights, x), weights["w_out"].float()
-    scale = routing.output_scale(h @ w_out.t())
+    some = h[:: -(-h.shape[0] // SCALE_ROWS)]
+    scale = routing.output_scale(some @ w_out.t())
     scaled = w_out * scale.unsqueeze(1)
     # While the ring fills, every fit starts anew from all that is in it: one batch is a poor picture of what units do. A router
     # that the user trains keeps its blocks.
@@ -156,12 +162,12 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     if first and router == "static":
         state.assign(permutation=routing.by_energy(h, w_out))
     elif first and (settings is None or settings.preset != "paper"):  # the paper's blocks lie as the units do
-        permutation = routing.cluster((h.abs() * scaled.norm(dim=0)).T, n_blocks, seed, n_keep=n_keep)
+        some = h[:: -(-h.shape[0] // CLUSTER_ROWS)]
+        permutation = routing.cluster(some.abs().mul_(scaled.norm(dim=0)).T, n_blocks, seed, n_keep=n_keep)
         state.assign(permutation=permutation)
-    outputs = routing.block_outputs(h, w_out, t["permutation"], n_blocks)
-    target = torch.stack([(outputs[:, g] * scale).norm(dim=1) for g in range(n_blocks)], dim=1)
+    target = routing.block_norms(h, scaled, t["permutation"], n_blocks)
     if router == "static":
-        weight, bias = routing.static_router(outputs.norm(dim=-1), x.shape[1])
+        weight, bias = routing.static_router(routing.block_norms(h, w_out, t["permutation"], n_blocks), x.shape[1])
         state.assign(router_weight=weight, router_bias=bias)
     elif router == "random":
         if first:
@@ -186,11 +192,13 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     # What is hot may cool down as the data drifts: judged anew each time, without those that are forced now.
     state.assign(always_on=routing.always_on(routing.choose(scores, torch.zeros_like(t["always_on"]), n_keep)))
     kept = routing.choose(scores, t["always_on"], n_keep)
-    mean = routing.fit_compensation(outputs, kept)
+    missing, mean = routing.dropped_outputs(h, w_out, t["permutation"], kept)
+    del h
+    mean = routing.fit_compensation(missing, mean, kept)
     if not first:
         mean = t["compensation"].lerp(mean, 1 - COMPENSATION_DECAY)
     state.assign(compensation=mean)
-    missing = routing.dropped_outputs(outputs, kept) - (~kept).to(mean.dtype) @ t["compensation"]
+    missing -= (~kept).to(mean.dtype) @ t["compensation"]
     rank = t["correction_in"].shape[0]
     down, shift, up = routing.fit_correction(x, missing, scale, rank, seed)
     state.assign(correction_in=down, correction_shift=shift, correction_out=up)
@@ -214,15 +222,16 @@ def router_quality(
     scores = torch.nn.functional.linear(x, t["router_weight"].detach(), t["router_bias"].detach())
     n_keep = blocks_kept(density, n_blocks)
     kept = routing.choose(scores, t["always_on"], n_keep)
-    y_blocks = routing.block_outputs(h, w_out, t["permutation"], n_blocks)
-    error = routing.dropped_outputs(y_blocks, kept)
+    dense = h @ w_out.t()
+    norms = routing.block_norms(h, w_out, t["permutation"], n_blocks)
+    error, _ = routing.dropped_outputs(h, w_out, t["permutation"], kept)
+    del h
     if state.settings is None or state.settings.ffn.compensation:  # type: ignore[attr-defined]
-        error = error - (~kept).to(y_blocks.dtype) @ t["compensation"]
+        error -= (~kept).to(error.dtype) @ t["compensation"]
         if n_keep == state.counter("fitted_keep"):
             features = torch.nn.functional.linear(x, t["correction_in"], t["correction_shift"])
-            error = error - features @ t["correction_out"].t()
-    dense = y_blocks.sum(1)
-    norms, scale = y_blocks.norm(dim=-1), routing.output_scale(dense)
+            error -= features @ t["correction_out"].t()
+    scale = routing.output_scale(dense)
     energy = torch.stack([error, dense]).square().sum(-1)  # [2, n]
     figures = {
         "rel_error": float(error.norm() / dense.norm().clamp_min(1e-20)),

@@ -54,19 +54,22 @@ def cluster(profiles: Tensor, n_blocks: int, seed: int, *, n_keep: int | None = 
     n_units = profiles.shape[0]
     if not 1 <= n_blocks <= n_units:
         raise ValueError(f"expected 1 to {n_units} blocks for {n_units} hidden units, got {n_blocks}; lower ffn.blocks")
-    mass = _finite(profiles).abs()
-    mass = mass / mass.mean().clamp_min(1e-20)
+    # The largest thing in learning: in place, and let go of what was given if nobody else holds it.
+    mass = _finite(profiles).abs_()
+    device = profiles.device
+    del profiles
+    mass /= mass.mean().clamp_min(1e-20)
     sizes = block_sizes(n_units, n_blocks)
     if n_blocks == 1 or mass.shape[1] == 0:
-        return torch.arange(n_units, dtype=torch.int32, device=profiles.device)
+        return torch.arange(n_units, dtype=torch.int32, device=device)
 
-    directions = normalize(mass, dim=1)
-    centres = _initial_centres(directions, n_blocks, torch.Generator().manual_seed(seed))
+    inverse = mass.norm(dim=1, keepdim=True).clamp_min(1e-12).reciprocal()  # [F, 1]; mass * inverse are the directions
+    centres = _initial_centres(mass, inverse, n_blocks, torch.Generator().manual_seed(seed))
     block: Tensor | None = None
     price = mass.new_zeros(n_blocks)
     for _ in range(_START_ROUNDS):
-        block, price = _assign(directions @ centres.t(), sizes, price)
-        centres = normalize(_sum_by_block(directions, block, n_blocks), dim=1)
+        block, price = _assign(mass @ centres.t() * inverse, sizes, price)
+        centres = normalize((one_hot(block, n_blocks) * inverse).t() @ mass, dim=1)
     assert block is not None
 
     kept_count = min(max(n_keep or (n_blocks + 1) // 2, 1), n_blocks)
@@ -99,15 +102,19 @@ def _sum_by_block(values: Tensor, block: Tensor, n_blocks: int) -> Tensor:
     return one_hot(block, n_blocks).to(values.dtype).t() @ values
 
 
-def _initial_centres(directions: Tensor, n_blocks: int, generator: torch.Generator) -> Tensor:
-    """k-means++ on the sphere: each next centre is drawn by its squared distance from the nearest one so far."""
-    chosen = [int(torch.randint(directions.shape[0], (1,), generator=generator))]
-    distance = directions.new_full((directions.shape[0],), torch.inf)
+def _initial_centres(mass: Tensor, inverse: Tensor, n_blocks: int, generator: torch.Generator) -> Tensor:
+    """k-means++ on the sphere: each next centre is drawn by its squared distance from the nearest one so far.
+
+    Args: mass: [F, S].  inverse: [F, 1], of the norms of its rows.
+    """
+    chosen = [int(torch.randint(mass.shape[0], (1,), generator=generator))]
+    distance = mass.new_full((mass.shape[0],), torch.inf)
     for _ in range(n_blocks - 1):
-        distance = torch.minimum(distance, (2 - 2 * (directions @ directions[chosen[-1]])).clamp_min(0))
+        cosine = mass @ (mass[chosen[-1]] * inverse[chosen[-1]]) * inverse[:, 0]
+        distance = torch.minimum(distance, (2 - 2 * cosine).clamp_min(0))
         weight = distance.double().cpu() + 1e-12  # repeated units have no distance at all
         chosen.append(int(torch.multinomial(weight, 1, generator=generator)))
-    return directions[chosen]
+    return mass[chosen] * inverse[chosen]
 
 
 def _assign(value: Tensor, sizes: list[int], price: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,44 +301,42 @@ def choose(scores: Tensor, always_on: Tensor, n_keep: int) -> Tensor:
     return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, order[:, :n_keep], True)
 
 
-def conditional_mean(y_blocks: Tensor, kept: Tensor) -> Tensor:
-    """Mean output of each block over the tokens that drop it.
+def dropped_outputs(h: Tensor, w_out: Tensor, permutation: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """What the dropped blocks would have added, block by block, as the outputs of all would be the largest thing in learning.
 
-    Args: y_blocks: [S, G, E].  kept: [S, G] bool.
-    Returns: compensation [G, E] fp32; 0 for a block that no token drops. Non-finite values do not count.
+    Args: h: [S, F] hidden units.  w_out: [E, F].  permutation: [F] int.  kept: [S, G] bool.
+    Returns: their sum for each token [S, E]; the mean output of each block over the tokens that drop it [G, E], 0 for a block that
+        no token drops. Values that are not finite count as 0.
     """
-    dropped = (~kept).float()
-    # Block by block, here and below: the outputs of all blocks are the largest thing in learning, and no copy of them is made.
-    total = torch.stack([dropped[:, g] @ _finite(y_blocks[:, g]) for g in range(kept.shape[1])])
-    return total / dropped.sum(0).unsqueeze(1).clamp_min(1)
+    n_blocks = kept.shape[1]
+    width = -(-h.shape[1] // n_blocks)
+    total = h.new_zeros(h.shape[0], w_out.shape[0])
+    mean = h.new_zeros(n_blocks, w_out.shape[0])
+    for g in range(n_blocks):
+        units, rows = permutation[g * width : (g + 1) * width].long(), (~kept[:, g]).nonzero()[:, 0]
+        if len(units) and len(rows):
+            outputs = _finite(h[:, units].index_select(0, rows) @ w_out[:, units].t())
+            total.index_add_(0, rows, outputs)
+            mean[g] = outputs.mean(0)
+    return total, mean
 
 
-def dropped_outputs(y_blocks: Tensor, kept: Tensor) -> Tensor:
-    """The sum of what dropped blocks would have added: y_blocks [S, G, E], kept [S, G] bool -> [S, E]."""
-    total = torch.zeros_like(y_blocks[:, 0])
-    for g in range(kept.shape[1]):
-        total += torch.where(kept[:, g, None], 0.0, y_blocks[:, g])
-    return total
-
-
-def fit_compensation(y_blocks: Tensor, kept: Tensor) -> Tensor:
+def fit_compensation(missing: Tensor, mean: Tensor, kept: Tensor) -> Tensor:
     """What to add for each dropped block, fitted to all dropped blocks of a token together.
 
     Blocks are not dropped independently of each other, so the sum of conditional means is a little off; this is the
     least-squares answer, drawn toward them (1 to 2 % less output error at density 1/2).
 
-    Args, returns: as `conditional_mean`.
+    Args: missing: [S, E], mean: [G, E], see `dropped_outputs`.  kept: [S, G] bool.
+    Returns: [G, E] fp32; 0 for a block that no token drops.
     """
-    mean = conditional_mean(y_blocks, kept)
     dropped = (~kept).float()
     n_rows, n_blocks = dropped.shape
     if n_rows == 0:
         return mean
-    missing = -(dropped @ mean)
-    for g in range(n_blocks):
-        missing += torch.where(kept[:, g, None], 0, _finite(y_blocks[:, g]))
-    strength = torch.tensor(_COMPENSATION_RIDGE * n_rows / n_blocks, dtype=torch.float64, device=y_blocks.device)
-    change = _solve((dropped.t() @ dropped).double(), strength, (dropped.t() @ missing).double())
+    strength = torch.tensor(_COMPENSATION_RIDGE * n_rows / n_blocks, dtype=torch.float64, device=mean.device)
+    right = (dropped.t() @ (missing - dropped @ mean)).double()
+    change = _solve((dropped.t() @ dropped).double(), strength, right)
     return mean + torch.where(dropped.any(0).unsqueeze(1), change.float(), 0)
 
 

@@ -58,7 +58,7 @@ def routed_errors(router: str, *, compensate=None, contiguous: bool = False) -> 
         "random": lambda: routing.random_router(N_BLOCKS, x.shape[1], 0),
     }[router]()
     kept, fresh_kept = (routing.choose(t @ weight.t() + bias, NOBODY, N_KEEP) for t in (x, fresh))
-    c = None if compensate is None else compensate(routing.block_outputs(h, w_out, permutation, N_BLOCKS), kept)
+    c = None if compensate is None else compensate(*routing.dropped_outputs(h, w_out, permutation, kept), kept)
     return error(routing.block_outputs(fresh_h, w_out, permutation, N_BLOCKS), fresh_kept, c)
 
 
@@ -75,7 +75,7 @@ def test_clusters_beat_contiguous_blocks():
 def test_compensation_lowers_the_error():
     for router in ("static", "random"):
         none = routed_errors(router)
-        mean = routed_errors(router, compensate=routing.conditional_mean)
+        mean = routed_errors(router, compensate=lambda missing, mean, kept: mean)
         fitted = routed_errors(router, compensate=routing.fit_compensation)
         assert mean < none and fitted < 1.02 * mean
 
@@ -97,9 +97,7 @@ def test_number_of_kept_blocks_shapes_the_clusters():
         return p[permutation.long()].view(N_BLOCKS, -1, 512).sum(1).topk(n_keep, dim=0).values.sum()
 
     for n_keep in (2, 6):
-        assert held(routing.cluster(p, N_BLOCKS, 0, n_keep=n_keep), n_keep) >= 0.99 * held(
-            routing.cluster(p, N_BLOCKS, 0), n_keep
-        )
+        assert held(routing.cluster(p, N_BLOCKS, 0, n_keep=n_keep), n_keep) >= 0.99 * held(routing.cluster(p, N_BLOCKS, 0), n_keep)
 
 
 @pytest.mark.parametrize("f,g", [(50, 8), (9, 8), (8, 8), (100, 7), (5, 1), (64, 64)])
@@ -197,9 +195,7 @@ def test_rows_that_are_not_finite_do_not_count():
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize(
-    "x", [torch.zeros(9, 4), torch.ones(9, 4) * 7, torch.randn(1, 4), torch.full((9, 4), torch.nan)]
-)
+@pytest.mark.parametrize("x", [torch.zeros(9, 4), torch.ones(9, 4) * 7, torch.randn(1, 4), torch.full((9, 4), torch.nan)])
 def test_useless_rows_give_a_finite_router(x):
     target = torch.rand(x.shape[0], 3)
     prior = torch.randn(3, 4)
@@ -223,24 +219,29 @@ def test_choose_agrees_with_the_op():
         assert torch.equal(kept, reference_ffn.kept_mask(blocks, 8))
 
 
-def test_conditional_mean_is_over_the_tokens_that_drop_the_block():
-    y = torch.randn(20, 3, 5)
+def test_dropped_outputs_are_those_of_dropped_blocks():
+    h, w_out, permutation = torch.randn(20, 50), torch.randn(6, 50), torch.randperm(50).int()
+    y = routing.block_outputs(h, w_out, permutation, 3)
     kept = torch.rand(20, 3) > 0.5
     kept[:, 2] = True
-    mean = routing.conditional_mean(y, kept)
+    missing, mean = routing.dropped_outputs(h, w_out, permutation, kept)
+    torch.testing.assert_close(missing, torch.where(kept.unsqueeze(-1), 0, y).sum(1))
     torch.testing.assert_close(mean[0], y[~kept[:, 0], 0].mean(0))
-    assert not mean[2].any() and not routing.fit_compensation(y, kept)[2].any()
-    y[0] = torch.nan
-    for f in (routing.conditional_mean, routing.fit_compensation):
-        assert (
-            f(y, kept).isfinite().all() and f(y[:0], kept[:0]).shape == (3, 5) and f(y[:1], kept[:1]).isfinite().all()
-        )
+    assert not mean[2].any() and not routing.fit_compensation(missing, mean, kept)[2].any()
+    h[0] = torch.nan
+    for n in (20, 1, 0):
+        missing, mean = routing.dropped_outputs(h[:n], w_out, permutation, kept[:n])
+        fitted = routing.fit_compensation(missing, mean, kept[:n])
+        assert missing.isfinite().all() and mean.isfinite().all() and fitted.isfinite().all() and fitted.shape == (3, 6)
 
 
 def test_fitted_compensation_is_better_on_its_own_tokens():
-    y = torch.randn(200, 4, 6) + torch.randn(200, 1, 6)
+    x, h, w_out, _ = planted(200)
+    permutation = torch.randperm(h.shape[1]).int()
+    y = routing.block_outputs(h, w_out, permutation, 4)
     kept = routing.choose(y.norm(dim=2), torch.zeros(4, dtype=torch.bool), 2)
-    assert error(y, kept, routing.fit_compensation(y, kept)) <= error(y, kept, routing.conditional_mean(y, kept)) + 1e-6
+    missing, mean = routing.dropped_outputs(h, w_out, permutation, kept)
+    assert error(y, kept, routing.fit_compensation(missing, mean, kept)) < error(y, kept, mean)
 
 
 def test_always_on():
