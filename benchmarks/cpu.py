@@ -1,12 +1,15 @@
 """Speed and memory on a CPU: `torch.compile` dense (Inductor, fused SDPA) against the same with backend "spt".
 
-    python -m benchmarks.cpu [--quick] [--only GROUP ...] [--threads N] [--out benchmarks/results/cpu.json] [--plot cpu.png]
+    python -m benchmarks.cpu [--quick] [--only GROUP ...] [--threads N] [--resume] [--out benchmarks/results/cpu.json]
+                             [--plot cpu.png] [--report docs/cpu.md]
 
 Every case is a process of its own in which both variants take turns, step by step, so that whatever else the machine does meets
 both alike; reported are medians, quartiles, and the median of the step-by-step ratios. Selection, code updates, routing and
 state look-up are inside every figure. Memory comes from one process per variant (VmHWM), bytes kept for backward from
 saved-tensor hooks. Quality at the same settings stands beside: kept attention mass and relative FFN error on the inputs of the
 benchmark, which are random with a little structure; they are no substitute for a trained model (see benchmarks/quality).
+Results are written after every case; `--resume` measures only what the file lacks, `--report` writes the tables of a document
+anew from the file (`--no-run`: without measuring anything).
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ class Case:
         model: "attention", "ffn", "glu", "lora", "gpt2" or "llama". batch, tokens: of the input.
         attention: share of keys; ffn: share of blocks; None: that part stays as it is. mask: "causal", "padding", "documents".
         dtype: "float32" or "bfloat16". lift: take sizes below the break-even, too.
+        materialised: attention of the block spelled out.
     """
 
     group: str
@@ -61,6 +65,7 @@ class Case:
     dtype: str = "float32"
     lift: bool = False
     threads: int | None = None
+    materialised: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +149,12 @@ class Block(nn.Module):
         q, k, v = (p(y).unflatten(-1, (-1, self.dim)).transpose(1, 2) for p in (self.q, self.k, self.v))
         if self.llama:
             q, k = self._rotated(q), self._rotated(k)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.case.heads != self.case.kv_heads)
+        if self.case.materialised:
+            k, v = (t.repeat_interleave(self.case.heads // self.case.kv_heads, dim=1) for t in (k, v))
+            hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+            y = (q @ k.transpose(-1, -2) * self.dim**-0.5).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.case.heads != self.case.kv_heads)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.ffn(self.norm2(x))
 
@@ -191,7 +201,10 @@ class Side:
 
     def __init__(self, case: Case, variant: str):
         self.model, self.inputs, self.grad = build(case)
-        self.model.compile(backend="inductor") if variant == "dense" else self.model.compile(backend="spt", options=options(case))
+        if variant == "spt":
+            self.model.compile(backend="spt", options=options(case))
+        else:  # Inductor would find the spelled-out attention, and fuse it
+            self.model.compile(backend="aot_eager_decomp_partition" if case.materialised else "inductor")
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if case.model in ("gpt2", "llama") else None
 
@@ -237,6 +250,9 @@ def _time(case: Case, seconds: float) -> dict[str, Any]:
     ratios = [sum(a) / sum(b) for a, b in rows]
     low, _, high = statistics.quantiles(ratios, n=4)
     result |= {"ratio": statistics.median(ratios), "ratio_quartiles": [low, high]}
+    # With all that learns in between: the first rounds of it stand close together, later ones are 32 steps apart.
+    result["whole_ratio"] = sum(sum(a) for a, _ in rows) / sum(sum(b) for _, b in rows)
+    result["slowest"] = max(sum(b) for _, b in rows) / result["spt"]["step"]
     result["forward_ratio"] = statistics.median(a[0] / b[0] for a, b in rows)
     result["quality"] = {
         name: {key: figures[key] for key in ("mass", "rel_error") if key in figures}
@@ -248,16 +264,22 @@ def _time(case: Case, seconds: float) -> dict[str, Any]:
 
 def _memory(case: Case, variant: str) -> dict[str, Any]:
     side = Side(case, variant)
-    for _ in range(5):
-        side.step()
+    side.step()
     own = (*side.model.parameters(), *side.model.buffers(), *side.inputs)
+    if variant == "materialised":
+        return {"saved_bytes": saved_bytes(lambda: side.model(*side.inputs), own)}
+
+    def peak(steps: int) -> int:
+        with contextlib.suppress(OSError):  # VmHWM is then that of steps alone, without the compiler's
+            Path("/proc/self/clear_refs").write_text("5")
+        for _ in range(steps):
+            side.step()
+        return _status("VmHWM")
+
+    early = peak(5)  # some of these steps learn
     kept = saved_bytes(lambda: side.model(*side.inputs), own)
-    with contextlib.suppress(OSError):  # from here on VmHWM is that of steps alone, without the compiler's
-        Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    for _ in range(3):
-        side.step()
-    return {"saved_bytes": kept, "peak_bytes": _status("VmHWM"), "resting_bytes": before}
+    return {"saved_bytes": kept, "early_peak_bytes": early, "peak_bytes": peak(3), "resting_bytes": before}
 
 
 def _status(field: str) -> int:
@@ -301,6 +323,9 @@ def spawn(what: str, case: Case, *, variant: str = "", seconds: float = 0.0, env
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+LLAMA = {"width": 1024, "hidden": 2816, "heads": 16, "kv_heads": 4}
+
+
 def cases(quick: bool) -> list[Case]:
     """Everything that is timed."""
     if quick:
@@ -321,28 +346,24 @@ def cases(quick: bool) -> list[Case]:
             Case("ffn", f"ffn {tokens}{short}", "ffn", 1, tokens, 1.7, dtype=dtype),
             Case("ffn", f"ffn lora {tokens}{short}", "lora", 1, tokens, 1.7, dtype=dtype),
             Case("ffn", f"ffn gated {tokens}{short}", "glu", 1, tokens, 1.7, dtype=dtype),
-        ]
-    llama = {"width": 1024, "hidden": 2816, "heads": 16, "kv_heads": 4}
-    for dtype, short in (("float32", ""), ("bfloat16", " bf16")):
-        found += [
             Case("block", f"gpt2 block 4 x 1024{short}", "gpt2", 4, 1024, 1.4, dtype=dtype),
             Case("block", f"gpt2 block 1 x 4096{short}", "gpt2", 1, 4096, 1.8, dtype=dtype),
-            Case("block", f"llama block 4 x 1024{short}", "llama", 4, 1024, 1.4, dtype=dtype, **llama),
-            Case("block", f"llama block 1 x 4096{short}", "llama", 1, 4096, 1.8, dtype=dtype, **llama),
+            Case("block", f"llama block 4 x 1024{short}", "llama", 4, 1024, 1.4, dtype=dtype, **LLAMA),
+            Case("block", f"llama block 1 x 4096{short}", "llama", 1, 4096, 1.8, dtype=dtype, **LLAMA),
         ]
-    for length in (128, 256, 512, 1024, 2048):
-        found.append(Case("break-even", f"attention {length} lifted", "attention", 1, length, lift=True))
-    for count in (64, 128, 256, 512, 1024):
-        found.append(Case("break-even", f"ffn {count} lifted", "ffn", 1, count, lift=True))
-    for hidden in (256, 512, 1024, 2048):
-        name = f"ffn {tokens}, {hidden // 4} x {hidden} lifted"
-        found.append(Case("break-even", name, "ffn", 1, tokens, width=hidden // 4, hidden=hidden, lift=True))
     found.append(Case("skipped", "gpt2 block 1 x 128, all skipped", "gpt2", 1, 128, 0.97))
     for threads in (1, 2):
         found.append(Case("threads", f"attention {n // 2}, {threads} threads", "attention", 1, n // 2, threads=threads))
         found.append(Case("threads", f"ffn {tokens}, {threads} threads", "ffn", 1, tokens, threads=threads))
-    for density in (0.0625, 0.25, 0.5):
-        for length in (2048, 4096, 8192):
+    for dtype, short in (("float32", ""), ("bfloat16", " bf16")):
+        for length in (256, 512, 1024):
+            found.append(Case("break-even", f"attention {length} lifted{short}", "attention", 1, length, lift=True, dtype=dtype))
+            found.append(Case("break-even", f"ffn {length} lifted{short}", "ffn", 1, length, lift=True, dtype=dtype))
+    for hidden in (256, 512, 1024):
+        name = f"ffn {tokens}, {hidden // 4} x {hidden} lifted"
+        found.append(Case("break-even", name, "ffn", 1, tokens, width=hidden // 4, hidden=hidden, lift=True))
+    for density in (0.0625, 0.125, 0.25, 0.5):
+        for length in (1024, 2048, 4096):
             name = f"attention {length} at {density:g}"
             found.append(Case("density", name, "attention", 1, length, attention=density, heads=4, width=256, kv_heads=4))
     return found
@@ -351,11 +372,11 @@ def cases(quick: bool) -> list[Case]:
 def _memory_cases(quick: bool) -> list[Case]:
     if quick:
         return [Case("memory", "gpt2 block 1 x 512", "gpt2", 1, 512, lift=True)]
-    llama = {"width": 1024, "hidden": 2816, "heads": 16, "kv_heads": 4}
     found = [
         Case("memory", "gpt2 block 4 x 1024", "gpt2", 4, 1024),
         Case("memory", "gpt2 block 1 x 4096", "gpt2", 1, 4096),
-        Case("memory", "llama block 1 x 4096", "llama", 1, 4096, **llama),
+        Case("memory", "llama block 4 x 1024", "llama", 4, 1024, **LLAMA),
+        Case("memory", "llama block 1 x 4096", "llama", 1, 4096, **LLAMA),
     ]
     small = {"heads": 4, "kv_heads": 4, "width": 256, "hidden": 1024}
     return found + [Case("growth", f"small block 1 x {n}", "gpt2", 1, n, **small) for n in (1024, 4096, 16384, 32768)]
@@ -377,7 +398,7 @@ def conditions() -> dict[str, Any]:
         "instructions": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags],
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
 
@@ -387,77 +408,192 @@ def row_of(case: Case, result: dict[str, Any]) -> str:
         return f"{case.name:38} failed: {result['failed'][:80]}"
     low, high = result["ratio_quartiles"]
     goal = "" if case.goal is None else f"  goal {case.goal:g} {'met' if result['ratio'] >= case.goal else 'NOT met'}"
-    quality = ", ".join(f"{k} {v:.2f}" for q in result["quality"].values() for k, v in q.items() if v == v)
     times = f"{result['dense']['step'] * 1e3:9.1f} ms {result['spt']['step'] * 1e3:9.1f} ms"
-    return f"{case.name:38} {times}  {result['ratio']:5.2f}x [{low:.2f}, {high:.2f}]{goal}  {quality}"
+    return f"{case.name:38} {times}  {result['ratio']:5.2f}x [{low:.2f}, {high:.2f}]{goal}  {_quality(result)}"
+
+
+def _quality(result: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.2f}" for q in result["quality"].values() for k, v in q.items() if v == v)
 
 
 def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    report: dict[str, Any] = json.loads(out.read_text()) if out.exists() and args.only else {"cases": {}}
-    report["conditions"] = conditions() | ({"threads": args.threads} if args.threads else {})
-    groups = ["attention", "masks", "ffn", "block", "break-even", "skipped", "threads", "density", "memory", "compile"]
-    wanted = args.only or (groups[:-2] if args.quick else groups)
-    env = {"OMP_NUM_THREADS": str(args.threads)} if args.threads else None
-    seconds = args.seconds or (1.0 if args.quick else 6.0)
-    print(f"{report['conditions']}\n{'case':38} {'dense':>12} {'spt':>12}  dense / spt [quartiles]")
-    for case in cases(args.quick):
-        if case.group in wanted and (not args.match or args.match in case.name):
-            result = spawn("time", case, seconds=seconds, env=env)
-            report["cases"][case.name] = {"case": dataclasses.asdict(case), **result}
-            print(row_of(case, result), flush=True)
-            _write(out, report)
-    if "memory" in wanted:
-        for case in _memory_cases(args.quick):
-            if args.match and args.match not in case.name:
-                continue
-            both = {v: spawn("memory", case, variant=v, env=env) for v in ("dense", "spt")}
-            report["cases"][f"memory {case.name}"] = {"case": dataclasses.asdict(case), **both}
-            if not any("failed" in r for r in both.values()):
-                parts = [f"{k[:-6]} {both['spt'][k] / max(1, both['dense'][k]):.2f}x" for k in ("saved_bytes", "peak_bytes")]
-                print(f"memory {case.name:31} " + ", ".join(parts), both, flush=True)
-            else:
-                print(f"memory {case.name:31} {both}", flush=True)
-            _write(out, report)
-    if "compile" in wanted:
-        case = Case("compile", "gpt2 block", "gpt2", 1, 1024, lift=True)
-        report["cases"]["compile"] = found = {"case": dataclasses.asdict(case)}
-        for variant in ("dense", "spt"):
-            with tempfile.TemporaryDirectory() as folder:
-                fresh = {**(env or {}), "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "SPT_CACHE_DIR": f"{folder}/spt"}
-                found[variant] = spawn("compile", case, variant=variant, env=fresh)
-                found[f"{variant} again"] = spawn("compile", case, variant=variant, env=fresh)
-        print("compile", {k: v for k, v in found.items() if k != "case"}, flush=True)
-        _write(out, report)
+    keep = out.exists() and (args.only or args.match or args.resume or args.no_run)
+    report: dict[str, Any] = json.loads(out.read_text()) if keep else {"cases": {}}
+    if not args.no_run:
+        _measure(args, out, report)
+    for goal in goals(report):
+        print(f"{goal['goal']:58} {goal['wanted']:>8} {goal['measured']:8.3f}  {'met' if goal['met'] else 'NOT met'}")
+    if args.report:
+        write_tables(report, Path(args.report))
     if args.plot:
         plot(report, Path(args.plot))
 
 
+def _measure(args: argparse.Namespace, out: Path, report: dict[str, Any]) -> None:
+    report["conditions"] = conditions() | ({"threads": args.threads} if args.threads else {})
+    groups = ["attention", "masks", "ffn", "block", "skipped", "memory", "compile", "threads", "break-even", "density"]
+    wanted = args.only or ([g for g in groups if g not in ("memory", "compile")] if args.quick else groups)
+    env = {"OMP_NUM_THREADS": str(args.threads)} if args.threads else None
+    seconds = args.seconds or (1.0 if args.quick else 5.0)
+
+    def missing(name: str) -> bool:
+        entry = report["cases"].get(name)
+        known = entry is not None and not any("failed" in part for part in (entry, *entry.values()) if isinstance(part, dict))
+        return not (args.resume and known) and (not args.match or args.match in name)
+
+    print(f"{report['conditions']}\n{'case':38} {'dense':>12} {'spt':>12}  dense / spt [quartiles]", flush=True)
+    for group in wanted:
+        for case in (c for c in cases(args.quick) if c.group == group and missing(c.name)):
+            result = spawn("time", case, seconds=seconds, env=env)
+            report["cases"][case.name] = {"case": dataclasses.asdict(case), **result}
+            print(row_of(case, result), flush=True)
+            _write(out, report)
+        for case in (c for c in _memory_cases(args.quick) if group == "memory" and missing(f"memory {c.name}")):
+            found = {v: spawn("memory", case, variant=v, env=env) for v in ("dense", "spt")}
+            if case.group == "memory":
+                spelled = dataclasses.replace(case, materialised=True)
+                found["materialised"] = spawn("memory", spelled, variant="materialised", env=env)
+            report["cases"][f"memory {case.name}"] = {"case": dataclasses.asdict(case), **found}
+            print(f"memory {case.name:31} {found}", flush=True)
+            _write(out, report)
+        if group == "compile" and missing("compile"):
+            report["cases"]["compile"] = found = _compilation(env)
+            print("compile", {k: v for k, v in found.items() if k != "case"}, flush=True)
+            _write(out, report)
+
+
+def _compilation(env: dict[str, str] | None) -> dict[str, Any]:
+    """Cold, and again with the files that the first process left."""
+    case = Case("compile", "gpt2 block", "gpt2", 1, 1024, lift=True)
+    found: dict[str, Any] = {"case": dataclasses.asdict(case)}
+    for variant in ("dense", "spt"):
+        with tempfile.TemporaryDirectory() as folder:
+            fresh = {**(env or {}), "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "SPT_CACHE_DIR": f"{folder}/spt"}
+            found[variant] = spawn("compile", case, variant=variant, env=fresh)
+            found[f"{variant} again"] = spawn("compile", case, variant=variant, env=fresh)
+    return found
+
+
+def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the goals ask, what was measured, and whether that is enough; of what was measured."""
+    found: list[dict[str, Any]] = []
+    entries = report["cases"]
+
+    def add(goal: str, measured: float, least: float | None = None, most: float | None = None) -> None:
+        met = measured >= least if least is not None else measured <= (most or 0.0)
+        found.append(
+            {"goal": goal, "wanted": f">= {least:g}" if least is not None else f"<= {most:g}", "measured": measured, "met": met}
+        )
+
+    for name, entry in entries.items():
+        case = entry["case"]
+        if "ratio" in entry and case["goal"] is not None:
+            add(f"{name}: dense / spt", entry["ratio"], least=case["goal"])
+        plain = entries.get(name.replace(f" {case['mask']}", ""), {})
+        if case["group"] == "masks" and "spt" in entry and "spt" in plain:
+            add(f"{name}: speed of that without", plain["spt"]["step"] / entry["spt"]["step"], least=0.9)
+        dense, spt = entry.get("dense", {}), entry.get("spt", {})
+        if "saved_bytes" in dense and "saved_bytes" in spt and case["group"] == "memory":
+            most = 0.70 if case["model"] == "llama" else 0.75
+            add(f"{name}: kept for backward / dense", spt["saved_bytes"] / dense["saved_bytes"], most=most)
+            if "saved_bytes" in entry.get("materialised", {}):
+                spelled = entry["materialised"]["saved_bytes"]
+                add(f"{name}: kept / materialised attention", spt["saved_bytes"] / spelled, most=0.5)
+            add(f"{name}: peak / dense", spt["peak_bytes"] / dense["peak_bytes"], most=1.0)
+            add(f"{name}: peak of first steps / dense", spt["early_peak_bytes"] / dense["early_peak_bytes"], most=1.0)
+    growth = {
+        e["case"]["tokens"]: e["spt"]["saved_bytes"]
+        for e in entries.values()
+        if "saved_bytes" in e.get("spt", {}) and e["case"]["group"] == "growth"
+    }
+    if len(growth) > 1:
+        short, long = min(growth), max(growth)
+        add(f"bytes kept a token, {long} / {short} tokens", growth[long] / long / (growth[short] / short), most=1.1)
+    for what in ("attention 4096", "ffn 4096"):
+        one, two = (entries.get(f"{what}, {n} threads", {}) for n in (1, 2))
+        if "dense" in one and "dense" in two:
+            dense, spt = (one[v]["step"] / two[v]["step"] for v in ("dense", "spt"))
+            add(f"{what}: scaling to two threads (dense {dense:.2f})", spt, least=min(1.8, dense))
+    compiled = entries.get("compile", {})
+    if all("first_step" in compiled.get(v, {}) for v in ("dense", "spt", "dense again", "spt again")):
+        add("cold compile / dense", compiled["spt"]["first_step"] / compiled["dense"]["first_step"], most=1.1)
+        add("own passes / cold compile", compiled["spt"]["own_passes"] / compiled["spt"]["first_step"], most=0.05)
+        add("second process / dense", compiled["spt again"]["first_step"] / compiled["dense again"]["first_step"], most=1.1)
+    return found
+
+
+def tables(report: dict[str, Any]) -> dict[str, str]:
+    """The tables of the document, by name, in Markdown."""
+    seen, entries = report["conditions"], report["cases"]
+    machine = f"{seen['cores']} cores of {seen['processor']} ({', '.join(seen['instructions'])}), {seen['threads']} threads, "
+    machine += f"torch {seen['torch']}, Python {seen['python']}, load before the run {seen['load']}"
+    times = ["| case | dense | spt | dense / spt [quartiles] | with learning | slowest / median | quality |", "|---" * 7 + "|"]
+    memory = ["| case | kept: dense | spt | materialised | peak: dense | spt | first steps: dense | spt |", "|---" * 8 + "|"]
+    for name, entry in entries.items():
+        if "ratio" in entry:
+            low, high = entry["ratio_quartiles"]
+            cells = [
+                name,
+                *(f"{entry[v]['step'] * 1e3:.1f} ms" for v in ("dense", "spt")),
+                f"**{entry['ratio']:.2f}x** [{low:.2f}, {high:.2f}]",
+            ]
+            cells += [f"{entry['whole_ratio']:.2f}x", f"{entry['slowest']:.1f}", _quality(entry)]
+            times.append(f"| {' | '.join(cells)} |")
+        elif "saved_bytes" in entry.get("spt", {}) and "saved_bytes" in entry.get("dense", {}):
+            parts = [(v, "saved_bytes") for v in ("dense", "spt", "materialised")]
+            parts += [(v, k) for k in ("peak_bytes", "early_peak_bytes") for v in ("dense", "spt")]
+            cells = [f"{entry[v][k] / 1e6:.1f} MB" if k in entry.get(v, {}) else "" for v, k in parts]
+            memory.append(f"| {' | '.join([name, *cells])} |")
+    reached = ["| goal | wanted | measured | |", "|---" * 4 + "|"]
+    reached += [
+        f"| {g['goal']} | {g['wanted']} | {g['measured']:.2f} | {'reached' if g['met'] else '**missed**'} |" for g in goals(report)
+    ]
+    return {"machine": machine, "times": "\n".join(times), "memory": "\n".join(memory), "goals": "\n".join(reached)}
+
+
+def write_tables(report: dict[str, Any], path: Path) -> None:
+    """Replaces what stands between `<!-- table NAME -->` and `<!-- end -->` in a document.
+
+    Raises: ValueError if the document has no such place for a table.
+    """
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables(report).items():
+        before, mark, rest = text.partition(f"<!-- table {name} -->")
+        _, end, after = rest.partition("<!-- end -->")
+        if not mark or not end:
+            raise ValueError(f"{path} has no place for the table {name!r}: expected <!-- table {name} --> and <!-- end -->")
+        text = f"{before}{mark}\n\n{table}\n\n{end}{after}"
+    path.write_text(text, encoding="utf-8")
+
+
 def _write(path: Path, report: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(path)
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Speed-up of attention against its length, one line per density."""
+    """Speed-up of attention against its length and against density."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines: dict[float, list[tuple[int, float]]] = {}
-    for entry in report["cases"].values():
-        case = entry["case"]
-        if case["model"] == "attention" and case["dtype"] == "float32" and case["mask"] == "causal" and "ratio" in entry:
-            if case["group"] != "threads":
-                lines.setdefault(case["attention"], []).append((case["tokens"], entry["ratio"]))
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for density, points in sorted(lines.items()):
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=f"density {density:g}")
-    axes.axhline(1, color="gray", linewidth=0.8)
-    axes.set(xscale="log", xlabel="keys", ylabel="dense time / spt time, forward + backward", title="Causal attention, fp32")
-    axes.legend()
+    found = [e for e in report["cases"].values() if e["case"]["group"] == "density" and "ratio" in e]
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axes, at, by in ((panels[0], "tokens", "attention"), (panels[1], "attention", "tokens")):
+        for value in sorted({e["case"][by] for e in found}):
+            points = sorted((e["case"][at], e["ratio"]) for e in found if e["case"][by] == value)
+            axes.plot(*zip(*points, strict=True), "o-", label=f"density {value:g}" if by == "attention" else f"{value} keys")
+        axes.axhline(1, color="gray", linewidth=0.8)
+        axes.set(xscale="log", xlabel="keys" if at == "tokens" else "density")
+        if found:
+            axes.legend()
+    panels[0].set(ylabel="dense time / spt time, forward + backward", title="Causal attention, fp32")
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
@@ -469,6 +605,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of every process")
     parser.add_argument("--seconds", type=float, help="least time to take steps, per case")
     parser.add_argument("--out", default="out/bench/cpu.json", help="where the results go")
+    parser.add_argument("--resume", action="store_true", help="measure only what the file of results lacks")
+    parser.add_argument("--no-run", action="store_true", help="measure nothing: goals, tables and plot from the file of results")
+    parser.add_argument("--report", help="a document whose tables are written anew")
     parser.add_argument("--plot", help="a PNG file for the plot")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
