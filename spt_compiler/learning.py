@@ -150,8 +150,7 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     settings = state.settings
     router, gate = ("learned", "hard") if settings is None else (settings.ffn.router, settings.ffn.gate)
     h, w_out = hidden(weights, x), weights["w_out"].float()
-    some = h[:: -(-h.shape[0] // SCALE_ROWS)]
-    scale = routing.output_scale(some @ w_out.t())
+    scale = routing.output_scale(h[:: -(-h.shape[0] // SCALE_ROWS)] @ w_out.t())
     scaled = w_out * scale.unsqueeze(1)
     # While the ring fills, every fit starts anew from all that is in it: one batch is a poor picture of what units do. A router
     # that the user trains keeps its blocks.
@@ -162,8 +161,9 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     if first and router == "static":
         state.assign(permutation=routing.by_energy(h, w_out))
     elif first and (settings is None or settings.preset != "paper"):  # the paper's blocks lie as the units do
-        some = h[:: -(-h.shape[0] // CLUSTER_ROWS)]
-        permutation = routing.cluster(some.abs().mul_(scaled.norm(dim=0)).T, n_blocks, seed, n_keep=n_keep)
+        profiles = h[:: -(-h.shape[0] // CLUSTER_ROWS)].abs().mul_(scaled.norm(dim=0))
+        permutation = routing.cluster(profiles.T, n_blocks, seed, n_keep=n_keep)
+        del profiles
         state.assign(permutation=permutation)
     target = routing.block_norms(h, scaled, t["permutation"], n_blocks)
     if router == "static":

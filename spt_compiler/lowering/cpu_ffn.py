@@ -640,6 +640,9 @@ def routed_ffn_backward(
             if grads.names:
                 grads.add(inputs, span, dict(zip(grads.names, slopes, strict=True)), x_rows)
         grads.close(chunk)
+    # Before the gradients are copied into the model's order of units: there are three tensors a weight otherwise.
+    del w_down
+    inputs.w_in.clear()
     grads.store()
     return flat.tensors()
 
@@ -724,8 +727,12 @@ class _Gradients:
         """Hand the finished gradients, in the model's order of units, to the flat list."""
         put, restore = self.flat.put, self.work.restore
         put("x", lambda: self.x.total)
+        for sums in (self.x, *self.lora_a_out):
+            if sums is not None:
+                sums.products = None
         for i in range(self.n_in):
             put(f"w_in{i}", lambda i=i: restore(self.w_in[i]))
+            self.w_in[i] = None
             put(f"b_in{i}", lambda i=i: restore(self.b_in[i]))
             put(f"lora_a_out{i}", lambda i=i: self.lora_a_out[i].total)
             put(f"lora_b{i}", lambda i=i: restore(self.lora_b[i]))
