@@ -203,6 +203,38 @@ def test_the_correction_holds_only_for_the_blocks_it_was_fitted_for():
         assert not (budget < 0 and gate)
 
 
+def test_a_static_router_keeps_the_units_of_largest_energy():
+    block = nn.Sequential(nn.Linear(24, 96), nn.ReLU(), nn.Linear(96, 24))
+    run = compiled(block, **{"ffn.router": "static"})
+    x = torch.randn(300, 24)
+    for _ in range(3):
+        run(x).square().mean().backward()
+    run(x)
+    state = of(block, "ffn")
+    energy = torch.relu(block[0](x)).square().mean(0) * block[2].weight.square().sum(0)
+    kept = state.tensors["permutation"][:48].long()
+    assert energy[kept].sum() > 0.99 * energy.topk(48).values.sum()
+    # The first blocks hold them, and are the ones that every token keeps.
+    assert state.tensors["always_on"].tolist() == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "width"),
+    [
+        ({}, 2),
+        ({"attention.granularity": "token"}, 4),
+        ({"attention.granularity": "token", "attention.select": "pq-match"}, 6),  # at most 8, and 12 divides by it
+        ({"attention.subspaces": 4}, 3),
+    ],
+)
+def test_width_of_subspaces(options, width):
+    model = Stack(1)
+    run = compiled(model, **options)
+    run(batch()).square().mean().backward()
+    codebook = of(model, "attention").tensors["codebook"]
+    assert tuple(codebook.shape) == (4, 12 // width, 16, width)
+
+
 # ---- schedules ----------------------------------------------------------------------------------------------------
 
 

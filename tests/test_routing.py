@@ -89,6 +89,24 @@ def test_planted_groups_are_found():
     assert (other_seed == other_seed.mode(dim=1).values[:, None]).float().mean() > 0.97
 
 
+def test_energy_keeps_a_unit_that_fires_rarely_but_hugely():
+    """Pretrained encoders have such units, and do not survive without them; a mean of absolute values would drop it."""
+    h = torch.rand(200, 24, generator=torch.Generator().manual_seed(0)) + 0.1
+    h[:, 17] = 0
+    h[3, 17] = 100.0
+    w_out = torch.ones(5, 24)
+    w_out[:, 4] = 1e-3
+    order = routing.by_energy(h, w_out)
+    assert order.dtype == torch.int32 and torch.equal(order.long().sort()[0], torch.arange(24))
+    assert order[0] == 17 and order[-1] == 4
+    energy = h.square().mean(0)[order.long()] * w_out.square().sum(0)[order.long()]
+    assert (energy.diff() <= 0).all()
+    assert h[:, 17].mean() < h[:, [u for u in range(24) if u != 17]].mean()
+    # Nothing to go by: the units as they lie.
+    for empty in (h[:0], torch.full_like(h, torch.nan), torch.ones_like(h)):
+        assert torch.equal(routing.by_energy(empty, torch.ones_like(w_out)), torch.arange(24, dtype=torch.int32))
+
+
 def test_number_of_kept_blocks_shapes_the_clusters():
     _, h, w_out, _ = planted(512)
     p = profiles(h, w_out)
