@@ -381,10 +381,11 @@ included; token rules keep that share of the keys for each query. "oracle" knows
 
 _FFN = """\
 "learned" is the default: clustered blocks, least-squares router, and for what is dropped conditional means and a low-rank
-correction; "means only" leaves out the correction, "blocks only" both. "static" and "random" are the options of the
-same name, "contiguous + LS" routes the units as they lie, without compensation, "oracle" keeps the blocks of largest norm.
-Layer errors are on inputs of the dense model; the cosine is between last hidden states, token by token, of the whole model
-with all FFNs routed and dense attention. Eight blocks. No weight was trained."""
+correction; "means only" leaves out the correction, "blocks only" both. "static" (the units of largest energy, for all tokens)
+and "random" are the options of the same name, with means and correction. "contiguous + LS" routes the units as they lie,
+without compensation, "oracle" keeps the blocks of largest norm. Layer errors are on inputs of the dense model; the cosine is
+between last hidden states, token by token, of the whole model with all FFNs routed and dense attention. Eight blocks. No weight
+was trained. The LLaMA-like model's FFNs are SwiGLU, the GeGLU model is the same with GELU in its gates."""
 
 _DRIFT = """\
 The LLaMA-like model, fine-tuned from code to English in all weights with the balanced preset at density 1/4 and 1/2. "Off"
@@ -396,10 +397,10 @@ spoiled, right after a turn of the guard (an attention site gets codewords of ze
 it was found."""
 
 _PARITY = """\
-From the code model to English: the same batches, optimizer and steps for every variant. All sparse variants have attention
-density 1/4 and FFN density 1/2. "balanced" is the default; "paper" is the preset of that name with this attention density
-(single keys by equal codes, gates of 2 x probability, no compensation), its routers and codebooks trained by gradients,
-with the auxiliary loss; "static" the default with a static router; "window" attends to the nearest tiles and the first one,
-as many as "balanced", and routes FFNs as it does. Losses are those of the sparse model, as trained. Times are ratios of
+From the code model to English: the same batches, optimizer and steps for every variant; the rate falls to zero. All sparse
+variants have attention density 1/4 and FFN density 1/2. "balanced" is the default; "paper" is the preset of that name with this
+attention density (single keys by equal codes, gates of 2 x probability, no compensation), its routers and codebooks trained by
+gradients, with the auxiliary loss; "static" the default with a static router; "window" attends to the nearest tiles and the first
+one, as many as "balanced", and routes FFNs as it does. Losses are those of the sparse model, as trained. Times are ratios of
 steps taken in turns in one process, so that other load met all alike; "window" has none, as a mask saves nothing. Spreads
 are standard deviations over seeds; "against dense" compares runs of the same seed."""
