@@ -24,7 +24,10 @@ WORKER = textwrap.dedent(
     torch.manual_seed(0)
     model = Stack(2)
     options = {**SPARSE, "inner": "eager", "guard.interval": 3, "attention.max_rel_error": 1e-6}
-    if how != "whole model":
+    if how == "adapters":
+        import peft
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv", "fc1", "fc2"], lora_dropout=0.1))
+    if how not in ("whole model", "adapters"):
         spt_compiler.compile(model, **{k.replace(".", "__"): v for k, v in options.items()})
         run = torch.nn.parallel.DistributedDataParallel(model)
     else:
@@ -53,8 +56,10 @@ WORKER = textwrap.dedent(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["per block", "whole model", "uneven"])
+@pytest.mark.parametrize("how", ["per block", "whole model", "uneven", "adapters"])
 def test_ranks_stay_equal(tmp_path, how):
+    if how == "adapters":
+        pytest.importorskip("peft")
     root = os.path.dirname(os.path.dirname(__file__))
     script = tmp_path / "worker.py"
     script.write_text(WORKER)

@@ -117,6 +117,23 @@ def test_adapters_through_aot_autograd_and_checkpointing():
     check(model, options=EXACT)
 
 
+@pytest.mark.slow
+def test_adapters_through_inductor():
+    check(adapted(), options={k: v for k, v in EXACT.items() if k != "inner"})
+    model, kwargs = adapted(lora_dropout=0.1), inputs()
+    run = torch.compile(model, backend="spt", options={k: v for k, v in SPARSE.items() if k != "inner"})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = run(**kwargs).last_hidden_state.square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0], losses
+    assert all(f["steps"] >= 11 for f in spt_compiler.metrics(model).values())
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_half_precision_base_with_full_precision_adapters(family):
     model, kwargs = adapted(family, dtype=torch.bfloat16), inputs(family)

@@ -259,11 +259,15 @@ SHARDED = textwrap.dedent(
     import spt_compiler
     from tests.blocks import SPARSE, Stack
 
-    rank, folder = int(sys.argv[1]), sys.argv[2]
+    rank, folder, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = Stack(2)
+    if how == "adapters":
+        import peft
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv", "fc1", "fc2"], lora_dropout=0.1), model)
+        model.train()
     mesh = init_device_mesh("cpu", (2,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
@@ -285,13 +289,13 @@ SHARDED = textwrap.dedent(
 )
 
 
-def run_ranks(script: str, folder, world: int = 2) -> list[dict]:
+def run_ranks(script: str, folder, *more: str, world: int = 2) -> list[dict]:
     path = folder / "worker.py"
     path.write_text(script)
     root = os.path.dirname(os.path.dirname(__file__))
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     workers = [
-        subprocess.Popen([sys.executable, path, str(rank), folder], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, path, str(rank), folder, *more], env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(world)
     ]
     for worker in workers:
@@ -301,8 +305,11 @@ def run_ranks(script: str, folder, world: int = 2) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_sharded_parameters_find_their_state(tmp_path):
-    first, second = run_ranks(SHARDED, tmp_path)
+@pytest.mark.parametrize("how", ["full", "adapters"])
+def test_sharded_parameters_find_their_state(tmp_path, how):
+    if how == "adapters":
+        pytest.importorskip("peft")
+    first, second = run_ranks(SHARDED, tmp_path, how)
     for found in (first, second):
         assert len(found["metrics"]) == 4
         assert all(f["initialised"] and f["steps"] == 4 for f in found["metrics"].values()), found["metrics"]
