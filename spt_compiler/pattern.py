@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, TypeVar
 
+import torch
 from torch import fx
 from torch.fx import Node
 
@@ -26,6 +27,13 @@ from .graph import Analysis, common_path, describe, where
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+CUSTOM = "custom operators"  # as an anchor: every operator that is neither torch's nor ours
+
+
+def is_custom(target: Any) -> bool:
+    """Whether a call goes to an operator of some library."""
+    return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prim", "prims", "spt")
 
 
 class Context:
@@ -75,7 +83,8 @@ class Pattern:
 
     Attributes:
         name: short and unique. kind: "attention" or "ffn". equation: what it matches and what takes its place.
-        anchors: targets of the calls where it is tried; "*text*" stands for every target with such a name.
+        anchors: targets of the calls where it is tried; "*text*" stands for every target with such a name, `CUSTOM` for
+            the operators of other libraries.
         capture: reads the dataflow around one. guards: run in order after `SAFETY`; the first refusal counts.
     """
 
@@ -152,7 +161,7 @@ def find_matches(context: Context, patterns: Iterable[Pattern]) -> tuple[list[Ma
 
 
 def _is_anchor(target: Any, anchors: Sequence[Any]) -> bool:
-    if target in anchors:
+    if target in anchors or (CUSTOM in anchors and is_custom(target)):
         return True
     name = str(target if isinstance(target, str) else getattr(target, "__name__", target))
     return any(isinstance(a, str) and "*" in a and fnmatch(name, a) for a in anchors)

@@ -422,6 +422,31 @@ class Packed(nn.Module):
         return _Dequantise.apply(x, self.weight, self.scale)
 
 
+@torch.library.custom_op("tests::packed_product", mutates_args=())
+def packed_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x @ (weight.to(x.dtype) * scale).t()
+
+
+@packed_product.register_fake
+def _(x, weight, scale):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _packed_backward(ctx, grad):
+    weight, scale = ctx.saved_tensors
+    return grad @ (weight.to(grad.dtype) * scale), None, None
+
+
+packed_product.register_autograd(_packed_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]))
+
+
+class Operator(Packed):
+    """The same by an operator of the library."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_product(x, self.weight, self.scale)
+
+
 class Unpacked(Packed):
     """The same, unpacked into an ordinary product."""
 
@@ -468,7 +493,8 @@ class Subclassed(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "layer, reason", [(Packed, "no linear layers"), (Unpacked, "no parameter"), (Subclassed, "of type Quantised")]
+    "layer, reason",
+    [(Packed, "no linear layers"), (Operator, "no linear layers"), (Unpacked, "no parameter"), (Subclassed, "of type Quantised")],
 )
 def test_quantised_layers_keep_the_ffn_dense_and_attention_is_taken(layer, reason):
     class Layer(nn.Module):

@@ -22,7 +22,7 @@ from ..canonicalize import is_weight
 from ..errors import ExpressionError, Reject
 from ..expression import Expression, call, evaluate, substitute, var
 from ..graph import Arguments, describe, dtype, is_float, is_tensor, number, rank, same_shape, same_size, shape
-from ..pattern import Candidate, Context, Pattern
+from ..pattern import CUSTOM, Candidate, Context, Pattern, is_custom
 
 log = logging.getLogger(__name__)
 
@@ -420,11 +420,11 @@ def _is_grouped(node: Node) -> bool:
 
 
 def _is_custom_product(node: Node) -> bool:
-    """A custom autograd function that maps the last dim of its one activation to another width."""
-    if node.target is not torch.ops.higher_order.autograd_function_apply:
+    """A custom operator or autograd function that maps the last dim of its one activation to another width."""
+    if not (is_custom(node.target) or node.target is torch.ops.higher_order.autograd_function_apply):
         return False
     results, x = node.meta.get("example_value"), _read_by(node)
-    out = results[0] if isinstance(results, (tuple, list)) and results else None
+    out = results[0] if isinstance(results, (tuple, list)) and results else results
     if not isinstance(out, torch.Tensor) or not isinstance(x, Node) or out.dim() != rank(x):
         return False
     width, narrow = out.shape[-1], shape(x)[-1]
@@ -434,9 +434,13 @@ def _is_custom_product(node: Node) -> bool:
 
 def _read_by(source: Node) -> Any:
     """The activation that a projection reads."""
-    if source.target is not torch.ops.higher_order.autograd_function_apply:
+    if is_custom(source.target):
+        arguments = source.args
+    elif source.target is torch.ops.higher_order.autograd_function_apply:
+        arguments = source.args[2:]  # behind the two bodies
+    else:
         return source.args[0]
-    inputs = [a for a in source.args[2:] if isinstance(a, Node) and is_float(a) and rank(a) > 1 and not is_weight(a)]
+    inputs = [a for a in arguments if isinstance(a, Node) and is_float(a) and rank(a) > 1 and not is_weight(a)]
     return inputs[0] if len(inputs) == 1 else None
 
 
@@ -1029,7 +1033,7 @@ EXPERTS = Pattern(
     name="experts",
     kind="ffn",
     equation="grouped(act(grouped(x, w_in)), w_out) stays",
-    anchors=(torch.matmul, "*grouped_mm*", *_CONVOLUTIONS, torch.ops.higher_order.autograd_function_apply),
+    anchors=(torch.matmul, "*grouped_mm*", *_CONVOLUTIONS, torch.ops.higher_order.autograd_function_apply, CUSTOM),
     capture=capture_block,
 )
 CUT = Pattern(
