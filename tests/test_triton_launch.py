@@ -11,10 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from spt_compiler.errors import KernelError
 from spt_compiler.lowering import registry, render, triton_common, triton_selection, triton_tuning
 from spt_compiler.lowering.triton_tuning import Setting
+from spt_compiler.ops.commitment import commitment_loss, commitment_loss_backward
+from spt_compiler.ops.observe import observe
+from spt_compiler.rewrite import ROUTE_TILE
+from tests.blocks import SPARSE, Block
 
 pytest.importorskip("triton")
 
@@ -285,3 +291,87 @@ def test_a_compiler_cache_that_others_can_write_is_left_alone(compiler_cache):
         assert triton_common.compile_kernel(pooling_kernel(), "sm_90").error is None
     assert not list(compiler_cache.iterdir())
     assert list((render.cache_folder() / "triton").iterdir())
+
+
+# ---- CUDA graphs --------------------------------------------------------------------------------------------------
+
+
+SAME_EVERYWHERE = {
+    "observe_v1": observe,
+    "commitment_loss_v1": commitment_loss,
+    "commitment_loss_backward_v1": commitment_loss_backward,
+}
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Runs our operators as a GPU would, on tensors without data: reading one, or a shape that depends on data, raises.
+
+    Nor may a tensor of the host take part: its copy could not be captured.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.ran = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "spt":
+            out = func(*args, **(kwargs or {}))
+        else:
+            name = func._schema.name.removeprefix("spt::")
+            self.ran.add(name)
+            rest = [argument.default_value for argument in func._schema.arguments[len(args) :]]
+            if name in registry.OPS:
+                out = registry.dispatch(name, "meta", *args, *rest)
+            else:
+                out = SAME_EVERYWHERE[name]._init_fn(*args, *rest)
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        assert all(t.device.type == "meta" for t in tensors), f"{func} reads or writes a tensor of the host"
+        return out
+
+
+def whole_step(monkeypatch, dtype=torch.bfloat16, **options):
+    """Forward and backward of a rewritten block on tensors without data: (our operators, kernels, whether all gradients)."""
+    graphs = []
+
+    def capture(gm, inputs):
+        graphs.append(gm)
+        raise RuntimeError("captured")
+
+    registry.borrow("triton", "cuda", "meta")
+    monkeypatch.setattr("spt_compiler.backend.inner_compiler", lambda config, mode=None: capture)
+    monkeypatch.setitem(ROUTE_TILE, "meta", ROUTE_TILE["cuda"])
+    with torch.device("meta"):
+        model, x = Block(width=64, heads=4, hidden=256, dropout=0.1).to(dtype), torch.randn(2, 300, 64, dtype=dtype)
+    with pytest.raises(Exception, match="captured"):
+        torch.compile(model, backend="spt", options={**SPARSE, **options})(x)
+    inputs = []
+    for node in graphs[0].graph.nodes:
+        if node.op == "placeholder":
+            like = node.meta["example_value"]
+            inputs.append(torch.empty(like.shape, dtype=like.dtype, device="meta", requires_grad=like.requires_grad))
+    step = OnTheDevice()
+    with triton_common.recording() as specs, step:
+        torch.stack([out.float().sum() for out in graphs[0](*inputs)]).sum().backward()  # with auxiliary losses
+    missing = [t.shape for t in inputs if t.requires_grad and t.grad is None]
+    return step.ran, {spec.kernel for spec in specs}, missing
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [
+        ({}, "tile_attention_bwd_kernel_dkdv"),
+        ({"attention.compensation": True, "ffn.gate": "straight-through"}, "tile_attention_bwd_kernel_pooled"),
+        ({"preset": "paper", "attention.subspaces": 4}, "select_keys_top_kernel"),
+        ({"exact": True}, "routed_ffn_bwd_kernel_hidden"),
+    ],
+)
+def test_a_whole_step_never_waits_for_the_device(monkeypatch, options, kernel):
+    ran, kernels, missing = whole_step(monkeypatch, **options)
+    assert {"route_v1", "routed_ffn_v1", "routed_ffn_backward_v1"} <= ran
+    assert kernel in kernels and "routed_ffn_sums_weights_kernel" in kernels and not missing
+
+
+def test_a_step_that_waits_is_found(monkeypatch):
+    """No kernels take float64, and the definition of the routed FFN reads its lists on the host."""
+    with pytest.raises(RuntimeError, match="meta"):
+        whole_step(monkeypatch, dtype=torch.float64)
