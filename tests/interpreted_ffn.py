@@ -56,6 +56,7 @@ CASES = {
     "a block without tokens, one with all": {"idle": 2, "always": 1, "save": True},
     "dense by data": {"density": -1.0, "gates": True, "p": 0.2, "save": True, "tokens": 40},
     "dense by data in chunks, recomputed": {"density": -1.0, "max_density": 0.25, "tokens": 50, "act": "x0 * x1 * a1", "n_in": 2},
+    "dense by data in chunks, bfloat16 LoRA": {"dtype": torch.bfloat16, "density": -1.0, "max_density": 0.25, "rank": 4, "down": 3},
     "dense limit": {"density": 1.0, "max_density": 1.0, "linear": True},
     "half precision": {"dtype": torch.float16, "act": "gelu_tanh(x0)", "save": True, "linear": True},
     "bfloat16, no bias, no compensation": {"dtype": torch.bfloat16, "bias": False, "compensation": False, "rank": 4},

@@ -108,6 +108,22 @@ def test_dense_by_data_needs_no_more_hidden_values_than_the_sparse_capacity(monk
         assert all(before[1] == after[0] for before, after in zip(covered, covered[1:], strict=False))
 
 
+def test_factors_of_lora_are_summed_over_chunks_in_full_precision(monkeypatch):
+    """In 16 bits the sums over chunks of tokens would be rounded once a chunk."""
+    written = []
+
+    def spy(template, structure, kernel, grid, args, constants, **tuning):
+        if kernel == "routed_ffn_sums_weights_kernel":
+            written.append((min(args["out_ptr"].shape), args["out_ptr"].dtype, args["first_token"] > 0))
+
+    monkeypatch.setattr(triton_ffn, "launch", spy)
+    triton_catalog._ffn("gated silu lora gates", torch.bfloat16)
+    assert (16, torch.float32, True) in written and {dtype for width, dtype, _ in written if width == 16} == {torch.float32}
+    written.clear()
+    triton_catalog._ffn("gated silu", torch.bfloat16)
+    assert {(width, dtype) for width, dtype, _ in written} == {(2048, torch.bfloat16)}
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_wider_tiles_compile_as_well(monkeypatch):
     """What autotuning may choose: the widest tile of the kernel without an epilogue, as its own setting."""

@@ -38,6 +38,9 @@ MAX_BLOCKS = 1024
 _BAND = 8
 # Programs of a launch that most likely finds nothing to do.
 _LATER_PROGRAMS = 512
+# Gradients of weights up to this many columns (factors of LoRA) are summed over chunks in float32. For wider ones the memory
+# would outweigh what is saved; of their sums each chunk but the last is rounded.
+_NARROW = 256
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -658,14 +661,14 @@ class _Backward:
         self.to_restore: list[tuple[Tensor, Tensor]] = []
         for i in pre:
             if f"w_in{i}" in needed:
-                self._weight_gradient(self.grad_pre[i], x, flat.empty(f"w_in{i}"), f"w_in{i}")
+                self._weight_gradient(self.grad_pre[i], x, self._memory(f"w_in{i}"), f"w_in{i}")
             if i in lora and f"lora_b{i}" in needed:
-                self._weight_gradient(self.grad_pre[i], lora_a_out[i], flat.empty(f"lora_b{i}"), f"lora_b{i}")
+                self._weight_gradient(self.grad_pre[i], lora_a_out[i], self._memory(f"lora_b{i}"), f"lora_b{i}")
         if "w_out" in needed:
-            self._weight_gradient(self.hidden, grad_y, flat.empty("w_out").t(), "w_out")
+            self._weight_gradient(self.hidden, grad_y, self._memory("w_out").t(), "w_out")
         if trains_down:
             seen = self.hidden if self.low_hidden is None else self.low_hidden
-            self._weight_gradient(seen, grad_low, flat.empty("lora_down").t(), "lora_down")
+            self._weight_gradient(seen, grad_low, self._memory("lora_down").t(), "lora_down")
 
         slopes = {name: expression.derivative(act, name) for name in (*(f"x{i}" for i in pre), *(f"a{i}" for i in self.act_sums))}
         self.structure = {
@@ -681,6 +684,12 @@ class _Backward:
             "indirect_low": self.low_down is not None and self.low_down.indirect,
             "grad_gates": self.grad_gates is not None,
         }
+
+    def _memory(self, name: str) -> Tensor:
+        """For the gradient of a weight: of the weight's type, or float32 where chunks are to be summed exactly."""
+        gradient = self.flat.empty(name)
+        exact = len(self.g.chunks()) > 1 and min(gradient.shape) <= _NARROW
+        return torch.empty_like(gradient, dtype=torch.float32) if exact else gradient
 
     def _weight_gradient(self, left: Tensor, right: Tensor, gradient: Tensor, name: str) -> None:
         direct = not _units_inside(gradient)

@@ -30,6 +30,7 @@ from spt_compiler.lowering.triton_common import (
     strides,
     supports_mask,
 )
+from spt_compiler.lowering.triton_tuning import Setting
 from spt_compiler.ops import reference
 from spt_compiler.ops.selection.common import causal_split, max_keys, max_tiles, millionths, stored
 
@@ -255,6 +256,7 @@ def select_tiles(
         num_warps=8 if dtype == torch.float32 or (crowded and not on_hip()) else 4,
         # Triton 3.7 cannot pipeline its two loops for AMD chips.
         num_stages=1 if dtype == torch.float32 or on_hip() else 2,
+        alternatives=() if on_hip() else (Setting(4, 2), Setting(8, 2), Setting(8, 3), Setting(4, 1)),
     )
     block = next_power_of_2(n_key_tiles)
     launch(
@@ -282,6 +284,7 @@ def select_tiles(
             "BLOCK_W": next_power_of_2(width),
         },
         num_warps=4 if block <= 2048 else 8,
+        alternatives=tuple(Setting(warps, 2) for warps in (1, 2, 8, 16)),
     )
     return stored(tiles, counts, tiles=True)
 
