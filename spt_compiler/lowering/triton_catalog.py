@@ -110,7 +110,8 @@ def _attention(name: str, dtype: torch.dtype, granularity: str) -> None:
     expr_in = [_meta(_B, _T, dtype=torch.bool)] if "t0" in site.expr else []
     seed = _meta(1, dtype=torch.int64) if site.p else None
     scale, p, softcap = site.dim**-0.5, site.p, site.softcap
-    codebook, mean = _meta(_HKV, site.dim // 8, 16, 8, dtype=torch.float32), _meta(_HKV, site.dim, dtype=torch.float32)
+    wide = 2 if granularity == "tile" else 8  # subspaces of the presets
+    codebook, mean = _meta(_HKV, site.dim // wide, 16, wide, dtype=torch.float32), _meta(_HKV, site.dim, dtype=torch.float32)
     budget = _meta(1, dtype=torch.float32)
     masked = (site.expr, expr_in, seed, p, scale, softcap, site.empty)
     chosen_by = (q, k, bias, site.expr, expr_in, codebook, mean, budget, 0.125)
