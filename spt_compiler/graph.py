@@ -86,10 +86,11 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
-def is_bounded(node: Any) -> bool:
-    """Whether a value is provably of ordinary size: made from parameters, products and numbers, as scores are.
+def is_bounded(node: Any, limit: float = 1e4) -> bool:
+    """Whether a value is provably of ordinary size: made from parameters, products and numbers below `limit`, as scores are.
 
-    False where it may be a mask in disguise: an input, a buffer, a fill with a huge number.
+    False where it may be a mask in disguise: an input, a buffer, a fill with a huge number (-1e4 is the smallest in use).
+    With `limit` = inf: whether it is provably finite, as long as scores are.
     """
     seen: set[fx.Node] = set()
     stack = [node]
@@ -98,7 +99,7 @@ def is_bounded(node: Any) -> bool:
         if isinstance(current, (tuple, list)):
             stack.extend(current)
         elif isinstance(current, (int, float)):
-            if not abs(current) < ORDINARY:
+            if not abs(current) < limit:
                 return False
         elif isinstance(current, fx.Node) and current not in seen and not is_parameter(current):
             seen.add(current)
@@ -110,8 +111,6 @@ def is_bounded(node: Any) -> bool:
     return True
 
 
-# Numbers from here on hide a score (-1e4 is the smallest mask in use).
-ORDINARY = 1e4
 # Calls whose result is of ordinary size, whatever stands around: products (scores are no better) and bounded functions.
 _KEEP_SIZE = {
     *(torch.matmul, torch.nn.functional.linear, torch.nn.functional.embedding, torch.nn.functional.layer_norm),

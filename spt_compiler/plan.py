@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -311,7 +313,8 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
     learns = options.router in ("learned", "static") and not config.exact
     rows = min(max(_RING_NUMBERS // model_width, FFN_SAMPLES), _MOST_OBSERVATIONS * FFN_SAMPLES)
     # The rows of w_in that this site uses are part of its identity: two halves of one fused weight are two sites.
-    key = (width, n_blocks, c.w_in[0].start or 0, options.router)
+    # So is which matrix of a stack it reads: experts called one by one.
+    key = (width, n_blocks, c.w_in[0].start or 0, options.router, *_picked(scope, c.w_in[0].node))
     tensors = {
         "permutation": TensorSpec((width,), torch.int32, fill="arange"),
         "router_weight": TensorSpec((n_blocks, model_width), requires_grad=trainable and learned),
@@ -339,6 +342,17 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
         _samples(FFN_SAMPLES, tokens),
         dict(width=width, blocks=n_blocks, block=block, model_width=model_width),
     )
+
+
+def _picked(scope: Scope, node: fx.Node) -> tuple[str, ...]:
+    """What is taken of a parameter before it serves as a weight: the indices of a stack or a fused tensor, outermost last."""
+    found = []
+    scope, node = scope.source(node)
+    while node.op in ("call_function", "call_method") and node.args and isinstance(node.args[0], fx.Node):
+        if node.target is operator.getitem:
+            found.append(str(node.args[1]))
+        scope, node = scope.source(node.args[0])
+    return tuple(found)
 
 
 def _weight_recipe(scope: Scope, weight: Any) -> tuple[Recipe, int | None, int | None] | None:

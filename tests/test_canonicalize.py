@@ -108,6 +108,11 @@ SPELLINGS = {
         lambda q, k: q.masked_fill(q.gt(0), torch.tensor(-1e9)),
         lambda q, k: q.masked_fill(q > 0, value=-1e9),
     ],
+    "broadcasting": [
+        lambda q, k: q.masked_fill((k[:, :1, :1] > 0)[..., :1], -1e9) + k[0, 0, :5],
+        lambda q, k: q.masked_fill((k[:, :1, :1] > 0)[..., :1].expand_as(q), -1e9) + k[0, 0, :5].expand(2, 3, 5, 4),
+        lambda q, k: q.masked_fill((k[:, :1, :1] > 0)[..., :1].broadcast_to(q.shape), -1e9) + k[0, 0, :5].expand_as(q),
+    ],
     "scaling": [
         lambda q, k: q / 8,
         lambda q, k: q.div(8.0),
@@ -262,6 +267,10 @@ def test_there_and_back_through_a_wider_type(inner, outer, gone):
     x = numbers(3, 4, dtype=outer)
     module = canonical(lambda x: (x * 2.0).to(inner).to(outer) * 3.0, x, tolerance=1e-6)
     assert ("to" in calls(module)) is not gone
+
+
+def test_an_expand_that_makes_the_shape_stays():
+    assert "expand" in calls(canonical(lambda q: q[:, :1].expand(2, 3, 5, 4) * q[:1, :1], Q))
 
 
 def test_division_that_is_no_exact_product_stays():

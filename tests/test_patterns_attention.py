@@ -330,6 +330,24 @@ def test_sinks_are_one_more_key(mask, shifted):
     assert c.v.meta["example_value"].shape[-2] == 7 and any(b.meta["example_value"].requires_grad for b, _ in c.bias)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_a_gate_by_the_sum_of_weights_is_a_sink(keepdim, wide):
+    """sigmoid(logsumexp(s) - sink) times the output: what one more key would have done."""
+    sink = numbers(4, seed=9).requires_grad_()
+    kind = torch.float64 if wide else torch.float32
+
+    def function(q, k, v, sink):
+        s = (q @ k.mT * 0.5).masked_fill(HIDDEN, torch.finfo(q.dtype).min)
+        total = torch.logsumexp(s, -1, keepdim=keepdim)
+        gate = (total - sink.view((1, -1, 1, 1) if keepdim else (1, -1, 1)).to(s.dtype)).double().sigmoid()
+        p = F.dropout(F.softmax(s, dim=-1, dtype=torch.float64).to(q.dtype), 0.0)
+        return (p @ v) * (gate if keepdim else gate.unsqueeze(-1)).to(q.dtype)
+
+    c = only(function, *(t.to(kind) for t in (Q, K, V)), sink)
+    assert c.v.meta["example_value"].shape[-2] == 7 and any(b.meta["example_value"].requires_grad for b, _ in c.bias)
+
+
 @pytest.mark.parametrize("mask", [lambda m: m, lambda m: m.view(6, 6) == torch.tensor(True)])
 def test_hidden_probabilities_set_to_zero_again(mask):
     rows = HIDDEN.clone()
@@ -345,6 +363,12 @@ def test_hidden_probabilities_set_to_zero_again(mask):
 def test_a_clamp_far_out_guards_against_overflow():
     c = only(lambda q, k, v: torch.softmax((q @ k.mT).clamp(min=-5e4).clamp(max=5e4) * 0.5 + PADDING, -1) @ v, Q, K, V)
     assert c.scale == 0.5 and len(c.bias) == 1
+
+
+def test_a_mask_of_the_shape_of_the_scores_reads_no_scores():
+    rows = CAUSAL[0].logical_not().view(1, 1, 1, 6)
+    c = only(lambda q, k, v: torch.softmax((s := q @ k.mT).masked_fill_(rows.expand_as(s), LOW), -1) @ v, Q, K, V)
+    assert len(c.disallowed) == 1
 
 
 def test_a_bool_mask_that_is_added_adds_one():
@@ -442,11 +466,23 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda q, k, v: torch.softmax(9 * torch.tanh((q @ k.mT + BIAS) / 9), -1) @ v,
         "inside of the soft cap",
     ),
+    "soft cap by a tensor": (
+        lambda q, k, v: torch.softmax(torch.tanh((q @ k.mT) / TENSOR_SCALE) * TENSOR_SCALE, -1) @ v,
+        "the soft cap is a tensor",
+    ),
     "another function of the scores": (lambda q, k, v: torch.softmax(F.relu(q @ k.mT), -1) @ v, "relu between"),
     "dropout of the scores": (lambda q, k, v: torch.softmax(F.dropout(q @ k.mT, 0.1), -1) @ v, "dropout between"),
     "two sinks": (
         lambda q, k, v: torch.softmax(torch.cat([q @ k.mT, q[..., :2]], -1), -1)[..., :-2] @ v,
         "attention sinks",
+    ),
+    "a gate that may be nan": (
+        lambda q, k, v: (torch.softmax(s := q @ k.mT + PADDING, -1) @ v) * torch.sigmoid(s.logsumexp(-1, True) - BIAS[..., :1]),
+        "also used by .logsumexp",
+    ),
+    "a gate by other scores": (
+        lambda q, k, v: (torch.softmax(s := q @ k.mT, -1) @ v) * torch.sigmoid((s * 2).logsumexp(-1, True) - BIAS[..., :1]),
+        "also used by mul",
     ),
     "another fill after the softmax": (
         lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(HIDDEN, -math.inf), -1).masked_fill(PADDING < 0, 0.0) @ v,

@@ -342,6 +342,10 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: m.down(F.gelu(F.linear(x, x.mean((0, 1))[None] * m.up.weight))),
         "no parameter",
     ),
+    "gated by something else": (
+        lambda m, x: m.down(torch.sigmoid(m.up(x)) * x.repeat(1, 1, 2)[..., :HIDDEN]),
+        "a gated output, no block",
+    ),
     "interleaved gate": (
         lambda m, x: m.down(F.silu((h := m.fused(x))[..., ::2]) * h[..., 1::2]),
         "interleaved",
@@ -424,20 +428,65 @@ def test_what_is_no_block_is_not_taken(function):
     assert not matches
 
 
-def test_experts_are_reported():
-    """Stacked weights: a candidate with its reason."""
+class Experts(nn.Module):
+    """Three experts stacked in one parameter each, with a bias."""
 
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up = nn.Parameter(numbers(3, WIDTH, HIDDEN))
-            self.down = nn.Parameter(numbers(3, HIDDEN, WIDTH, seed=1))
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.function = function
+        self.up, self.down = nn.Parameter(numbers(3, HIDDEN, WIDTH)), nn.Parameter(numbers(3, WIDTH, HIDDEN, seed=1))
+        self.bias = nn.Parameter(numbers(3, HIDDEN, seed=2))
 
-        def forward(self, x):
-            return torch.bmm(F.gelu(torch.bmm(x, self.up)), self.down)
+    def forward(self, x):
+        return self.function(self, x)
 
-    matches, skipped = sites(Experts(), numbers(3, 5, WIDTH))
-    assert not matches and len(skipped) == 1 and "expert" in str(skipped[0].reason)
+
+def _all_experts(m: Experts, x: Tensor) -> Tensor:
+    return torch.bmm(F.gelu(torch.bmm(x, m.up.mT)), m.down.mT)
+
+
+def _picking_experts(m: Experts, x: Tensor) -> Tensor:
+    best = x[:, 0].argmax(-1) % 3
+    return torch.bmm(F.gelu(torch.bmm(x, m.up[best].mT)), m.down[best].mT)
+
+
+def _experts_by_group(m: Experts, x: Tensor) -> Tensor:
+    """Gate and value interleaved and a bias added in place, as some experts have them."""
+    up, down = (F.pad(w, (0, -w.shape[2] % 8, 0, -w.shape[1] % 16)).bfloat16().mT for w in (m.up, m.down))
+    x, ends = F.pad(x.flatten(0, 1), (0, 2)).bfloat16(), torch.tensor([2, 7, 15], dtype=torch.int32)
+    h = F.grouped_mm(x, up, offs=ends)
+    h.add_(F.pad(m.bias, (0, 6)).bfloat16().repeat_interleave(5, 0))
+    h = F.silu(h[..., ::2]) * (h[..., 1::2] + 1)
+    return F.grouped_mm(F.pad(h, (0, 8)), down, offs=ends)[:, :8]
+
+
+def _one_picked_expert(m: Experts, x: Tensor) -> Tensor:
+    best = x.sum((1, 2)).argmax(0, keepdim=True)
+    return F.linear(F.gelu(F.linear(x, m.up[best][0])), m.down[best][0])
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (_all_experts, "stacked by expert in one batched product"),
+        (_picking_experts, "each token picks the weights"),
+        (_experts_by_group, "grouped_mm"),
+        (_one_picked_expert, "picked by an index"),
+    ],
+)
+def test_experts_that_stay_say_why(function, reason):
+    matches, skipped = sites(Experts(function), numbers(3, 5, WIDTH))
+    assert not matches and len(skipped) == 1 and reason in str(skipped[0].reason), [str(s.reason) for s in skipped]
+
+
+def test_experts_called_one_by_one_are_sites():
+    """The form allows it: each has its own matrix of the stack."""
+
+    def function(m, x):
+        return torch.stack([F.linear(F.gelu(F.linear(x[i], m.up[i], m.bias[i])), m.down[i]) for i in range(3)])
+
+    matches, skipped = sites(Experts(function), numbers(3, 5, WIDTH))
+    assert len(matches) == 3 and not skipped
 
 
 def test_convolutions_are_reported():

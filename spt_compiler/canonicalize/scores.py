@@ -363,7 +363,63 @@ def sink_to_key(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     while sink.target == "expand" and rank(sink.args[0]) == rank(sink):
         sink = sink.args[0]
-    padded = _with_a_key(e, scores)
+    return _with_sink(e, scores, sink, between, v)
+
+
+@rule(operator.mul)
+def gate_to_sink(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(softmax(s) @ v) * sigmoid(logsumexp(s) - sink) -> softmax of one more key in front, whose score is the sink.
+
+    The same function, for e^s / sum(e^s) * sum(e^s) / (sum(e^s) + e^sink) = e^s / (sum(e^s) + e^sink). A row of -inf only
+    would become zero in place of nan, so the scores have to be provably above it.
+    """
+    found = [_without_casts(a) for a in node.args]
+    product, gate = found if _is_scores(found[0]) else reversed(found)
+    if not _is_scores(product) or len(product.users) != 1 or not is_tensor(gate):
+        return None
+    if gate.target in ("unsqueeze", torch.unsqueeze) and Arguments(gate, "input", "dim")["dim"] in (-1, rank(gate) - 1):
+        gate = _without_casts(gate.args[0])
+    if not is_tensor(gate) or gate.target is not torch.sigmoid:
+        return None
+    logit = _without_casts(gate.args[0])
+    if not is_tensor(logit) or logit.target is not operator.sub or not all(map(is_tensor, logit.args)):
+        return None
+    total, sink = logit.args
+    reduced = Arguments(total, "input", "dim", ("keepdim", False))
+    if total.target not in ("logsumexp", torch.logsumexp) or len(total.users) != 1:
+        return None
+    dim = reduced["dim"][0] if isinstance(reduced["dim"], (tuple, list)) and len(reduced["dim"]) == 1 else reduced["dim"]
+    scores = _without_casts(reduced["input"])
+    if dim not in (-1, rank(scores) - 1):
+        return None
+    p, v = product.args
+    between: list[fx.Node] = []
+    while isinstance(p, fx.Node) and p.target in (F.dropout, "to", "contiguous") and len(p.users) == 1:
+        between.append(p)
+        p = p.args[0]
+    if not isinstance(p, fx.Node) or p.target is not F.softmax or p.kwargs.get("dim") != -1 or len(p.users) != 1:
+        return None
+    if _without_casts(p.args[0]) is not scores or not e.same_region(node, product, p, total):
+        return None
+    if not reduced["keepdim"]:
+        sink = e.call(torch.unsqueeze, sink, -1)
+    if rank(sink) != rank(scores) or not is_bounded(scores, math.inf):
+        return None
+    result = _with_sink(e, p.args[0], sink, between, v, read_twice=scores)
+    return result if dtype(result) is dtype(node) else e.call("to", result, dtype(node))
+
+
+def _without_casts(x: Any) -> Any:
+    while isinstance(x, fx.Node) and x.target == "to":
+        x = x.args[0]
+    return x
+
+
+def _with_sink(
+    e: Editor, scores: Any, sink: fx.Node, between: list[fx.Node], v: fx.Node, read_twice: fx.Node | None = None
+) -> fx.Node:
+    """`between` (reversed) of softmax([sink, scores]), times [0, v]. read_twice: the scores if another reader will go."""
+    padded = _with_a_key(e, scores, read_twice)
     keys = e.size(scores, -1)
     logits = e.call(operator.add, padded, e.call(F.pad, sink, (0, keys)))
     result = e.call(F.softmax, logits, dim=-1)
@@ -372,20 +428,20 @@ def sink_to_key(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.call(torch.matmul, result, e.call(F.pad, v, (0, 0, 1, 0)))
 
 
-def _with_a_key(e: Editor, scores: Any) -> fx.Node:
+def _with_a_key(e: Editor, scores: Any, read_twice: fx.Node | None = None) -> fx.Node:
     """Scores with a column of zeros in front, made by a zero key. Raises: Unknown for scores that are no simple chain."""
-    if not isinstance(scores, fx.Node) or len(scores.users) != 1:
+    if not isinstance(scores, fx.Node) or len(scores.users) > 1 + (scores is read_twice):
         raise Unknown
     if scores.target is torch.matmul:
         return e.call(torch.matmul, scores.args[0], e.call(F.pad, scores.args[1], (1, 0)))
     if scores.target in (operator.mul, operator.truediv) and isinstance(scores.args[1], (int, float)):
-        return e.call(scores.target, _with_a_key(e, scores.args[0]), scores.args[1])
+        return e.call(scores.target, _with_a_key(e, scores.args[0], read_twice), scores.args[1])
     if scores.target == "to":
-        return e.call("to", _with_a_key(e, scores.args[0]), *scores.args[1:])
+        return e.call("to", _with_a_key(e, scores.args[0], read_twice), *scores.args[1:])
     if scores.target not in (operator.add, torch.masked_fill):
         raise Unknown
     x, mask = scores.args[:2]
     if not isinstance(mask, fx.Node) or not same_shape(shape(x), shape(scores)) or shape(mask)[-1] != shape(scores)[-1]:
         raise Unknown
     padding = e.call(F.pad, mask, (1, 0))  # nothing is added, nothing is filled
-    return e.call(scores.target, _with_a_key(e, x), padding, *scores.args[2:])
+    return e.call(scores.target, _with_a_key(e, x, read_twice), padding, *scores.args[2:])

@@ -177,6 +177,28 @@ def fold_numbers(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.call(node.target, *args, **node.kwargs)
 
 
+_EXPANDS = ("expand", "expand_as", "broadcast_to", torch.broadcast_to)
+
+
+@rule(
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    operator.and_,
+    operator.or_,
+    torch.masked_fill,
+    torch.where,
+)
+def broadcasting_expands(e: Editor, node: fx.Node) -> fx.Node | None:
+    """scores + mask.expand_as(scores) -> scores + mask: broadcasting does the same, and the mask reads no scores."""
+    expanded = [a for a in node.args if is_tensor(a) and a.target in _EXPANDS and is_tensor(a.args[0])]
+    others = [a for a in node.args if is_tensor(a) and a not in expanded]
+    if not expanded or not any(same_shape(shape(a), shape(node)) for a in others):
+        return None
+    return e.call(node.target, *(a.args[0] if a in expanded else a for a in node.args), **node.kwargs)
+
+
 @rule(operator.truediv)
 def divide_by_power_of_two(e: Editor, node: fx.Node) -> fx.Node | None:
     """x / 8 -> x * 0.125: one spelling where it is the same number."""
@@ -346,7 +368,8 @@ PURE |= {
         F.softmax,
     ),
     *(torch.reshape, torch.permute, torch.t, torch.unsqueeze, "to", "contiguous", "view", "reshape", "max", "amax"),
-    *(torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
+    *_EXPANDS,
+    *(torch.logsumexp, "logsumexp", "unsqueeze", torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
 }
 
 FOLDABLE |= {

@@ -388,7 +388,9 @@ def _where(logits: Logits, node: Node) -> Node | Reject:
 
 @step(torch.tanh)
 def _soft_cap(logits: Logits, node: Node) -> Node | Reject:
-    if logits.softcap is not None or logits.factor <= 0 or logits.scale_nodes:
+    if logits.scale_nodes:
+        return Reject("the soft cap is a tensor ({}) and no number", logits.scale_nodes[0].name)
+    if logits.softcap is not None or logits.factor <= 0:
         return Reject("tanh of the scores that is no soft cap")
     logits.softcap, logits.factor = logits.factor, 1.0
     return node.args[0]  # type: ignore[return-value]

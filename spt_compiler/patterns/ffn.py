@@ -411,12 +411,31 @@ _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback", "scaled_grouped_
 _MAX_SOURCES = 4
 
 
-def _is_grouped(node: Node) -> bool:
-    """A product with expert weights: grouped, or batched by a parameter of rank 3."""
+def _stacked(node: Node) -> Reject | None:
+    """Why a product with weights of several experts in one tensor is no projection of a site; None for other calls."""
     name = str(getattr(node.target, "__name__", node.target)).rpartition(".")[2]
     if name in _GROUPED or "grouped_mm" in name:
-        return True
-    return node.target is torch.matmul and any(rank(a) == 3 and is_weight(a) for a in node.args)
+        return Reject("grouped_mm gives the rows of each token to its own expert's weights (mixture of experts)")
+    if node.target is not torch.matmul:
+        return None
+    if any(rank(a) == 3 and is_weight(a) and _is_picked(a) for a in node.args):
+        return Reject("each token picks the weights of its experts (mixture of experts)")
+    if any(rank(a) == 3 and is_weight(a) for a in node.args):
+        return Reject("its weights are stacked by expert in one batched product (mixture of experts)")
+    return None
+
+
+def _is_picked(weight: Any) -> bool:
+    """Whether the rows or matrices of a parameter are chosen by a tensor of the graph."""
+    while isinstance(weight, Node) and weight.op in ("call_function", "call_method") and weight.args:
+        if weight.target is operator.getitem and any(isinstance(i, Node) for i in _flat(weight.args[1])):
+            return True
+        weight = weight.args[0]
+    return False
+
+
+def _flat(index: Any) -> tuple[Any, ...]:
+    return tuple(index) if isinstance(index, (tuple, list)) else (index,)
 
 
 def _is_custom_product(node: Node) -> bool:
@@ -468,8 +487,9 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
     target = node.target
     if target is F.linear:
         return _linear_state(node, found)
-    if _is_grouped(node):
-        return Projection(node, nodes=(node,), refused=Reject("its weights are stacked by expert (mixture of experts)"))
+    stacked = _stacked(node)
+    if stacked is not None:
+        return Projection(node, nodes=(node,), refused=stacked)
     if _is_custom_product(node):
         reason = Reject("its projections are {} and no linear layers (quantised?)", describe(node))
         return Projection(node, nodes=(node,), refused=reason)
@@ -605,9 +625,11 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
     if node.target in _CONVOLUTIONS and any(s.target in _CONVOLUTIONS for s in merged.sources):
         return None
     telling = node.target in _CONVOLUTIONS or node.target in _NORMS
-    if not merged.nonlinear and not telling and node.target is not torch.permute:
-        return None
     if not is_tensor(node):
+        return None
+    if not merged.nonlinear and merged.refused is not None and _selects_features(node):
+        return merged  # pieces of what is no projection to begin with: experts with a bias
+    if not merged.nonlinear and not telling and node.target is not torch.permute:
         return None
     if how:
         reason = Reject("{} {} between the projections", describe(node), how)
@@ -617,6 +639,13 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
         reason = Reject("{} between the projections", describe(node))
     # A norm or convolution says more than the layout around it.
     return replace(merged, refused=reason if telling or merged.refused is None else merged.refused)
+
+
+def _selects_features(node: Node) -> bool:
+    """Whether `node` is a slice of another tensor's last dim."""
+    if node.target is not operator.getitem or rank(node) != rank(node.args[0]):
+        return False
+    return isinstance(_flat(node.args[1])[-1], slice) and same_shape(shape(node)[:-1], shape(node.args[0])[:-1])
 
 
 def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
@@ -703,6 +732,7 @@ class _Reader:
 
     context: Context
     found: dict[Node, State]
+    hidden: tuple[Any, ...] = ()
     projections: list[Projection] = field(default_factory=list)
     parameters: list[Node] = field(default_factory=list)
     nodes: dict[Node, None] = field(default_factory=dict)
@@ -784,6 +814,10 @@ class _Reader:
         if not is_tensor(node):
             raise _Refused(Reject("the activation reads a size of the graph ({})", describe(node)))
         sizes = shape(node)
+        if len(sizes) > 1 and same_shape(sizes, self.hidden) and node not in self.context.analysis.from_parameters:
+            raise _Refused(
+                Reject("a gate on {}, which is no projection of the same input: a gated output, no block", describe(node))
+            )
         if len(sizes) > 1 or not all(isinstance(s, int) for s in sizes):
             raise _Refused(
                 Reject("it reads {} of shape {}, which is no parameter of an activation", describe(node), sizes)
@@ -836,10 +870,12 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
         return hidden.refused if same_size(model_out, model_width) and not thin else None
     if not is_weight(w_out):
         return Reject("the out-projection's weight is no parameter ({})", describe(w_out))
+    if any(_is_picked(w) for w in (w_out, *(s.args[1] for s in hidden.sources))):
+        return Reject("its weights are picked by an index that the graph computes (mixture of experts)")
     tail = _branches_below(node, found)
     if isinstance(tail, Reject):
         return tail
-    reader = _Reader(context, found)
+    reader = _Reader(context, found, shape(node.args[0]))
     try:
         expr = reader.read(node.args[0])
     except _Refused as refused:
