@@ -171,6 +171,8 @@ GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "fused, narrow": lambda m, x: m.down(
         (lambda h: F.silu(h.narrow(-1, 0, HIDDEN)) * torch.narrow(h, -1, HIDDEN, HIDDEN))(m.fused(x))
     ),
+    "fused, stacked": lambda m, x: m.down((lambda h: F.silu(h[..., 0, :]) * h[..., 1, :])(m.fused(x).view(2, 5, 2, -1))),
+    "fused, unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).unflatten(-1, (2, -1)).unbind(-2))),
 }
 
 
@@ -344,6 +346,14 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "gated by something else": (
         lambda m, x: m.down(torch.sigmoid(m.up(x)) * x.repeat(1, 1, 2)[..., :HIDDEN]),
+        "a gated output, no block",
+    ),
+    "gated heads": (
+        lambda m, x: m.down((torch.sigmoid(m.square(m.up(x))[..., :2, None]) * m.gate(x).view(2, 5, 2, 5)).view(2, 5, -1)),
+        "",
+    ),
+    "heads gated by something else": (
+        lambda m, x: m.down((torch.sigmoid(m.a(x)).unsqueeze(-1) * x.repeat(1, 1, 2)[..., :10].view(2, 5, 2, 5)).view(2, 5, -1)),
         "a gated output, no block",
     ),
     "interleaved gate": (

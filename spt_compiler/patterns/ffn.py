@@ -348,11 +348,15 @@ class Projection:
 
 @dataclass(frozen=True)
 class Parts:
-    """Several equal or unequal pieces of a projection's last dim, as chunk or split return them."""
+    """Several equal or unequal pieces of a projection's last dim, as chunk or split return them.
+
+    stacked: they are not a tuple but a dim of their own, before the last.
+    """
 
     whole: Projection
     bounds: tuple[tuple[int, int], ...]
     nodes: tuple[Node, ...]
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -510,8 +514,10 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         piece = _piece(node, first)
         if piece is not None:
             return piece
-    if target is operator.getitem and isinstance(first, Parts):
+    if isinstance(first, Parts) and (first.stacked or target is operator.getitem):
         return None
+    if target in (torch.matmul, F.scaled_dot_product_attention):
+        return None  # what attention does with it is attention's business
     if target == "to" and isinstance(first, Projection) and first.lora and is_float(node):
         return replace(first, nodes=(*first.nodes, node))  # adapters may be of a wider type than the model
     merged = _merged(above)
@@ -525,6 +531,9 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
     if target is F.glu:
         return replace(merged, nonlinear=True)
     if target in ELEMENTWISE:
+        if target is operator.mul and (gated := _gated(node, found)) is not None:
+            reason = Reject("a gate on {}, which is no projection of the same input: a gated output, no block", describe(gated))
+            return replace(merged, refused=reason)
         return replace(merged, nonlinear=merged.nonlinear or target in NONLINEAR)
     if _pointwise_convolution(node):
         return Projection(node, nodes=(node,), refused=Reject("a 1x1 convolution in place of a linear layer"))
@@ -591,6 +600,12 @@ def _branch_state(node: Node, found: dict[Node, State]) -> State | None:
     return None
 
 
+def _gated(node: Node, found: dict[Node, State]) -> Node | None:
+    """The activation that a product scales, position by position, if it comes from elsewhere."""
+    others = [a for a in node.all_input_nodes if a not in found and is_float(a) and rank(a) > 1]
+    return next((a for a in others if same_shape(shape(a), shape(node))), None)
+
+
 def _merged(above: list[State]) -> Hidden | None:
     """The union of what a node's inputs are; None if they are projections of different inputs (a residual sum, q and k)."""
     sources: frozenset[Node] = frozenset()
@@ -651,15 +666,21 @@ def _selects_features(node: Node) -> bool:
 def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
     """Rows of a fused projection: what chunk, split, slices, unflatten and unbind along the last dim select."""
     if isinstance(whole, Parts):
-        if node.target is not operator.getitem or not isinstance(node.args[1], int):
+        index = _stack_index(node) if whole.stacked else node.args[1] if node.target is operator.getitem else None
+        if index is None and whole.stacked and getattr(node.target, "__name__", node.target) == "unbind":
+            found = Arguments(node, "input", ("dim", 0))
+            return replace(whole, nodes=(*whole.nodes, node), stacked=False) if found["dim"] in (-2, rank(node.args[0]) - 2) else None
+        if not isinstance(index, int):
             return None
-        bounds = whole.bounds[node.args[1]] if -len(whole.bounds) <= node.args[1] < len(whole.bounds) else None
+        bounds = whole.bounds[index] if -len(whole.bounds) <= index < len(whole.bounds) else None
         return None if bounds is None else _slice(whole.whole, *bounds, (*whole.nodes, node))
     source = node.args[0]
     width = shape(source)[-1]
     if not isinstance(width, int):
         return None
     last = rank(source) - 1
+    if node.target is torch.reshape and same_shape(shape(node), (*shape(source)[:-1], 2, width // 2)):
+        return Parts(whole, ((0, width // 2), (width // 2, width)), (node,), stacked=True)
     if node.target in _SPLITS:
         pieces = _split_bounds(node, last, width)
         return None if pieces is None else Parts(whole, pieces, (node,))
@@ -683,6 +704,16 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
             start, stop, _ = final.indices(width)
             return _slice(whole, start, stop, (node,))
     return None
+
+
+def _stack_index(node: Node) -> Any:
+    """i of x[..., i, :]."""
+    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+        return None
+    *lead, index, final = node.args[1] if len(node.args[1]) > 1 else (None, None)
+    full = slice(None, None, None)
+    covers = lead == [Ellipsis] or (len(lead) == rank(node.args[0]) - 2 and all(i == full for i in lead))
+    return index if covers and final == full else None
 
 
 def _slice(whole: Projection, start: int, stop: int, nodes: tuple[Node, ...]) -> Projection:
@@ -732,7 +763,6 @@ class _Reader:
 
     context: Context
     found: dict[Node, State]
-    hidden: tuple[Any, ...] = ()
     projections: list[Projection] = field(default_factory=list)
     parameters: list[Node] = field(default_factory=list)
     nodes: dict[Node, None] = field(default_factory=dict)
@@ -814,10 +844,6 @@ class _Reader:
         if not is_tensor(node):
             raise _Refused(Reject("the activation reads a size of the graph ({})", describe(node)))
         sizes = shape(node)
-        if len(sizes) > 1 and same_shape(sizes, self.hidden) and node not in self.context.analysis.from_parameters:
-            raise _Refused(
-                Reject("a gate on {}, which is no projection of the same input: a gated output, no block", describe(node))
-            )
         if len(sizes) > 1 or not all(isinstance(s, int) for s in sizes):
             raise _Refused(
                 Reject("it reads {} of shape {}, which is no parameter of an activation", describe(node), sizes)
@@ -875,7 +901,7 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
     tail = _branches_below(node, found)
     if isinstance(tail, Reject):
         return tail
-    reader = _Reader(context, found, shape(node.args[0]))
+    reader = _Reader(context, found)
     try:
         expr = reader.read(node.args[0])
     except _Refused as refused:
