@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spt_compiler import debug
+
 # Every size counts in tests. Tracing through AOTAutograd takes seconds a graph, Inductor's C++ many more: tests that are
 # not about the inner compiler leave both out.
 SPARSE = {"inner": "eager", "attention.min_keys": 0, "ffn.min_width": 0, "strict": True}
@@ -75,6 +77,21 @@ def assert_same(got: tuple, expected: tuple, rtol: float = 1e-4, grad_rtol: floa
     for name, grad in grads_ref.items():
         error = (grads[name] - grad).abs().max() / torch.maximum(grad.abs().max(), floor)
         assert error <= grad_rtol, name
+
+
+def assert_exact_is_eager(module: nn.Module, *inputs: Tensor) -> list[str]:
+    """The rewritten graph under `exact` against eager: output, and the gradient of every input and parameter.
+
+    Where eager itself gives no finite output, only the outputs are compared. Returns: the kinds of the replaced sites.
+    """
+    expected = gradients(module, module, *inputs)
+    torch._dynamo.reset()
+    got = gradients(module, torch.compile(module, backend="spt", options={**EXACT, "inner": "eager"}), *inputs)
+    if expected[0].isfinite().all():
+        assert_same(got, expected, rtol=1e-6, grad_rtol=1e-6)
+    else:
+        torch.testing.assert_close(got[0], expected[0], equal_nan=True)
+    return [row.kind for rows in debug.reports() for row in rows if row.status == "replaced"]
 
 
 def relative(got: Tensor, expected: Tensor) -> float:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import blocks
 import models
 import pytest
 import torch
@@ -537,17 +538,25 @@ STEPS: tuple[Callable[[Block, Tensor], Tensor], ...] = (
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.integers(0, len(STEPS) - 1), max_size=4), st.sampled_from(["one", "gate", "fused"]), st.booleans())
-def test_whatever_is_matched_computes_the_same(program, form, leak):
-    """Hits and near misses alike: a match is right by value (`sites` checks it), and a leak prevents it."""
+@given(st.lists(st.integers(0, len(STEPS) - 1), max_size=4), st.sampled_from(["one", "gate", "fused", "stacked"]), st.booleans())
+def test_whatever_is_rewritten_computes_the_same(program, form, leak):
+    """Hits and near misses alike: a match is right by value (`sites` checks it), and a leak prevents it; the rewritten
+    graph equals eager, in its output and in the gradient of the input and of every parameter."""
 
     def function(m, x):
-        gate, up = m.fused(x).chunk(2, -1) if form == "fused" else (m.gate(x), m.up(x) if form == "gate" else None)
-        h = gate.clone() if form == "fused" else gate
+        if form == "stacked":
+            h, up = m.fused(x).view(2, 5, 2, HIDDEN).unbind(-2)
+        elif form == "fused":
+            h, up = m.fused(x).chunk(2, -1)
+        else:
+            h, up = m.gate(x), m.up(x) if form == "gate" else None
+        h = h if up is None or form == "gate" else h.clone()
         for step in program:
             h = STEPS[step](m, h)
         h = h if up is None else h * up
         return m.down(h) + (h.sum() if leak else 0.0)
 
-    matches, _ = sites(Block(function), X)
+    model = Block(function)
+    matches, _ = sites(model, X)
     assert not leak or not any(m.output.args[0].name == "h" for m in matches)
+    blocks.assert_exact_is_eager(model, X)

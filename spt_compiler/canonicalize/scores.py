@@ -38,28 +38,6 @@ def spell_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.retarget(node, F.softmax, (x,), {"dim": dim})
 
 
-@rule(F.softmax)
-def drop_row_shift(e: Editor, node: fx.Node) -> fx.Node | None:
-    """softmax(x - max(x)) over the same dim -> softmax(x), which subtracts the maximum itself."""
-    shifted = node.args[0]
-    if shifted.target is not operator.sub or not all(map(is_tensor, shifted.args)):
-        return None
-    x, row = shifted.args
-    while isinstance(row, fx.Node) and row.target in ("detach", torch.detach):
-        row = row.args[0]
-    if row.target is operator.getitem and row.args[1] == 0:
-        row = row.args[0]
-    if row.target not in ("max", "amax", torch.max, torch.amax):
-        return None
-    found = Arguments(row, "input", "dim", ("keepdim", False))
-    dim = found["dim"][0] if isinstance(found["dim"], (tuple, list)) and len(found["dim"]) == 1 else found["dim"]
-    if found["input"] is not x or found["keepdim"] is not True or not isinstance(dim, int):
-        return None
-    if dim % rank(x) != node.kwargs["dim"] % rank(x):
-        return None
-    return e.call(F.softmax, x, dim=node.kwargs["dim"])
-
-
 @rule("masked_fill", torch.masked_fill)
 def spell_masked_fill(e: Editor, node: fx.Node) -> fx.Node | None:
     """x.masked_fill(m, c) -> torch.masked_fill(x, m, c)."""
@@ -169,6 +147,81 @@ def _is_batch_reshape(node: Any) -> bool:
 def _reshape_lead(e: Editor, x: fx.Node, lead: Sequence[Any]) -> fx.Node:
     """`x` with its leading dims replaced by `lead` and its last two kept."""
     return e.call(torch.reshape, x, (*lead, e.size(x, -2), e.size(x, -1)))
+
+
+@rule(operator.sub)
+def drop_row_shift(e: Editor, node: fx.Node) -> fx.Node | None:
+    """softmax(f(x - max(...))) -> softmax(f(x)) for a maximum that is the same for all keys and a linear f.
+
+    Softmax subtracts the maximum itself, and the shift has no gradient: what it adds to a row of probabilities sums to zero.
+    """
+    x, shift = node.args
+    if not is_float(x) or not is_float(shift) or rank(shift) > rank(x) or not _is_maximum(shift):
+        return None
+    if rank(shift) and shape(shift)[-1] != 1:
+        return None
+    chain = _toward_softmax(node)
+    if chain is None or not all(map(_keeps_shifts, [node, *chain], chain)) or not e.same_region(node, chain[-1]):
+        return None
+    return x
+
+
+def _is_maximum(node: Any) -> bool:
+    """Whether `node` is the maximum of a tensor over its last dim, or over all of them."""
+    kept = False
+    while isinstance(node, fx.Node):
+        if node.target in ("unsqueeze", torch.unsqueeze):
+            if Arguments(node, "input", "dim")["dim"] not in (-1, rank(node) - 1):
+                return False
+            kept = True
+        elif node.target not in ("detach", torch.detach, "to") and not (node.target is operator.getitem and node.args[1] == 0):
+            break
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.target not in ("max", "amax", torch.max, torch.amax):
+        return False
+    found = Arguments(node, "input", "dim", ("keepdim", False))
+    dim = found["dim"][0] if isinstance(found["dim"], (tuple, list)) and len(found["dim"]) == 1 else found["dim"]
+    if dim is None:
+        return not kept
+    return dim in (-1, rank(found["input"]) - 1) and found["keepdim"] is not kept
+
+
+def _keeps_shifts(x: fx.Node, step: fx.Node) -> bool:
+    """Whether `step` of scores `x` turns a number added to all keys of a row into another such number."""
+    if step.target in (operator.mul, operator.truediv):
+        if step.target is operator.truediv and step.args[0] is not x:
+            return False
+        other = step.args[1] if step.args[0] is x else step.args[0]
+        return not isinstance(other, fx.Node) or rank(other) == 0 or shape(other)[-1] == 1
+    if step.target is torch.clamp:  # beyond any score
+        return all(b is None or (isinstance(b, (int, float)) and abs(b) >= 5e4) for b in step.args[1:])
+    if step.target in (torch.masked_fill, torch.where):
+        fill = step.args[2]
+        return isinstance(fill, (int, float)) and fill <= -1e4
+    return step.target in (operator.add, operator.sub, operator.neg, F.softmax, "to", "contiguous") or _is_batch_reshape(step)
+
+
+@rule(torch.permute)
+def transposed_scores(e: Editor, node: fx.Node) -> fx.Node | None:
+    """f(q @ k).mT on its way to a softmax -> f(k.mT @ q.mT): two modalities that attend to each other by one product."""
+    dims = rank(node)
+    swap = (*range(dims - 2), dims - 1, dims - 2)
+    if tuple(node.args[1]) != swap or _toward_softmax(node) is None:
+        return None
+    steps: list[fx.Node] = []
+    x = node.args[0]
+    while isinstance(x, fx.Node) and x.target in _PER_SCORE - {torch.reshape} and len(steps) < _CHAIN:
+        others = [a for a in x.args[1:] if isinstance(a, fx.Node)]
+        if any(rank(a) for a in others):
+            return None
+        steps.append(x)
+        x = x.args[0]
+    if not _is_scores(x) or any(rank(a) != dims for a in x.args) or not e.same_region(node, x, *steps):
+        return None
+    result = e.call(torch.matmul, permuted(e, x.args[1], swap), permuted(e, x.args[0], swap))
+    for step in reversed(steps):
+        result = e.call(step.target, result, *step.args[1:], **step.kwargs)
+    return result
 
 
 @rule(torch.reshape)

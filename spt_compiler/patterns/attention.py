@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 # A score set to this or less has probability zero beside any real score, in every dtype.
 HIDDEN = -1e4
 
+# A clamp this far out (near fp16's largest number) guards against overflow: no score of a working model gets there.
+FAR = 5e4
+
 
 @dataclass(frozen=True)
 class AttentionCapture:
@@ -399,7 +402,7 @@ def _soft_cap(logits: Logits, node: Node) -> Node | Reject:
 @step(torch.clamp)
 def _clamp(logits: Logits, node: Node) -> Node | Reject:
     x, low, high = node.args
-    wide = all(b is None or (isinstance(b, (int, float)) and b * sign >= -HIDDEN) for b, sign in ((low, -1), (high, 1)))
+    wide = all(b is None or (isinstance(b, (int, float)) and b * sign >= FAR) for b, sign in ((low, -1), (high, 1)))
     if not wide or logits.factor <= 0:
         return Reject("the scores are clamped to [{}, {}]", low, high)
     if high is None and not (logits.bounded_only or logits.softcap or logits.bias or logits.fills or logits.scale_nodes):
@@ -436,7 +439,7 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
         reader = STEPS.get(current.target)
         if reader is None:
             if current.target in (torch.cat, torch.concat):
-                return Reject("the scores are joined with others before the softmax (attention sinks)")
+                return Reject("the scores are joined with others before the softmax (sinks, or keys of two kinds)")
             return Reject("{} between the scores and the softmax", describe(current))
         logits.nodes.append(current)
         above = reader(logits, current)
