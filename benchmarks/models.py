@@ -19,6 +19,18 @@ def gpt2(*, layers: int, width: int, heads: int, length: int) -> Any:
     return transformers.GPT2LMHeadModel(config).train()
 
 
+def llama(*, layers: int, width: int, heads: int, length: int) -> Any:
+    """An unmodified Llama over bytes, in training mode."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, max_position_embeddings=length, hidden_size=width, intermediate_size=3 * width, use_cache=False,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).train()
+
+
 def tokens(length: int, step: int = 0) -> torch.Tensor:
     """Random bytes, [1, length]."""
     return torch.randint(256, (1, length), generator=torch.Generator().manual_seed(step))

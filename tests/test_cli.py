@@ -535,12 +535,14 @@ def test_worker_does_not_outlive_its_parent(tmp_path, start):
 
 
 def test_bench_table():
+    from spt_compiler.benchmarks import passes
     from spt_compiler.cli import bench
 
+    row = {"family": "gpt2", "layers": 12, "stages": dict.fromkeys(passes.STAGES, 0.02), "ours": 0.1}
     memory = {"peak_bytes": 2**21, "saved_bytes": 2**20}
     turns = {name: {"step": 1.0, "forward": 0.5, "backward": 0.25} for name in ("dense", "spt")}
     results = {
-        "passes": {"ours": 0.1, "inductor": 10.0, "share": 0.01},
+        "passes": passes.summary([row, {**row, "layers": 48, "ours": 0.2, "inductor": 10.0, "share": 0.02}]),
         "wrapper": {
             "layers": 12,
             "goal_us": 50,
@@ -550,7 +552,9 @@ def test_bench_table():
         "finetune": {"turns": {**turns, "ratio": 0.5}, "memory": {"dense": memory, "spt": memory}, "conditions": "here"},
     }
     rows = {name: value for name, value, _ in bench.table_rows(results)}
-    assert rows["our stages / Inductor's compilation"] == "1.0% (100.0 ms of 10.00 s)"
+    assert rows["our stages, gpt2, 12 layers"] == "100.0 ms"
+    assert rows["our stages, gpt2, 48 layers"] == "200.0 ms, 2.0% of Inductor's 10.00 s"
+    assert "gpt2: 4 times the layers take 2.0 times as long" in passes.table(results["passes"])
     assert rows["wrapper per step, 12 layers, one graph"] == "40 us (+ 3 us upkeep)"
     assert rows["step time, spt against dense"] == "1.00 s against 1.00 s: 0.50"
     assert rows["peak memory, spt against dense"] == "2.0 MiB against 2.0 MiB: 1.00"

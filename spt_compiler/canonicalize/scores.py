@@ -337,10 +337,12 @@ def _is_scores(node: Any) -> bool:
 
 @rule(torch.masked_fill, torch.where)
 def fill_to_bias(e: Editor, node: fx.Node) -> fx.Node | None:
-    """A huge finite fill in a chain that also adds tensors -> an addition.
+    """A huge finite fill in a chain that also adds tensors which may be masks -> an addition.
 
     With one kind of mask a filled row is known (all entries equal). With a fill and an additive mask in one chain, what a
-    row without any allowed key gives depends on both: then the fill is what it numerically is, x + c for absorbing c.
+    row without any allowed key gives depends on both: then the fill is what it numerically is, x + c for absorbing c, and
+    where it comes after the mask, a fill of the mask. (In such a row the scores then get a gradient that the fill would
+    have stopped: the one known difference from eager.)
     """
     if node.target is torch.masked_fill:
         x, mask, fill = node.args
@@ -359,19 +361,28 @@ def fill_to_bias(e: Editor, node: fx.Node) -> fx.Node | None:
     if after is None:
         return None
     before: list[fx.Node] = []
+    terms: list[fx.Node] = []
     current: Any = x
     while isinstance(current, fx.Node) and current.target in _PER_SCORE and len(before) < _CHAIN:
         before.append(current)
         tensors = [a for a in current.args if is_float(a) and rank(a) >= 2]
-        current = next((a for a in tensors if same_shape(shape(a), shape(current))), tensors[0] if tensors else None)
+        above = next((a for a in tensors if same_shape(shape(a), shape(current))), tensors[0] if tensors else None)
+        if current.target in (operator.add, operator.sub):
+            terms += [a for a in current.args if a is not above and is_float(a) and rank(a)]
+        current = above
     if not isinstance(current, fx.Node) or current.target is not torch.matmul:
         return None
     over = any(n.target in (operator.add, operator.sub) and all(is_float(a) and rank(a) for a in n.args) for n in after)
-    terms = [a for n in before if n.target in (operator.add, operator.sub) for a in n.args if is_float(a) and rank(a)]
-    if not over and all(is_bounded(a) for a in terms):
+    masks = [a for a in terms if not is_bounded(a)]
+    if not over and not masks:
         return None
     masked = mask if node.target is torch.masked_fill else e.call(operator.invert, mask)
-    return e.call(operator.add, x, e.call(operator.mul, e.call("to", masked, dtype(x)), fill))
+    if not masks and not any(n.target in (torch.masked_fill, torch.where) for n in before):
+        return e.call(operator.add, x, e.call(operator.mul, e.call("to", masked, dtype(x)), fill))
+    if len(masks) != 1 or x.target is not operator.add or masks[0] not in x.args:
+        return None  # two additions of that size would be -inf
+    rest = x.args[1] if x.args[0] is masks[0] else x.args[0]
+    return e.call(operator.add, rest, e.call(torch.masked_fill, masks[0], masked, fill))
 
 
 @rule(operator.add)

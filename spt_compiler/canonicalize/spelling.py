@@ -369,7 +369,8 @@ PURE |= {
     ),
     *(torch.reshape, torch.permute, torch.t, torch.unsqueeze, "to", "contiguous", "view", "reshape", "max", "amax"),
     *_EXPANDS,
-    *(torch.logsumexp, "logsumexp", "unsqueeze", torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
+    *(torch.logsumexp, "logsumexp", "unsqueeze"),
+    *(torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
 }
 
 FOLDABLE |= {

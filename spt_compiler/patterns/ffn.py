@@ -668,8 +668,8 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
     if isinstance(whole, Parts):
         index = _stack_index(node) if whole.stacked else node.args[1] if node.target is operator.getitem else None
         if index is None and whole.stacked and getattr(node.target, "__name__", node.target) == "unbind":
-            found = Arguments(node, "input", ("dim", 0))
-            return replace(whole, nodes=(*whole.nodes, node), stacked=False) if found["dim"] in (-2, rank(node.args[0]) - 2) else None
+            along = Arguments(node, "input", ("dim", 0))["dim"] in (-2, rank(node.args[0]) - 2)
+            return replace(whole, nodes=(*whole.nodes, node), stacked=False) if along else None
         if not isinstance(index, int):
             return None
         bounds = whole.bounds[index] if -len(whole.bounds) <= index < len(whole.bounds) else None
