@@ -392,6 +392,13 @@ def test_a_fill_beside_an_additive_mask_is_an_addition():
 
     module = canonical(function, q, k, padding, tolerance=1e-6)
     assert "masked_fill" not in calls(module)
+    # After the other it fills that one: two numbers of that size would add up to -inf.
+    module = canonical(
+        lambda q, k, p: F.softmax((q @ k.mT + p).masked_fill(torch.ones(6, 6).triu(0).bool(), low), -1) @ k,
+        *(q, k, padding),
+        tolerance=1e-6,
+    )
+    assert calls(module)[-4:] == ["masked_fill", "add", "softmax", "matmul"]
     # Alone, it stays a mask.
     module = canonical(
         lambda q, k: F.softmax((q @ k.mT).masked_fill(torch.ones(6, 6).triu(1).bool(), low), -1) @ k,

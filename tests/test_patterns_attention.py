@@ -214,7 +214,7 @@ CHAINS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any]]] = {
         dict(disallowed=2, empty="uniform"),
     ),
     "fill and bias": (lambda s: torch.where(CAUSAL, s, LOW) + PADDING, dict(bias=2, allowed=0, empty="nan")),
-    "bias and fill": (lambda s: (s + BIAS).masked_fill(HIDDEN, LOW), dict(bias=2, disallowed=0)),
+    "bias and fill": (lambda s: (s + BIAS).masked_fill(HIDDEN, LOW), dict(bias=1, disallowed=0)),
     "fill -inf and bias": (
         lambda s: (s + BIAS).masked_fill(HIDDEN, -math.inf),
         dict(bias=1, disallowed=1, empty="nan"),
