@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from spt_compiler import cli
-from spt_compiler.cli import compare, console, doctor, training, workers
+from spt_compiler.cli import compare, console, doctor, models, training, workers
 from spt_compiler.cli.console import Console, format_table
 from spt_compiler.errors import SPTError, StateError
 
@@ -129,8 +129,14 @@ def test_coverage_counts_and_compares(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "attention 2/2, ffn 2/2" in out and "SPTError: 'gemma7' is neither" in out
     text = table.read_text()
-    assert "| bert | eager | 2 of 2 | 2 of 2 | " in text and torch.__version__ in text and transformers.__version__ in text
+    assert "| bert | eager | 2 | 2 | 2 | 2 | " in text and torch.__version__ in text and transformers.__version__ in text
     assert "agrees with eager in 1 of 1" in text
+
+
+@pytest.mark.parametrize("name", ["gptj", "gpt_neo", "xlnet", "deepseek_v3"])
+def test_sizes_that_follow_from_others(name):
+    model, _ = models.small(name, {"vocab_size": 192})
+    assert model(input_ids=torch.arange(8)[None]).logits.shape[-1] == 192
 
 
 def test_coverage_says_why(capsys):

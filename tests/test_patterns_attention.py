@@ -723,7 +723,7 @@ ENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(st.integers(0, len(STEPS) - 1), max_size=5),
     st.sampled_from([-1, -1, -1, -2, -3]),
@@ -749,7 +749,8 @@ def test_whatever_is_rewritten_computes_the_same(program, dim, end):
     model = Attention()
     sites(model, Q, K, V, PADDING)
     taken = blocks.assert_exact_is_eager(model, Q, K, V, PADDING)
-    assert len(taken) <= (0 if end and end != "a gate" else 1)
+    # A gate may be a sink, and probabilities may be masked by what masked the scores; other readers keep the site dense.
+    assert len(taken) <= (end in ("", "a gate", "probabilities are masked"))
 
 
 @pytest.mark.parametrize(

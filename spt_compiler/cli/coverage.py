@@ -14,15 +14,18 @@ from typing import Any
 
 # One architecture for each way to write attention or a feed-forward block that is known to us.
 ARCHITECTURES = (
-    *("bert", "distilbert", "albert", "electra", "deberta-v2", "mpnet", "mobilebert", "squeezebert", "esm"),
-    *("modernbert", "gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "bloom", "falcon", "mpt", "codegen", "ctrl"),
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "starcoder2", "cohere", "olmo2"),
+    *("bert", "roberta", "distilbert", "albert", "electra", "deberta-v2", "mpnet", "mobilebert", "squeezebert", "rembert"),
+    *("megatron-bert", "roformer", "modernbert", "xlnet", "xlm", "flaubert", "nystromformer", "fnet"),
+    *("gpt2", "gptj", "gpt_neo", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "mpt", "codegen", "ctrl", "biogpt", "xglm"),
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "starcoder2", "cohere", "olmo"),
+    *("olmo2", "stablelm", "granite", "granite_swa", "smollm3", "exaone4", "helium", "ernie4_5", "glm", "persimmon", "moshi"),
     *("nemotron", "apertus", "bitnet", "gpt_oss", "mixtral", "deepseek_v3"),
-    *("t5", "bart", "marian", "pegasus", "vit", "deit", "beit", "swin", "convnext", "segformer"),
+    *("t5", "umt5", "bart", "mbart", "marian", "pegasus", "blenderbot"),
+    *("vit", "beit", "dinov2", "ijepa", "pvt", "segformer", "mobilevit", "poolformer", "vit_mae", "yolos"),
 )
 _SIZES = {"vocab_size": 192, "image_size": 64, "patch_size": 8, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4}
 # Everything selected and no size too small: coverage is about forms, not about what pays.
-_EXACT = {"exact": True, "inner": "aot_eager"}
+_EXACT = {"exact": True, "inner": "eager"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +154,8 @@ def markdown(rows: list[dict[str, Any]], length: int, checked: bool) -> str:
         "",
         f"Written by `spt coverage --out docs/coverage.md` on {datetime.date.today()}: torch {torch.__version__}, transformers",
         f"{transformers.__version__}, Python {platform.python_version()}; models of two layers with random weights, batch 2,",
-        f"texts of {length} tokens with padding, train mode, no size thresholds. Sites are the candidates that the pass saw.",
+        f"texts of {length} tokens with padding, train mode, no size thresholds. Sites are the",
+        "candidates that the pass saw: replaced, or left dense with a reason.",
         "",
         f"{len(names)} architectures in {len(counted)} forms: attention {sums['attention_replaced']} of "
         f"{sums['attention_sites']} candidates replaced, feed-forward {sums['ffn_replaced']} of {sums['ffn_sites']}.",
@@ -162,14 +166,25 @@ def markdown(rows: list[dict[str, Any]], length: int, checked: bool) -> str:
             f"Under `exact` the rewritten graph agrees with eager in {agreeing} of {len(counted)} (outputs to 1e-4, every "
             "gradient to 1e-3 of its largest value)."
         )
-    lines += ["", "| architecture | attention | attention sites | FFN sites | output / gradient error | left dense, and why |"]
-    lines += ["|---|---|---|---|---|---|"]
+    reasons: Counter[str] = Counter()
+    for r in counted:
+        reasons.update(r["skipped"])
+    lines += ["", "Why candidates stay dense, over all rows:", "", "| candidates | reason |", "|---|---|"]
+    lines += [f"| {n} | {reason} |" for reason, n in reasons.most_common()]
+    head = "| architecture | form | attention sites | replaced | FFN sites | replaced | output, gradient error | left dense, why |"
+    lines += ["", head]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for r in rows:
-        if "error" in r:
-            lines.append(f"| {r['architecture']} | {r['attention']} | | | | {r['error']} |")
+        if r.get("unsupported"):
             continue
-        counts = [f"{r[f'{k}_replaced']} of {r[f'{k}_sites']}" for k in ("attention", "ffn")]
+        if "error" in r:
+            lines.append(f"| {r['architecture']} | {r['attention']} | | | | | | {r['error']} |")
+            continue
+        counts = " | ".join(f"{r[f'{k}_sites']} | {r[f'{k}_replaced']}" for k in ("attention", "ffn"))
         error = f"{r['output_error']:.0e} / {r['gradient_error']:.0e}" if checked else ""
         why = "; ".join(f"{n} x {reason}" for reason, n in r["skipped"].items())
-        lines.append(f"| {r['architecture']} | {r['attention']} | {counts[0]} | {counts[1]} | {error} | {why} |")
+        lines.append(f"| {r['architecture']} | {r['attention']} | {counts} | {error} | {why} |")
+    absent = sorted({f"{r['architecture']} ({r['attention']})" for r in rows if r.get("unsupported")})
+    if absent:
+        lines += ["", f"Without such an implementation in transformers: {', '.join(absent)}."]
     return "\n".join(lines) + "\n"

@@ -20,6 +20,8 @@ _TINY: dict[str, Any] = {
     "num_attention_heads": 4, "num_heads": 4, "n_head": 4, "n_heads": 4, "num_key_value_heads": 4,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "head_dim": 32, "d_kv": 32, "max_position_embeddings": 1024, "n_positions": 1024,
+    "rotary_dim": 16, "embedding_size": 128, "d_inner": 256, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 24,
+    "kv_lora_rank": 32, "q_lora_rank": 48,
 }  # fmt: skip
 
 
@@ -74,11 +76,16 @@ def config_for(model_type: str, sizes: dict[str, Any]) -> Any:
     chosen: dict[str, Any] = {}
     for name, value in sizes.items():
         known = getattr(type(default), name, None)
-        if isinstance(getattr(default, name, None), (list, tuple)) or (isinstance(known, property) and known.fset is None):
+        if isinstance(getattr(default, name, None), (list, tuple)) or (isinstance(known, property) and not _takes(default, name)):
             continue  # a number a stage, or one that follows from others
         # `hidden_size` may be another spelling of `n_embd`: give each attribute once.
         if hasattr(default, name) and attributes.get(name, name) not in chosen:
             chosen[attributes.get(name, name)] = value
+    if "qk_rope_head_dim" in chosen:
+        chosen.pop("head_dim", None)  # the rotated part of a head, which another name gives
+    if hasattr(default, "attention_types"):  # [[kinds of one period], repetitions], as many as layers
+        period = default.attention_types[0][0]
+        chosen["attention_types"] = [[list(period), chosen.get("num_layers", default.num_layers) // len(period)]]
     # Ids of special tokens beyond a small vocabulary would only cause warnings.
     vocabulary = chosen.get("vocab_size")
     if vocabulary is not None:
@@ -87,6 +94,15 @@ def config_for(model_type: str, sizes: dict[str, Any]) -> Any:
             if isinstance(token, int) and token >= vocabulary:
                 chosen[name] = None if name == "pad_token_id" else 0
     return transformers.AutoConfig.for_model(model_type, **chosen)
+
+
+def _takes(config: Any, name: str) -> bool:
+    """Whether a property of a configuration may be set."""
+    try:
+        setattr(config, name, getattr(config, name))
+    except (AttributeError, NotImplementedError):
+        return False
+    return True
 
 
 def _auto_class(config: Any) -> Any:
@@ -123,7 +139,7 @@ def dummy_inputs(model: Any, config: Any, *, batch: int, length: int) -> dict[st
             inputs["decoder_input_ids"] = ids
         return inputs
     if name == "pixel_values":
-        size = config.image_size
+        size = getattr(config, "image_size", 64)
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return {name: torch.randn(batch, config.num_channels, height, width)}
     raise SPTError(
