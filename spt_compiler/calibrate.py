@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 DENSE = -1.0
 # A site misses its limit when its pooled error lies so many standard errors above it.
 CONFIDENCE = 1.0
+# A miss by less than this factor has to happen twice in a row: a site that goes wrong changes the inputs of those behind it, which
+# recover with it.
+CLEAR = 1.25
 # Levels of the guard: as configured, denser, dense.
 _LEVELS = (1.0, GUARD_HEADROOM, DENSE)
 
@@ -169,8 +172,13 @@ def _judge(state: SiteState, fresh: Tensor | None, weights: Callable[[], Any], p
     state.metrics.update(rel_error=error, rel_error_spread=spread)
     state.tensors["looks"].zero_()
     limit = part.max_rel_error
-    if limit is None or error - CONFIDENCE * spread <= limit or state.counter("densified") >= len(_LEVELS) - 1:
+    surely = error - CONFIDENCE * spread
+    state.set_counter("misses", state.counter("misses") + 1 if limit is not None and surely > limit else 0)
+    if limit is None or state.counter("misses") < (1 if surely > CLEAR * limit else 2):
         return
+    if state.counter("densified") >= len(_LEVELS) - 1:
+        return
+    state.set_counter("misses", 0)
     level = state.counter("densified") + 1
     if _LEVELS[level] * part.density >= 1:
         level = len(_LEVELS) - 1
@@ -248,7 +256,7 @@ def _share(state: SiteState) -> None:
     # A copy: what each rank counts for itself must not be written over.
     counters = state.tensors["counters"].to(state.tensors["budget"].device, copy=True)
     torch.distributed.broadcast(counters, src=0)
-    for name in ("initialised", "updates", "densified", "measured_at", "fitted_keep"):
+    for name in ("initialised", "updates", "densified", "misses", "measured_at", "fitted_keep"):
         state.set_counter(name, int(counters[COUNTERS[name]]))
     for name in state.spec.inputs:
         if name not in _LOCAL:

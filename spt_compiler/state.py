@@ -92,6 +92,7 @@ COUNTERS = {
     "fitted_keep": 8,
     "corrects": 9,
     "clustered_rows": 10,
+    "misses": 11,
 }
 
 
@@ -128,7 +129,7 @@ class SiteState:
     def counter(self, name: str) -> int:
         """A host-side counter: steps (backwards seen), initialised, updates (times it learned), skipped_rows (not finite, left
         out), densified (level of the guard), measured_at (step), pending, rows_read (of the ring, by the last turn of upkeep),
-        fitted_keep (blocks a token kept when the compensation was fitted)."""
+        fitted_keep (blocks a token kept when the compensation was fitted), misses (judgements above the limit in a row)."""
         return int(self.tensors["counters"][COUNTERS[name]])
 
     def set_counter(self, name: str, value: int) -> None:

@@ -140,6 +140,32 @@ def test_one_bad_look_of_many_does_not_make_a_site_denser(error, acts):
     assert state.counter("densified") == int(acts)
 
 
+def test_a_slight_miss_has_to_happen_twice_in_a_row():
+    model = Stack(1)
+    run = compiled(model, **{"guard.interval": 1, "attention.max_rel_error": 0.2})
+    x = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            run(x).square().mean().backward()
+        run(x)
+        state = of(model, "attention")
+        levels = []
+        for error in (0.1, 0.24, 0.1, 0.24, 0.24, 0.1):
+            state.set_counter("densified", 0)
+            run(x).square().mean().backward()
+            state.tensors["quality"].copy_(torch.tensor([1.0, error**2, 1.0, 1.0]))
+            run(x)
+            levels.append(state.counter("densified"))
+            assert state.metrics["rel_error"] == pytest.approx(error, rel=1e-3)
+        assert levels == [0, 0, 0, 0, 1, 0]
+        # A clear one acts at once.
+        run(x).square().mean().backward()
+        state.tensors["quality"].copy_(torch.tensor([1.0, 0.26**2, 1.0, 1.0]))
+        run(x)
+    assert state.counter("densified") == 1
+
+
 def test_the_looks_of_an_interval_survive_a_resume():
     model = Stack(1)
     run = compiled(model, **{"guard.interval": 8})

@@ -89,6 +89,7 @@ def _forgive(states: dict[str, Any]) -> None:
     """Every site as dense as configured from the next step on."""
     for state in states.values():
         state.set_counter("densified", 0)
+        state.set_counter("misses", 0)
 
 
 def _train(start: Path, recipe: Recipe) -> Tuning:
