@@ -65,7 +65,7 @@ def test_the_guard_finds_a_spoiled_site_within_one_interval_and_densifies_just_t
     model, data = Stack(2), torch.randn(12, 48)[kinds].repeat_interleave(16, 1) + 0.1 * batch(1024, size=1, seed=2)
     with torch.no_grad():
         for block in model.blocks:
-            block.qkv.weight[:48] *= 2
+            block.qkv.weight[:48] *= 4
             block.qkv.weight[48:96] = block.qkv.weight[:48]
     start = copy.deepcopy(model.state_dict())
     clean = compiled(model, **{"guard.interval": interval})
