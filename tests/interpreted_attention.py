@@ -387,22 +387,3 @@ def test_the_registry_runs_the_kernels_and_falls_back_where_they_do_not_apply(re
     with pytest.raises(ValueError, match="one dtype"):
         registry.dispatch("tile_attention_v1", "cuda", q, k, v.half(), None, *rest)
     assert registry.failures() == {} and not [w for w in recwarn if "spt_compiler" in str(w.message)]
-
-
-@pytest.mark.parametrize("mask", ["causal", "shared float"])
-def test_scores_of_tiles_do_not_depend_on_what_was_there(monkeypatch, mask):
-    """Measuring settings runs the kernel many times on the same memory."""
-    q, k, _ = qkv(50, 45, dim=16)
-    bias, expr, expr_in = MASKS[mask](50, 45)
-    launch, written = triton_selection.launch, []
-
-    def twice(*args, **tuning):
-        for _ in range(2 if args[2] == "select_tiles_scores_kernel" else 1):
-            launch(*args, **tuning)
-            if args[2] == "select_tiles_scores_kernel":
-                written.append(args[4]["scores_ptr"].clone())
-
-    monkeypatch.setattr(triton_selection, "launch", twice)
-    budget = torch.tensor([0.4])
-    triton_selection.select_tiles(q, k, bias, expr, expr_in, None, None, budget, 0.4, 32, 16, 0.3, None, "mean", 0)
-    assert len(written) == 2 and torch.equal(*written)

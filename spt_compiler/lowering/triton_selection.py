@@ -256,7 +256,6 @@ def select_tiles(
         num_warps=8 if dtype == torch.float32 or (crowded and not on_hip()) else 4,
         # Triton 3.7 cannot pipeline its two loops for AMD chips.
         num_stages=1 if dtype == torch.float32 or on_hip() else 2,
-        alternatives=() if on_hip() else (Setting(4, 2), Setting(8, 2), Setting(8, 3), Setting(4, 1)),
     )
     block = next_power_of_2(n_key_tiles)
     launch(
