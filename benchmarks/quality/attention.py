@@ -40,7 +40,9 @@ def measure(subject: Subject) -> dict[str, Any]:
     learned = subjects.learn(subject, _ONLY_ATTENTION)
     states = [state.tensors for state in learned.of("attention")]
     head_dim = states[0]["key_mean"].shape[1]
-    # Codes are compared in subspaces 8 wide, as the paper does; keys are decoded from the backend's own choice.
+    # Codes are compared in subspaces 8 wide, as the paper does, and single keys scored in such of 4: the backend's own choices.
+    by_key = subjects.learn(subject, {**_ONLY_ATTENTION, "attention.subspaces": max(1, head_dim // 4)})
+    single = [state.tensors for state in by_key.of("attention")]
     wide = subjects.learn(subject, {**_ONLY_ATTENTION, "attention.subspaces": max(1, head_dim // 8)})
     matching = [state.tensors for state in wide.of("attention")]
     sums: dict[str, dict[str, list[float]]] = {rule: {f"{d:.4f}": [0.0, 0.0] for d in DENSITIES} for rule in RULES}
@@ -48,8 +50,9 @@ def measure(subject: Subject) -> dict[str, Any]:
     for ids in subject.heldout:
         layers = attention_inputs(subject, ids)
         assert len(layers) == len(states), f"{len(layers)} attention layers, {len(states)} sites"
-        for heads, state, match_state in zip(layers, states, matching, strict=True):
-            layer = _Layer(heads, {"pq": state, "pq-match": match_state}, causal=subject.causal, seed=n)
+        for heads, state, key_state, match_state in zip(layers, states, single, matching, strict=True):
+            books = {"pq": state, "pq of keys": key_state, "pq-match": match_state}
+            layer = _Layer(heads, books, causal=subject.causal, seed=n)
             n += 1
             for rule in RULES:
                 for density in DENSITIES:
@@ -64,7 +67,7 @@ class _Layer:
     """One attention layer on one sequence: what is kept under each rule, and what that costs."""
 
     def __init__(self, heads: Heads, codebooks: dict[str, dict[str, Tensor]], *, causal: bool, seed: int):
-        """codebooks: {rule: {"codebook", "key_mean"}} of the rules "pq" and "pq-match"."""
+        """codebooks: {rule: {"codebook", "key_mean"}} of the rules "pq" (on single keys: "pq of keys") and "pq-match"."""
         self.heads, self.causal = heads, causal
         self.codebooks = {rule: (t["codebook"].detach(), t["key_mean"].detach()) for rule, t in codebooks.items()}
         self.expr = "k <= q" if causal else ""
@@ -98,7 +101,8 @@ class _Layer:
         if granularity == "tile":
             return self._tiles(name, density)
         if name in ("pq", "pq-match"):
-            keys, counts = torch.ops.spt.select_keys_v1(*self._selection(name, density), self.heads.scale, None, name, 0)
+            book = "pq of keys" if name == "pq" and "pq of keys" in self.codebooks else name
+            keys, counts = torch.ops.spt.select_keys_v1(*self._selection(book, density), self.heads.scale, None, name, 0)
             return reference.listed(keys, counts, self.n)
         count = _ceil(density * self.n)
         if name == "window":
