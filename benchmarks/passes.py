@@ -53,8 +53,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": list(rows), "growth": growth, "goal": GOAL}
 
 
-def compile_once(family: str, layers: int, *, inductor: bool) -> dict[str, Any]:
-    """One row: a forward of a fresh model for training and, with `inductor`, the backward that it then compiles."""
+def compile_once(family: str, layers: int, *, inductor: bool, backward: bool = True) -> dict[str, Any]:
+    """One row: a forward of a fresh model for training and, with `inductor` and `backward`, the backward that it compiles."""
     import torch
 
     from spt_compiler import debug
@@ -73,19 +73,26 @@ def compile_once(family: str, layers: int, *, inductor: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"family": family, "layers": layers, "stages": stages, "ours": sum(stages.values())}
     if inductor:
         started = time.perf_counter()
-        loss.backward()  # Inductor compiles the backward graph when it is first run
+        if backward:
+            loss.backward()  # Inductor compiles the backward graph when it is first run
         row["inductor"] = seconds["inner"] + time.perf_counter() - started
         row["share"] = row["ours"] / row["inductor"]
     return row
 
 
+HEAD = f"{'model':6} {'layers':>6} " + " ".join(f"{s:>12}" for s in STAGES) + f" {'ours':>8} {'Inductor':>9} {'share':>6}"
+
+
+def line(r: dict[str, Any]) -> str:
+    """One row as text."""
+    inner = f"{r['inductor']:8.1f}s {r['share']:6.1%}" if "inductor" in r else ""
+    stages = " ".join(f"{r['stages'][s]:11.2f}s" for s in STAGES)
+    return f"{r['family']:6} {r['layers']:6} {stages} {r['ours']:7.2f}s {inner}"
+
+
 def table(result: dict[str, Any]) -> str:
     """The rows as text."""
-    lines = [f"{'model':6} {'layers':>6} " + " ".join(f"{s:>12}" for s in STAGES) + f" {'ours':>8} {'Inductor':>9} {'share':>6}"]
-    for r in result["rows"]:
-        inner = f"{r['inductor']:8.1f}s {r['share']:6.1%}" if "inductor" in r else ""
-        stages = " ".join(f"{r['stages'][s]:11.2f}s" for s in STAGES)
-        lines.append(f"{r['family']:6} {r['layers']:6} {stages} {r['ours']:7.2f}s {inner}")
+    lines = [HEAD, *map(line, result["rows"])]
     for family, grown in result["growth"].items():
         lines.append(f"{family}: {grown['layers']:.0f} times the layers take {grown['time']:.1f} times as long")
     return "\n".join(lines)
@@ -95,16 +102,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--family", choices=FAMILIES, action="append", help="this one alone (may be repeated)")
     parser.add_argument("--layers", default=",".join(map(str, LAYERS)), help="depths; Inductor compiles the last")
+    parser.add_argument("--forward", action="store_true", help="Inductor's forward alone: a share that is rather too large")
     parser.add_argument("--no-inductor", action="store_true", help="our stages alone")
     parser.add_argument("--json", metavar="FILE", help="write the figures")
     args = parser.parse_args(arguments)
     depths = [int(n) for n in args.layers.split(",")]
     rows = []
+    sys.stdout.write(HEAD + "\n")
     for family in args.family or FAMILIES:
         compile_once(family, 1, inductor=False)
-        rows += [compile_once(family, n, inductor=n == depths[-1] and not args.no_inductor) for n in depths]
+        for n in depths:
+            with_inductor = n == depths[-1] and not args.no_inductor
+            rows.append(compile_once(family, n, inductor=with_inductor, backward=not args.forward))
+            sys.stdout.write(line(rows[-1]) + "\n")
+            sys.stdout.flush()
     result = summary(rows)
-    sys.stdout.write(table(result) + "\n")
     if args.json:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)
