@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from .saved import saved_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 600  # seconds of one measurement; what takes longer hangs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +267,9 @@ def _memory(case: Case, variant: str) -> dict[str, Any]:
     side = Side(case, variant)
     side.step()
     own = (*side.model.parameters(), *side.model.buffers(), *side.inputs)
-    if variant == "materialised":
+    if variant == "materialised" or case.group == "growth":
+        if case.group == "growth":
+            side.step()  # the first step selects everything
         return {"saved_bytes": saved_bytes(lambda: side.model(*side.inputs), own)}
 
     def peak(steps: int) -> int:
@@ -312,7 +315,10 @@ def spawn(what: str, case: Case, *, variant: str = "", seconds: float = 0.0, env
     """Runs one measurement in a process of its own."""
     task = {"what": what, "case": dataclasses.asdict(case), "variant": variant, "seconds": seconds}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.cpu", "--worker", json.dumps(task)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **(env or {})})
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {LONGEST} s"}
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
@@ -450,7 +456,8 @@ def _measure(args: argparse.Namespace, out: Path, report: dict[str, Any]) -> Non
             print(row_of(case, result), flush=True)
             _write(out, report)
         for case in (c for c in _memory_cases(args.quick) if group == "memory" and missing(f"memory {c.name}")):
-            found = {v: spawn("memory", case, variant=v, env=env) for v in ("dense", "spt")}
+            variants = ("spt",) if case.group == "growth" else ("dense", "spt")
+            found = {v: spawn("memory", case, variant=v, env=env) for v in variants}
             if case.group == "memory":
                 spelled = dataclasses.replace(case, materialised=True)
                 found["materialised"] = spawn("memory", spelled, variant="materialised", env=env)
