@@ -516,7 +516,7 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
             return piece
     if isinstance(first, Parts) and (first.stacked or target is operator.getitem):
         return None
-    if target in (torch.matmul, F.scaled_dot_product_attention):
+    if target in (torch.matmul, F.scaled_dot_product_attention) and not any(_is_refused_block(s) for s in above):
         return None  # what attention does with it is attention's business
     if target == "to" and isinstance(first, Projection) and first.lora and is_float(node):
         return replace(first, nodes=(*first.nodes, node))  # adapters may be of a wider type than the model
@@ -538,6 +538,11 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
     if _pointwise_convolution(node):
         return Projection(node, nodes=(node,), refused=Reject("a 1x1 convolution in place of a linear layer"))
     return _broken(merged, node)
+
+
+def _is_refused_block(state: State) -> bool:
+    """An activation of projections that is no site, whatever comes after it (adapters that rotate it, say)."""
+    return isinstance(state, Hidden) and state.nonlinear and state.refused is not None
 
 
 def _linear_state(node: Node, found: dict[Node, State]) -> State | None:
