@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 # Measured break-even points (docs/cpu.md has the runs for the CPU). Below them the dense operators win, so the site stays dense.
 MIN_KEYS = {"cpu": 512, "cuda": 4096}
-MIN_WIDTH = {"cpu": 512, "cuda": 2048}
+MIN_WIDTH = {"cpu": 1024, "cuda": 2048}
 MIN_TOKENS = {"cpu": 512, "cuda": 2048}
+MIN_TOKENS_16_BITS = {"cpu": 4096}  # where dense products are so fast that the rest of a routed FFN weighs more
 
 # Rows of activations kept per site for learning, and taken per observation.
 ATTENTION_SAMPLES = 512
@@ -284,7 +285,7 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
     if width < minimum:
         return Reject("hidden width {} is below ffn.min_width = {}, the break-even on {}", width, minimum, device)
     tokens = x.numel() // model_width
-    min_tokens = 0 if lifted or options.min_width is not None else MIN_TOKENS.get(device, 0)
+    min_tokens = 0 if lifted or options.min_width is not None else _min_tokens(device, x.dtype)
     if _static(tokens) and tokens < min_tokens:
         return Reject("{} tokens a call are fewer than {}, the break-even on {}", tokens, min_tokens, device)
     n_blocks = min(options.blocks, width)
@@ -342,6 +343,11 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
         _samples(FFN_SAMPLES, tokens),
         dict(width=width, blocks=n_blocks, block=block, model_width=model_width),
     )
+
+
+def _min_tokens(device: str, dtype: torch.dtype) -> int:
+    fewest = MIN_TOKENS.get(device, 0)
+    return max(fewest, MIN_TOKENS_16_BITS.get(device, 0)) if dtype.itemsize == 2 else fewest
 
 
 def _picked(scope: Scope, node: fx.Node) -> tuple[str, ...]:

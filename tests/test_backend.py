@@ -588,3 +588,19 @@ def test_compensation_reaches_the_operator_and_lowers_the_error():
         out, grads = gradients(model, run, x)
         errors[on] = relative(out, dense), relative(grads["input0"], dense_grads["input0"])
     assert errors[True][0] < 0.7 * errors[False][0] and errors[True][1] < errors[False][1]
+
+
+def test_feed_forwards_below_the_break_even_stay_dense():
+    """Of a CPU, by hidden width, and by tokens where the dense products are faster: in 16 bits."""
+    from torch import nn
+
+    def replaced(hidden: int, tokens: int, dtype: torch.dtype) -> tuple[int, str]:
+        model = nn.Sequential(nn.Linear(64, hidden), nn.GELU(), nn.Linear(hidden, 64)).to(dtype)
+        found = spt_compiler.explain(model, torch.randn(1, tokens, 64, dtype=dtype), options={"inner": "eager"})
+        return found.replaced("ffn"), found.sites[0].reason or ""
+
+    assert replaced(1024, 512, torch.float32)[0] == 1
+    assert replaced(1023, 512, torch.float32) == (0, "hidden width 1023 is below ffn.min_width = 1024, the break-even on cpu")
+    assert replaced(1024, 511, torch.float32) == (0, "511 tokens a call are fewer than 512, the break-even on cpu")
+    assert replaced(1024, 4096, torch.bfloat16)[0] == 1
+    assert replaced(1024, 4095, torch.bfloat16) == (0, "4095 tokens a call are fewer than 4096, the break-even on cpu")
