@@ -57,8 +57,7 @@ def _maintain(state: SiteState, weights: Callable[[], Any], after_backward: bool
         state.set_counter("steps", state.counter("steps") + 1)
     steps, interval = state.counter("steps"), config.guard.interval  # type: ignore[union-attr]
     replicas = _replicas() if after_backward else 1
-    measured = _is_looked_at(steps, interval) if state.kind == "attention" else _is_measured(steps, interval)
-    together = replicas > 1 and (learning.is_due(steps) or measured)
+    together = replicas > 1 and (learning.is_due(steps) or _is_looked_at(state, steps, interval))
     alone = replicas == 1
     due = learns and (learning.is_due(steps) or (alone and not state.initialised))
     # Rows and sums lie on the device: they are looked at only in the turns that need them.
@@ -87,9 +86,8 @@ def _maintain(state: SiteState, weights: Callable[[], Any], after_backward: bool
         state.set_correction(0 <= state.budget and n_keep == state.counter("fitted_keep"))
     next_step = steps + 1
     # The first sparse step is measured, then one in every `guard.interval`.
-    looks = _is_looked_at if state.kind == "attention" else _is_measured
     measure = state.initialised and (
-        looks(next_step, interval) or (interval > 0 and state.counter("measured_at") == 0)
+        _is_looked_at(state, next_step, interval) or (interval > 0 and state.counter("measured_at") == 0)
     )
     collect = learns and (not state.initialised or learning.is_due(next_step) or not learning.ring_is_full(state))
     state.set_probe(
@@ -110,16 +108,17 @@ def _maintain(state: SiteState, weights: Callable[[], Any], after_backward: bool
 def _only_counts(state: SiteState) -> bool:
     """Whether the turn of a settled site does nothing else: nothing was asked of the last forward or will be of the next."""
     turn, interval = state.counter("steps") + 1, state.settings.guard.interval  # type: ignore[union-attr]
-    looks = _is_looked_at if state.kind == "attention" else _is_measured
-    return not any(learning.is_due(step) or looks(step, interval) for step in (turn, turn + 1))
+    return not any(learning.is_due(step) or _is_looked_at(state, step, interval) for step in (turn, turn + 1))
 
 
 def _is_measured(steps: int, interval: int) -> bool:
     return interval > 0 and steps > 0 and steps % interval == 0
 
 
-def _is_looked_at(steps: int, interval: int) -> bool:
-    """Whether this step is one of the last `LOOKS` of an interval."""
+def _is_looked_at(state: SiteState, steps: int, interval: int) -> bool:
+    """Whether this step is one of the last `LOOKS` of an interval; an FFN gets all its looks from the tokens of the last."""
+    if state.kind == "ffn":
+        return _is_measured(steps, interval)
     return interval > 0 and steps > 0 and -steps % interval < LOOKS
 
 
