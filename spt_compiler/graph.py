@@ -74,6 +74,13 @@ def needs_grad(node: Any) -> bool:
     return found is None or found.requires_grad
 
 
+def without_casts(x: Any) -> Any:
+    """What a chain of canonical casts was made of."""
+    while isinstance(x, fx.Node) and x.target == "to" and isinstance(x.args[0], fx.Node):
+        x = x.args[0]
+    return x
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are provably equal, without a guard."""
     if isinstance(a, int) and isinstance(b, int):

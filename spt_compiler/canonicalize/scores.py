@@ -11,7 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..graph import Arguments, dtype, is_bounded, is_float, is_one_element, is_tensor, needs_grad, rank, same_shape, shape
+from ..graph import (
+    Arguments,
+    dtype,
+    is_bounded,
+    is_float,
+    is_one_element,
+    is_tensor,
+    needs_grad,
+    rank,
+    same_shape,
+    shape,
+    without_casts,
+)
 from .editor import Editor, Unknown, rule
 from .products import permuted
 
@@ -180,10 +192,16 @@ def _is_maximum(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.target not in ("max", "amax", torch.max, torch.amax):
         return False
     found = Arguments(node, "input", "dim", ("keepdim", False))
-    dim = found["dim"][0] if isinstance(found["dim"], (tuple, list)) and len(found["dim"]) == 1 else found["dim"]
+    dim = _one_dim(found)
     if dim is None:
         return not kept
     return dim in (-1, rank(found["input"]) - 1) and found["keepdim"] is not kept
+
+
+def _one_dim(reduced: Arguments) -> Any:
+    """The dim of a reduction, without the tuple around a single one."""
+    dim = reduced["dim"]
+    return dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
 
 
 def _keeps_shifts(x: fx.Node, step: fx.Node) -> bool:
@@ -437,24 +455,23 @@ def gate_to_sink(e: Editor, node: fx.Node) -> fx.Node | None:
     The same function, for e^s / sum(e^s) * sum(e^s) / (sum(e^s) + e^sink) = e^s / (sum(e^s) + e^sink). A row of -inf only
     would become zero in place of nan, so the scores have to be provably above it.
     """
-    found = [_without_casts(a) for a in node.args]
+    found = [without_casts(a) for a in node.args]
     product, gate = found if _is_scores(found[0]) else reversed(found)
     if not _is_scores(product) or len(product.users) != 1 or not is_tensor(gate):
         return None
     if gate.target in ("unsqueeze", torch.unsqueeze) and Arguments(gate, "input", "dim")["dim"] in (-1, rank(gate) - 1):
-        gate = _without_casts(gate.args[0])
+        gate = without_casts(gate.args[0])
     if not is_tensor(gate) or gate.target is not torch.sigmoid:
         return None
-    logit = _without_casts(gate.args[0])
+    logit = without_casts(gate.args[0])
     if not is_tensor(logit) or logit.target is not operator.sub or not all(map(is_tensor, logit.args)):
         return None
     total, sink = logit.args
     reduced = Arguments(total, "input", "dim", ("keepdim", False))
     if total.target not in ("logsumexp", torch.logsumexp) or len(total.users) != 1:
         return None
-    dim = reduced["dim"][0] if isinstance(reduced["dim"], (tuple, list)) and len(reduced["dim"]) == 1 else reduced["dim"]
-    scores = _without_casts(reduced["input"])
-    if dim not in (-1, rank(scores) - 1):
+    scores = without_casts(reduced["input"])
+    if _one_dim(reduced) not in (-1, rank(scores) - 1):
         return None
     p, v = product.args
     between: list[fx.Node] = []
@@ -463,7 +480,7 @@ def gate_to_sink(e: Editor, node: fx.Node) -> fx.Node | None:
         p = p.args[0]
     if not isinstance(p, fx.Node) or p.target is not F.softmax or p.kwargs.get("dim") != -1 or len(p.users) != 1:
         return None
-    if _without_casts(p.args[0]) is not scores or not e.same_region(node, product, p, total):
+    if without_casts(p.args[0]) is not scores or not e.same_region(node, product, p, total):
         return None
     if not reduced["keepdim"]:
         sink = e.call(torch.unsqueeze, sink, -1)
@@ -471,12 +488,6 @@ def gate_to_sink(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     result = _with_sink(e, p.args[0], sink, between, v, read_twice=scores)
     return result if dtype(result) is dtype(node) else e.call("to", result, dtype(node))
-
-
-def _without_casts(x: Any) -> Any:
-    while isinstance(x, fx.Node) and x.target == "to":
-        x = x.args[0]
-    return x
 
 
 def _with_sink(

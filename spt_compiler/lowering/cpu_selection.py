@@ -206,26 +206,30 @@ def _blocks(batch: int, n_groups: int, group: int) -> list[tuple[slice, slice, s
     return [(slice(*rows), slice(*keys), slice(keys[0] * group, keys[1] * group)) for rows, keys in cuts]
 
 
-def _choose_fast(mass: Tensor, visible: Tensor, forced: Tensor, wanted: int, width: int) -> tuple[Tensor, Tensor]:
-    """`choose_tiles` where no row has more forced tiles than it keeps: a partial sort in place of a full one."""
-    n_tiles = mass.shape[-1]
-    mass = torch.nan_to_num(mass, nan=-1.0).clamp_(min=-1.0)
-    mass.masked_fill_(forced, torch.inf).masked_fill_(~visible, -torch.inf)
-    keep = min(wanted, width, n_tiles)
-    if keep == n_tiles:
-        kept = visible
-    else:
-        threshold = mass.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        above = mass > threshold
-        level = (mass == threshold) & visible
-        # Ties at the threshold: the lower indices fill what is left.
-        kept = (above & visible) | (level & (level.cumsum(-1) <= keep - above.sum(-1, keepdim=True)))
-    counts = kept.sum(-1)
-    tiles = torch.full((*mass.shape[:-1], width), -1, dtype=torch.int32)
+def _largest(x: Tensor, keep: int) -> Tensor:
+    """The `keep` largest of each row [..., n], ties to the lower index, as bool; never what is -inf. A partial sort does it."""
+    if keep == x.shape[-1]:
+        return x > -torch.inf
+    threshold = x.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above = x > threshold
+    level = (x == threshold) & (threshold > -torch.inf)
+    return above | (level & (level.cumsum(-1) <= keep - above.sum(-1, keepdim=True)))
+
+
+def _lists(kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Indices of what is kept [..., n], ascending, -1 behind them: [..., width] int32; and how many, [...] int32."""
+    index = torch.full((*kept.shape[:-1], width), -1, dtype=torch.int32)
     where = kept.nonzero(as_tuple=True)
     slot = kept.cumsum(-1)[where] - 1
-    tiles[(*where[:-1], slot)] = where[-1].int()
-    return tiles, counts.int()
+    index[(*where[:-1], slot)] = where[-1].int()
+    return index, kept.sum(-1).int()
+
+
+def _choose_fast(mass: Tensor, visible: Tensor, forced: Tensor, wanted: int, width: int) -> tuple[Tensor, Tensor]:
+    """`choose_tiles` where no row has more forced tiles than it keeps: a partial sort in place of a full one."""
+    mass = torch.nan_to_num(mass, nan=-1.0).clamp_(min=-1.0)
+    mass.masked_fill_(forced, torch.inf).masked_fill_(~visible, -torch.inf)
+    return _lists(_largest(mass, min(wanted, width, mass.shape[-1])), width)
 
 
 @register("select_tiles_v1", "cpu", "cpu")
@@ -295,24 +299,7 @@ def _choose_keys_fast(
         offset = torch.arange(n_k) - nearest.unsqueeze(-1)
         scores.mul_(2 * n_k + 2).sub_(2 * offset.abs() - (offset < 0).long())  # at equal distance the lower index comes first
     scores.nan_to_num_(nan=torch.finfo(scores.dtype).min).masked_fill_(~allowed, -torch.inf)
-    keep = min(wanted, width, n_k)
-    if keep == n_k:
-        kept = allowed
-    else:
-        threshold = scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        kept = scores > threshold
-        if nearest is None:  # ties at the threshold: the lower indices fill what is left
-            level = scores == threshold
-            kept |= level & (level.cumsum(-1) <= keep - kept.sum(-1, keepdim=True))
-        else:
-            kept |= scores == threshold
-        kept &= allowed
-    counts = kept.sum(-1)
-    keys = torch.full((*scores.shape[:-1], width), -1, dtype=torch.int32)
-    where = kept.nonzero(as_tuple=True)
-    slot = kept.cumsum(-1)[where] - 1
-    keys[(*where[:-1], slot)] = where[-1].int()
-    return keys, counts.int()
+    return _lists(_largest(scores, min(wanted, width, n_k)), width)
 
 
 @register("select_keys_v1", "cpu", "cpu")

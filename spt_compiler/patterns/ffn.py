@@ -21,7 +21,7 @@ from torch.fx import Node
 from ..canonicalize import is_weight
 from ..errors import ExpressionError, Reject
 from ..expression import Expression, call, evaluate, substitute, var
-from ..graph import Arguments, describe, dtype, is_float, is_tensor, number, rank, same_shape, same_size, shape
+from ..graph import Arguments, describe, dtype, is_float, is_tensor, number, rank, same_shape, same_size, shape, without_casts
 from ..pattern import CUSTOM, Candidate, Context, Pattern, is_custom
 
 log = logging.getLogger(__name__)
@@ -572,12 +572,6 @@ def _source_of_branch(x: Any) -> tuple[Any, list[Node]]:
     return x, passed
 
 
-def _without_casts(x: Any) -> Any:
-    while isinstance(x, Node) and x.target == "to" and isinstance(x.args[0], Node):
-        x = x.args[0]
-    return x
-
-
 def _branch_state(node: Node, found: dict[Node, State]) -> State | None:
     args = [a for a in node.args if isinstance(a, Node)]
     branches = [(a, s) for a in args if isinstance(s := found.get(a), Branch)]
@@ -625,7 +619,7 @@ def _merged(above: list[State]) -> Hidden | None:
             sources = sources | {state.whole.linear}
         else:
             return None
-    if len(sources) > _MAX_SOURCES or len({_without_casts(_read_by(s)) for s in sources}) > 1:
+    if len(sources) > _MAX_SOURCES or len({without_casts(_read_by(s)) for s in sources}) > 1:
         return None
     return Hidden(sources, nonlinear, refused)
 
@@ -993,7 +987,7 @@ def _starts_branch(node: Node, found: dict[Node, State]) -> bool:
 
 def _branches_below(node: Node, found: dict[Node, State]) -> _Tail | Reject:
     """The low-rank branches of the out-projection `node`: their A reads its hidden activation, behind a dropout or not."""
-    hidden = _without_casts(node.args[0])
+    hidden = without_casts(node.args[0])
     tail = _Tail(node)
     while True:
         following = [(u, b) for u in tail.output.users if (b := _added_branch(u, tail.output, found)) is not None]
