@@ -255,6 +255,9 @@ def test_the_next_lowering_takes_over_for_that_configuration_alone(monkeypatch):
         found = [registry.dispatch(op, "fake", x) for x in (64, 128, 128, 32)]
     assert found == ["kernels", "reference", "reference", "kernels"] and calls == [64, 32]
     assert len(caught) == 1 and registry.chosen(op, "fake") == "triton"
+    assert {cause: where for cause, where in registry.refusals().items() if where[0] == op} == {
+        str(KernelError("route_top_kernel", "fp16, N_BLOCKS 128", "OutOfResources: shared memory")): (op, "fake", "triton")
+    }
 
 
 # ---- the compiler's own cache -------------------------------------------------------------------------------------
