@@ -7,6 +7,7 @@ data") is decided inside the kernels. Sums run in a fixed order, so that results
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,11 @@ def _row_tile(blocks: Tensor, rows: Tensor, n_blocks: int) -> int:
     return (rows.shape[0] - n_tokens * n_slots) // n_blocks + 1
 
 
+def _factor(n: int) -> int:
+    """The largest power of two up to 256 that divides n: tiles that divide it need no masks."""
+    return math.gcd(n, 256)
+
+
 class _Geometry:
     """Sizes of one call, and how its tokens are cut into chunks where every block is meant.
 
@@ -128,6 +134,7 @@ class _Geometry:
         self.n_tokens, self.n_slots = blocks.shape
         self.n_units, self.n_blocks = permutation.shape[0], offsets.shape[0] - 1
         self.width = ceil_div(self.n_units, self.n_blocks)
+        self.width_factor = _factor(self.width) if self.n_units == self.width * self.n_blocks else 0
         self.capacity = rows.shape[0]
         # The largest power of two that divides the row tile: a row tile of the kernels lies in one block.
         tile = _row_tile(blocks, rows, self.n_blocks)
@@ -249,7 +256,7 @@ class _Geometry:
                 "first_token": first_token,
                 "chunk": self.chunk,
             },
-            {**constants, "BAND": _BAND},
+            {**constants, "BAND": _BAND, "WIDTH_FACTOR": self.width_factor, "OUT_FACTOR": _factor(n_out)},
             **tuning,
             alternatives=self.alternatives(constants, n_out, first_token),
         )
@@ -259,6 +266,7 @@ class _Geometry:
     ) -> None:
         """out = the sum of the partial rows of each token, and what else is added to it."""
         block_t, block_e = 32, min(128, max(16, next_power_of_2(out.shape[1])))
+        terms = min(4, next_power_of_2(self.n_slots))
         n_out_tiles = ceil_div(out.shape[1], block_e)
         args: dict[str, Any] = {}
         if bias is not None:
@@ -284,7 +292,7 @@ class _Geometry:
                 "first_token": first_token,
                 "chunk": self.chunk,
             },
-            {"N_BLOCKS": self.n_blocks, "N_SLOTS": self.n_slots, "BLOCK_M": block_t, "BLOCK_N": block_e},
+            {"N_BLOCKS": self.n_blocks, "N_SLOTS": self.n_slots, "TERMS": terms, "BLOCK_M": block_t, "BLOCK_N": block_e},
         )
 
     @property
@@ -499,7 +507,13 @@ def routed_ffn(
                 "first_token": first_token,
                 "chunk": g.chunk,
             },
-            {**constants, "N_SLOTS": g.n_slots, "BLOCK_R": projections.block_r, "BAND": _BAND},
+            {
+                **constants,
+                "N_SLOTS": g.n_slots,
+                "FEATURES_FACTOR": _factor(g.n_features),
+                "BLOCK_R": projections.block_r,
+                "BAND": _BAND,
+            },
             **tuning,
             alternatives=g.alternatives(constants, g.width, first_token),
         )
@@ -777,7 +791,14 @@ class _Backward:
                 "first_token": first_token,
                 "chunk": g.chunk,
             },
-            {**constants, "N_SLOTS": g.n_slots, "BLOCK_R": p.block_r, "BAND": _BAND},
+            {
+                **constants,
+                "N_SLOTS": g.n_slots,
+                "FEATURES_FACTOR": _factor(g.n_features),
+                "OUT_FACTOR": _factor(self.grad_y.shape[1]),
+                "BLOCK_R": p.block_r,
+                "BAND": _BAND,
+            },
             **tuning,
         )
 
@@ -809,7 +830,13 @@ class _Backward:
                 "first_token": first_token,
                 "chunk": g.chunk,
             },
-            {**constants, "INDIRECT": direct},
+            {
+                **constants,
+                "ROWS": g.block_m,
+                "INDIRECT": direct,
+                "WIDTH_FACTOR": g.width_factor,
+                "OUT_FACTOR": _factor(target.shape[1]),
+            },
             **tuning,
             alternatives=g.alternatives(constants, target.shape[1], first_token),
         )
