@@ -22,6 +22,7 @@ from spt_compiler.lowering.triton_common import (
     DTYPES,
     accepts,
     available,
+    before_hopper,
     byte_view,
     ceil_div,
     dropout_threshold,
@@ -35,7 +36,7 @@ from spt_compiler.lowering.triton_tuning import Setting
 from spt_compiler.ops.reference_ffn import FlatGrads, check_arguments, kept_blocks, row_capacity
 
 MAX_BLOCKS = 1024
-# Row tiles that share a band of the GEMM grids.
+# Tiles that share a band of the GEMM grids (rows, or units of a block).
 _BAND = 8
 # Programs of a launch that most likely finds nothing to do.
 _LATER_PROGRAMS = 512
@@ -134,6 +135,8 @@ class _Geometry:
         self.n_tokens, self.n_slots = blocks.shape
         self.n_units, self.n_blocks = permutation.shape[0], offsets.shape[0] - 1
         self.width = ceil_div(self.n_units, self.n_blocks)
+        # Whether products are those of warp groups, whose operands take no registers.
+        self.wide = x.dtype != torch.float32 and not on_hip() and not before_hopper()
         self.width_factor = _factor(self.width) if self.n_units == self.width * self.n_blocks else 0
         self.capacity = rows.shape[0]
         # The largest power of two that divides the row tile: a row tile of the kernels lies in one block.
@@ -206,7 +209,13 @@ class _Geometry:
         """Constants and tuning of a GEMM whose programs hold so many sums of [BLOCK_M, BLOCK_N]; BLOCK_M: a row tile."""
         full = self.dtype == torch.float32
         block_m = block_m or self.block_m
-        block_n = 128 if n_accumulators == 1 and not full else 64 if n_accumulators <= 3 else 32
+        if self.wide:
+            # Tiles of 128 x 256 read a third less than those of 128 x 128, which the level-2 cache could not feed.
+            block_n = {1: 256, 2: 128, 3: 64}.get(n_accumulators, 32)
+            while block_n > 128 and ceil_div(columns, block_n) * block_n > 1.15 * columns:
+                block_n //= 2
+        else:
+            block_n = 128 if n_accumulators == 1 and not full else 64 if n_accumulators <= 3 else 32
         block_n = min(block_n, max(16, next_power_of_2(columns)))
         constants = {
             "N_BLOCKS": self.n_blocks,
@@ -219,6 +228,10 @@ class _Geometry:
         warps = 4 if block_m * block_n * n_accumulators <= (32 if full else 64) * 128 else 8
         return constants, {"num_warps": warps, "num_stages": 1 if full else 2 if on_hip() else 3}
 
+    def parts(self, block_n: int) -> int:
+        """In how many parts the columns of a tile go through the activation."""
+        return max(1, min(4, block_n // 64)) if self.wide else 1
+
     def alternatives(self, constants: Mapping[str, Any], columns: int, first_token: int) -> tuple[Setting, ...]:
         """Settings beside the safe one, for kernels that find the number of their tiles themselves.
 
@@ -229,8 +242,14 @@ class _Geometry:
             return ()
         if self.dtype == torch.float32:
             return (Setting(8, 2), Setting(4, 1, (("BLOCK_N", 32),)))
+        half: tuple[tuple[str, int], ...] = (("BLOCK_N", block_n // 2),)
+        if self.wide:
+            if "PARTS" in constants:
+                half += (("PARTS", self.parts(block_n // 2)),)
+            # The last one leaves room for a second program, whose products run while the first stores.
+            return (Setting(8, 4), Setting(8, 4, half), Setting(4, 3, half))
         wide = (Setting(8, 3, (("BLOCK_N", 2 * block_n),)),) if columns >= 2 * block_n else ()
-        return (*wide, Setting(8, 4), Setting(8, 2), Setting(4, 3, (("BLOCK_N", block_n // 2),)))
+        return (*wide, Setting(8, 4), Setting(8, 2), Setting(4, 3, half))
 
     def rows_of(self, lefts: list[Tensor], weights: list[_Weight], partial: Tensor, first_token: int) -> None:
         """partial = the sum of left @ weight[units of the row's block] over the pairs."""
@@ -483,6 +502,7 @@ def routed_ffn(
     added = None if compensation is None else compensation.float().contiguous()
     # Dropout's hash needs registers, as a second sum does.
     constants, tuning = g.products(len(w_in) + projections.structure["dropout"], columns=g.width)
+    constants["PARTS"] = g.parts(constants["BLOCK_N"])
     n_hidden_tiles = ceil_div(g.width, constants["BLOCK_N"])
     for first_token in g.chunks():
         launch(
@@ -737,9 +757,10 @@ class _Backward:
             self._sum_gates(first_token)
 
     def _products(self, recompute: bool) -> tuple[dict[str, Any], dict[str, int]]:
-        # The derivative needs registers: never the widest tile. So do two dropouts and the sum that one is applied to.
-        n_sums = len(self.projections.weights) + 1 if recompute else 2
+        # The derivative needs registers, unless it is taken in parts. So do two dropouts and the sum that one is applied to.
+        n_sums = len(self.projections.weights) + 1 if recompute else 1 if self.g.wide else 2
         constants, tuning = self.g.products(n_sums + 2 * self.projections.low_dropout, columns=self.g.width)
+        constants["PARTS"] = self.g.parts(constants["BLOCK_N"])
         if on_hip() and self.g.dtype != torch.float32:
             tuning["num_warps"] = 4  # of 64 lanes: more of them have fewer registers each
         return constants, tuning
@@ -787,7 +808,6 @@ class _Backward:
                 "n_out": self.grad_y.shape[1],
                 "n_units": g.n_units,
                 "width": g.width,
-                "n_hidden_tiles": n_hidden_tiles,
                 "first_token": first_token,
                 "chunk": g.chunk,
             },
@@ -800,6 +820,8 @@ class _Backward:
                 "BAND": _BAND,
             },
             **tuning,
+            # With other tiles the rows of the gates' gradient would have other lengths.
+            alternatives=() if mode == "dense" or self.grad_gates is not None else g.alternatives(constants, g.width, first_token),
         )
 
     def _weights(self, left: Tensor, right: Tensor, target: Tensor, direct: bool, first_token: int) -> None:
@@ -832,6 +854,7 @@ class _Backward:
             },
             {
                 **constants,
+                "BAND": _BAND,
                 "ROWS": g.block_m,
                 "INDIRECT": direct,
                 "WIDTH_FACTOR": g.width_factor,
