@@ -230,7 +230,7 @@ class _Geometry:
 
     def parts(self, block_n: int) -> int:
         """In how many parts the columns of a tile go through the activation."""
-        return max(1, min(4, block_n // 64)) if self.wide else 1
+        return (4 if block_n >= 128 else 2 if block_n >= 64 else 1) if self.wide else 1
 
     def alternatives(self, constants: Mapping[str, Any], columns: int, first_token: int) -> tuple[Setting, ...]:
         """Settings beside the safe one, for kernels that find the number of their tiles themselves.
