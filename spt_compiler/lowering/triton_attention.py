@@ -31,6 +31,7 @@ from spt_compiler.lowering.triton_common import (
     mask_of,
     next_power_of_2,
     on_hip,
+    on_hopper,
     product_precision,
     strides,
 )
@@ -476,30 +477,24 @@ class Fused:
     dtype: torch.dtype
 
 
-def _keeps_much_on_chip() -> bool:
-    """Whether launches are for an NVIDIA chip whose programs can hold the queries of several heads in shared memory."""
-    if on_hip() or before_hopper():
-        return False
-    device = torch.cuda.get_device_properties() if torch.cuda.is_available() else None
-    return device is None or device.shared_memory_per_block_optin >= 200 << 10
-
-
 def fused_of(call: _Call, dtype: torch.dtype, k_max: int) -> Fused | None:
     """The layout for a call; None where the kernels that compute dQ apart from dK and dV serve."""
     constants = call.constants
     group, block_m = constants["GROUP"], constants["BLOCK_M"]
-    special_lists = call.structure["single"] or call.structure["pseudo"] is not None or _is_additive(call)
+    other_lists = call.structure["single"] or call.structure["pseudo"] is not None or _is_additive(call)
     large = call.full or call.wide > 128 or call.tile_k > 32 or k_max >= 1 << 15
-    if special_lists or large or not _keeps_much_on_chip():
+    if other_lists or large or not on_hopper():
         return None
     stack = min(next_power_of_2(group), max(1, 128 // block_m))
-    products = 2 if group > stack else 1
-    n_sub = ceil_div(call.tile_q, block_m)
+    # What masks and dropout need beside two products would not fit the registers.
+    bias, dropout, softcap = (call.structure[name] for name in ("bias", "dropout", "softcap"))
+    crowded = bias or (call.wide > 64 and (dropout or softcap))
+    products = 2 if group > stack and not crowded else 1
     return Fused(
         products,
         stack,
-        n_sub * ceil_div(group, products * stack),
-        max(call.tile_k, 16, FUSED_KEYS),
+        ceil_div(call.tile_q, block_m) * ceil_div(group, products * stack),
+        max(call.tile_k, FUSED_KEYS),
         8 if stack * block_m >= 128 else 4,
         dtype if dtype == torch.bfloat16 else torch.float32,
     )
@@ -632,8 +627,9 @@ class _Backward:
         constants = {**call.constants, "BLOCK_N": fused.block_n, "STACK": fused.stack, "SPLITS": fused.splits}
         blocks = {name: constants[name] for name in ("HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV", "TILE_K", "SPLITS")}
         lanes = max(1, 8192 // (call.tile_k * call.wide))
-        smaller = [(("BLOCK_N", n),) for n in (2 * fused.block_n, fused.block_n // 2) if 64 >= n >= max(16, call.tile_k)]
-        options = [Setting(fused.num_warps, 3), *(Setting(fused.num_warps, 2, x) for x in smaller), Setting(fused.num_warps, 1)]
+        others = [n for n in (2 * fused.block_n, fused.block_n // 2) if max(16, call.tile_k) <= n <= 64]
+        options = [Setting(fused.num_warps, 3, (("BLOCK_N", n),)) for n in others]
+        options += [Setting(fused.num_warps, 2), Setting(fused.num_warps, 1)]
         for first_head, n_range, first_row, n_rows in parts:
             of_range = {"first_head": first_head, "first_row": first_row, "n_rows": n_rows}
             is_last = first_row + n_rows == call.n_query_tiles
@@ -643,7 +639,7 @@ class _Backward:
                 {**of_queries, **of_range},
                 constants,
                 options,
-                setting=Setting(fused.num_warps, 2),
+                setting=Setting(fused.num_warps, 3),
             )
             if is_last:
                 self.blank(first_head * self.group, (first_head + n_range) * self.group)
