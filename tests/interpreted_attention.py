@@ -165,6 +165,55 @@ def test_tile_attention_backward(nan_empty, mask, extra):
     check_gradients("tile_attention", (q, k, v, bias), lists, rest, extra.get("needs", NO_BIAS), repeat=extra.get("repeat"))
 
 
+@pytest.mark.parametrize(
+    ("mask", "extra"),
+    [
+        ("causal", {"repeat": True, "heads": (8, 2)}),
+        ("none", {"heads": (6, 2), "dims": (80, 96), "dtype": torch.float16}),
+        ("padded", {"empty": "nan", "p": 0.3, "all_tiles": True, "heads": (4, 2)}),
+        ("bool", {"empty": "uniform", "heads": (4, 2), "scratch": 1, "repeat": True}),
+        ("causal", {"softcap": 2.0, "heads": (4, 4), "tile": (5, 16), "scratch": 20000}),
+        ("documents", {"all_tiles": True, "heads": (8, 2), "tile": (128, 4), "scratch": 1}),
+        ("heads", {"heads": (4, 1), "tile": (70, 32), "dtype": torch.float16, "repeat": True}),
+    ],
+)
+def test_gradients_of_a_query_tile_by_one_kernel(nan_empty, monkeypatch, mask, extra):
+    """Groups that fill the stacked products or not; scratch for all, or for a head and some query tiles at a time."""
+    if "scratch" in extra:
+        monkeypatch.setattr(triton_attention, "PARTIAL_BYTES", extra["scratch"])
+    heads, groups = extra["heads"]
+    tile, dims, batch = extra.get("tile", (8, 8)), extra.get("dims", (24, 40)), 2 if extra.get("all_tiles") else 1
+    n_q, n_k = (2 * tile[0] + 3, 5 * tile[1] + 2)
+    dtype = extra.get("dtype", torch.bfloat16)
+    q, k, v = qkv(n_q, n_k, heads, groups, *dims, batch=batch, dtype=dtype)
+    lists = tile_lists(q, k, *tile, all_of_batch_0=extra.get("all_tiles", False))
+    bias, expr, expr_in = MASKS[mask](n_q, n_k)
+    expr_in = [t.expand(batch, -1) if mask in ("padded", "documents") else t for t in expr_in]
+    p = extra.get("p", 0.0)
+    rest = (expr, expr_in, torch.tensor([99]) if p else None, p, 0.3, extra.get("softcap"), extra.get("empty", "zero"), *tile)
+    ran = set()
+
+    def spy(template, structure, kernel, *args, **kwargs):
+        ran.add(kernel.rpartition("_")[2])
+        return launch(template, structure, kernel, *args, **kwargs)
+
+    launch = triton_attention.launch
+    monkeypatch.setattr(triton_attention, "launch", spy)
+    check_gradients("tile_attention", (q, k, v, bias), lists, rest, NO_BIAS, repeat=extra.get("repeat"))
+    assert {"pairs", "sum", "dq", "dkdv"} <= ran
+
+
+@pytest.mark.parametrize("scratch", [1, 100, 1000, 10**9])
+def test_ranges_cover_every_query_tile_of_every_head_once(monkeypatch, scratch):
+    monkeypatch.setattr(triton_attention, "PARTIAL_BYTES", scratch)
+    found = triton_attention.ranges(3, 7, 40)
+    covered = [(h, r) for head, n, row, m in found for h in range(head, head + n) for r in range(row, row + m)]
+    assert sorted(covered) == [(h, r) for h in range(3) for r in range(7)]
+    assert all(n * m * 40 <= max(scratch, 40) for _, n, _, m in found)
+    # Ranges of query tiles follow each other, for one head.
+    assert all(n == 1 or m == 7 for _, n, _, m in found)
+
+
 def test_long_lists_are_split(nan_empty):
     """Tile 0 is listed by every row, which is more than four times the mean."""
     q, k, v = qkv(24, 48, heads=2, groups=1, dim=16, value_dim=8)
@@ -181,6 +230,20 @@ def test_long_lists_are_split(nan_empty):
     bias[:, :, 11] = False
     rest = ("", [], torch.tensor([5]), 0.3, 0.3, None, "uniform", 4, 4)
     check_gradients("tile_attention", (q, k, v, bias), (tiles, counts), rest, NO_BIAS, compensate=(True,))
+
+
+@pytest.mark.parametrize("n_lists", [1, 3, 40])
+def test_transposed_lists_say_where_a_tile_is_listed(n_lists):
+    tiles = torch.rand(1, 2, n_lists, 30).argsort(-1)[..., :4].sort(-1).values.int()
+    counts = torch.randint(0, 5, (1, 2, n_lists)).int()
+    marks = triton_attention.mark_lists(tiles, counts, 30, places=True)
+    assert torch.equal(marks != 0, reference.listed(tiles, counts, 30))
+    found = triton_attention.transpose_lists(tiles, counts, marks, None)
+    for head in range(2):
+        for tile in range(30):
+            slots = found["rows_ptr"][0, head, found["starts_ptr"][0, head, tile] : found["ends_ptr"][0, head, tile]].long()
+            assert (tiles[0, head].flatten()[slots] == tile).all() and (slots % 4 < counts[0, head, slots // 4]).all()
+            assert (slots // 4).tolist() == marks[0, head, :, tile].nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("n_lists", [1, 3, 40])

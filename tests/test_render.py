@@ -98,14 +98,21 @@ def listed(options):
             yield from ({**structure, **kind, **flags} for structure in structures)
 
 
+def backward():
+    """With and without the kernels for all gradients of a query tile, for one or two products."""
+    for i, structure in enumerate(listed(BACKWARD)):
+        fused = 0 if structure["single"] or structure["pseudo"] or structure["split"] else i % 3
+        yield {**structure, "fused": fused, "ranged": i % 2 == 0}
+
+
 DOT = {"softcap": (False, True), "dot_type": ("float16", "bfloat16", "float32")}
 FLAGS = ("mean", "codes", "decoded")
 STRUCTURES = {
     "tile_attention_fwd": lambda: (
         {**x, "empty": empty} for x, empty in zip(listed(("dropout", "softcap")), itertools.cycle(EMPTY), strict=False)
     ),
-    "tile_attention_bwd": lambda: listed(BACKWARD),
-    "transpose_lists": lambda: [{"split": False}, {"split": True}],
+    "tile_attention_bwd": backward,
+    "transpose_lists": lambda: [{"split": s, "places": p} for s, p in itertools.product((False, True), repeat=2)],
     "pool_tiles": lambda: [{}],
     "select_tiles": lambda: itertools.chain(
         masked(**DOT, pooled=(False,), causal=(False,)),

@@ -9,7 +9,7 @@ import torch
 from interpreter import run_interpreted
 
 from spt_compiler.cli.kernels import report
-from spt_compiler.lowering import registry, triton_attention, triton_catalog, triton_common, triton_selection
+from spt_compiler.lowering import registry, render, triton_attention, triton_catalog, triton_common, triton_selection
 
 triton = pytest.importorskip("triton")
 
@@ -44,7 +44,8 @@ def check_row(entry: triton_catalog.Entry, target: str, row: dict) -> None:
     assert row["shared_bytes"] <= triton_common.SHARED_LIMIT[target], what
     assert row["tensor_core"] or not entry.tensor_core, what
     if entry.dtype != "fp32" and not entry.config.startswith(("tile d160", "tile d256")):
-        assert row["spills"] == 0, what
+        # Two products of all heads of a group fill the registers; a few addresses wait on the stack.
+        assert row["spills"] <= (32 if entry.spec.kernel.endswith("_pairs") else 0), what
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -62,6 +63,26 @@ def test_kernels_compile_for_hopper_without_a_gpu(dtype, config, kernel):
     assert chosen
     for entry in chosen:
         check_compiled(entry, "sm_90")
+
+
+@pytest.mark.parametrize("granularity", ["tile", "token"])
+def test_launches_name_the_parameters_of_their_kernels_and_no_others(monkeypatch, granularity):
+    """A GPU refuses an unknown one, the interpreter does not."""
+    launch = triton_common.launch
+
+    def strict(template, structure, kernel, grid, args, constants, **tuning):
+        names = getattr(render.load(template, structure), kernel).arg_names
+        assert sorted(names) == sorted([*args, *constants]), kernel
+        launch(template, structure, kernel, grid, args, constants, **tuning)
+
+    for module in (triton_attention, triton_selection):
+        monkeypatch.setattr(module, "launch", strict)
+    sites = triton_catalog._TILES if granularity == "tile" else triton_catalog._KEYS
+    for target in ("sm_80", "sm_90"):
+        with triton_common.recording(target) as specs:
+            for name in sites:
+                triton_catalog._attention(name, torch.bfloat16, granularity)
+        assert any(spec.kernel == "tile_attention_bwd_kernel_dkdv" for spec in specs)
 
 
 @pytest.mark.grid

@@ -31,6 +31,7 @@ from spt_compiler.lowering.triton_common import (
     mask_of,
     next_power_of_2,
     on_hip,
+    on_hopper,
     product_precision,
     strides,
 )
@@ -43,6 +44,9 @@ from spt_compiler.ops.selection.common import causal_split, in_use
 SCRATCH_BYTES = 256 << 20
 # A list longer than so many times the mean is split over several programs.
 HOT = 4
+# Partial sums of the gradients of keys and values take so many bytes at a time; from this many keys per step.
+PARTIAL_BYTES = 512 << 20
+FUSED_KEYS = 32
 # Rows and keys per step of attention over single keys.
 SINGLE_TILE_Q, SINGLE_TILE_K = 64, 32
 
@@ -223,16 +227,18 @@ def _supports(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, expr: str, e
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def mark_lists(index: Tensor, counts: Tensor, n: int, marks: Tensor | None = None) -> Tensor:
-    """Lists [..., L] with counts [...], both contiguous, as marks [..., n] int8: 1 where listed. Count -1 marks nothing.
+def mark_lists(index: Tensor, counts: Tensor, n: int, marks: Tensor | None = None, places: bool = False) -> Tensor:
+    """Lists [..., L] with counts [...], both contiguous, as marks [..., n]: int8, 1 where listed, or with places int16, one
+    more than the slot (fewer than 2^15) that lists it. Count -1 marks nothing.
 
     Args: marks: memory to write to.
     """
     rows, slots = counts.shape, index.shape[-1]
-    marks = index.new_zeros((*rows, n), dtype=torch.int8) if marks is None else marks.zero_()
+    kind = torch.int16 if places else torch.int8
+    marks = index.new_zeros((*rows, n), dtype=kind) if marks is None else marks.zero_()
     launch(
         "transpose_lists",
-        {"split": False},
+        {"split": False, "places": places},
         "transpose_lists_mark_kernel",
         (counts.numel(),),
         {"tiles_ptr": index, "counts_ptr": counts, "marks_ptr": marks, "k_max": slots, "n_key_tiles": n},
@@ -267,12 +273,15 @@ def transpose_lists(tiles: Tensor, counts: Tensor, marks: Tensor, split: Split |
     """The lists turned round, as arguments of the dK, dV kernel: for every key tile the query tiles that keep it.
 
     Args: tiles: [B, Hkv, nQ, k_max] and counts [B, Hkv, nQ] int32, contiguous.  marks: of `mark_lists`.
-    Returns: starts_ptr, ends_ptr [B, Hkv, nK] int32 into rows_ptr [B, Hkv, nQ * k_max] int32; anyone_ptr [B, Hkv] int8,
+    Returns: starts_ptr, ends_ptr [B, Hkv, nK] int32 into rows_ptr [B, Hkv, nQ * k_max] int32, which holds query tile *
+        k_max + slot where marks hold places, else query tiles; anyone_ptr [B, Hkv] int8,
         whether some row of the head lists everything (count -1, which is not listed); with a split also item_tiles_ptr
         [B, Hkv, n_items], first_items_ptr and first_slots_ptr [B, Hkv, nK] int32.
     """
     batch, n_groups, n_query_tiles, k_max = tiles.shape
     n_key_tiles = marks.shape[-1]
+    places = marks.dtype == torch.int16
+    lengths = ((marks != 0) if places else marks).sum(2, dtype=torch.int32)
 
     def table(n: int) -> Tensor:
         return tiles.new_empty((batch, n_groups, n))
@@ -287,11 +296,11 @@ def transpose_lists(tiles: Tensor, counts: Tensor, marks: Tensor, split: Split |
         sizes = {"chunk": split.chunk, "n_items": split.n_items}
     launch(
         "transpose_lists",
-        {"split": split is not None},
+        {"split": split is not None, "places": places},
         "transpose_lists_offsets_kernel",
         (batch * n_groups,),
         {
-            "lengths_ptr": marks.sum(2, dtype=torch.int32),
+            "lengths_ptr": lengths,
             "counts_ptr": counts,
             **found,
             **sizes,
@@ -303,7 +312,7 @@ def transpose_lists(tiles: Tensor, counts: Tensor, marks: Tensor, split: Split |
     )
     launch(
         "transpose_lists",
-        {"split": split is not None},
+        {"split": split is not None, "places": places},
         "transpose_lists_fill_kernel",
         (batch * n_groups, ceil_div(n_key_tiles, 64)),
         {
@@ -464,8 +473,63 @@ def key_attention(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Fused:
+    """How the kernel that computes all gradients of a query tile at once is laid out.
+
+    Args:
+        products: matrix products that a program makes in turn for the same keys, each for the queries of `stack` heads.
+        splits: programs of a query tile.  block_n: keys per step.  num_warps: of a program.
+        dtype: of its partial sums. float16 could overflow in them where it does not in their total.
+    """
+
+    products: int
+    stack: int
+    splits: int
+    block_n: int
+    num_warps: int
+    dtype: torch.dtype
+
+
+def fused_of(call: _Call, dtype: torch.dtype, k_max: int) -> Fused | None:
+    """The layout for a call; None where the kernels that compute dQ apart from dK and dV serve."""
+    constants = call.constants
+    group, block_m = constants["GROUP"], constants["BLOCK_M"]
+    other_lists = call.structure["single"] or call.structure["pseudo"] is not None or _is_additive(call)
+    large = call.full or call.wide > 128 or call.tile_k > 32 or k_max >= 1 << 15
+    if other_lists or large or not on_hopper():
+        return None
+    stack = min(next_power_of_2(group), max(1, 128 // block_m))
+    # What masks and dropout need beside two products would not fit the registers.
+    bias, dropout, softcap = (call.structure[name] for name in ("bias", "dropout", "softcap"))
+    crowded = bias or (call.wide > 64 and (dropout or softcap))
+    products = 2 if group > stack and not crowded else 1
+    return Fused(
+        products,
+        stack,
+        ceil_div(call.tile_q, block_m) * ceil_div(group, products * stack),
+        max(call.tile_k, FUSED_KEYS),
+        8 if stack * block_m >= 128 else 4,
+        dtype if dtype == torch.bfloat16 else torch.float32,
+    )
+
+
+def ranges(n_heads: int, n_rows: int, bytes_of_row: int) -> list[tuple[int, int, int, int]]:
+    """(first head, heads, first query tile, query tiles) of ranges in order whose partial sums fit the scratch."""
+    heads = min(max(PARTIAL_BYTES // (bytes_of_row * n_rows), 1), n_heads)
+    rows = min(max(PARTIAL_BYTES // bytes_of_row, 1), n_rows)
+    return [
+        (head, min(heads, n_heads - head), row, min(rows, n_rows - row))
+        for head in range(0, n_heads, heads)
+        for row in range(0, n_rows, rows)
+    ]
+
+
 class _Backward:
-    """The kernels of one backward pass, in the order in which they run: `queries`, (`bias`, `pooled`,) `keys`."""
+    """The kernels of one backward pass, in the order in which they run: `queries`, (`bias`, `pooled`,) `keys`.
+
+    Where there is a `Fused`, `pairs` runs between them, and the device decides by head which of the kernels do something.
+    """
 
     def __init__(
         self,
@@ -487,6 +551,7 @@ class _Backward:
         blank_dropout = special and call.structure["dropout"] and empty == "uniform"
         self.special, self.blank_dropout = special, blank_dropout
         self.split: Split | None = None
+        self.fused: Fused | None = None
         rows = q.shape[:3]
         self.nothing = q.new_empty(rows, dtype=torch.int8) if special else None
         self.dv_base = None
@@ -510,6 +575,8 @@ class _Backward:
         args: dict[str, Any],
         constants: dict[str, Any],
         alternatives: Sequence[Setting] = (),
+        setting: Setting | None = None,
+        ranged: bool = False,
     ) -> None:
         deep = not (self.call.full or self.call.wide > 128)
         structure = {
@@ -517,7 +584,10 @@ class _Backward:
             "special": self.special,
             "blank_dropout": self.blank_dropout,
             "split": self.split is not None,
+            "fused": self.fused.products if self.fused is not None else 0,
+            "ranged": ranged,
         }
+        warps = 4 if deep and not (self.call.crowded and kernel != "dkdv") else 8
         launch(
             "tile_attention_bwd",
             structure,
@@ -525,10 +595,77 @@ class _Backward:
             (n_programs,),
             args,
             constants,
-            num_warps=4 if deep and not (self.call.crowded and kernel != "dkdv") else 8,
-            num_stages=2 if deep else 1,
+            num_warps=warps if setting is None else setting.num_warps,
+            num_stages=(2 if deep else 1) if setting is None else setting.num_stages,
             alternatives=alternatives,
         )
+
+    def pairs(self, fused: Fused, tiles: Tensor, lists: dict[str, Any]) -> None:
+        """All gradients of the heads without a row that lists everything; lists: of `transpose_lists`."""
+        call, args = self.call, self.args
+        self.fused = fused
+        k_max, n_k = tiles.shape[3], self.k.shape[2]
+        n_heads = self.k.shape[0] * self.k.shape[1]
+        tile = k_max * fused.splits * call.tile_k
+        wide = self.k.shape[3] + self.v.shape[3]
+        parts = ranges(n_heads, call.n_query_tiles, tile * wide * fused.dtype.itemsize)
+        heads, rows = parts[0][1], parts[0][3]
+        ranged = rows < call.n_query_tiles
+        names = (("k", self.k), ("v", self.v))
+        shared = {
+            f"partial_{name}_ptr": x.new_empty((heads * rows * tile, x.shape[3]), dtype=fused.dtype) for name, x in names
+        }
+        of_queries = {
+            **args,
+            **shared,
+            "out_ptr": self.out,
+            **strides("out", self.out, "bhtd"),
+            "lse_ptr": self.lse,
+            "tiles_ptr": tiles,
+            "k_max": k_max,
+            "anyone_ptr": lists["anyone_ptr"],
+            "dq_ptr": self.dq,
+        }
+        del of_queries["delta_ptr"]
+        of_keys: dict[str, Any] = {**shared, "dk_ptr": self.dk, "dv_ptr": self.dv}
+        of_keys |= {name: lists[name] for name in ("starts_ptr", "ends_ptr", "rows_ptr", "anyone_ptr")}
+        of_keys |= {name: call.args[name] for name in ("scale", "n_k", "n_query_tiles", "n_key_tiles")}
+        of_keys["k_max"] = k_max
+        if ranged:
+            of_keys |= {
+                f"total_{name}_ptr": x.new_empty((heads * n_k, x.shape[3]), dtype=torch.float32) for name, x in names
+            }
+        if self.nothing is not None:
+            of_queries["nothing_ptr"] = self.nothing
+            of_keys["dv_base_ptr"] = self.dv_base
+        constants = {**call.constants, "BLOCK_N": fused.block_n, "STACK": fused.stack, "SPLITS": fused.splits}
+        blocks = {name: constants[name] for name in ("HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV", "TILE_K", "SPLITS")}
+        lanes = max(1, 8192 // (call.tile_k * call.wide))
+        others = [n for n in (2 * fused.block_n, fused.block_n // 2) if max(16, call.tile_k) <= n <= 64]
+        options = [Setting(fused.num_warps, 3, (("BLOCK_N", n),)) for n in others]
+        options += [Setting(fused.num_warps, 2), Setting(fused.num_warps, 1)]
+        for first_head, n_range, first_row, n_rows in parts:
+            of_range = {"first_head": first_head, "first_row": first_row, "n_rows": n_rows}
+            is_last = first_row + n_rows == call.n_query_tiles
+            self._launch(
+                "pairs",
+                n_range * n_rows * fused.splits,
+                {**of_queries, **of_range},
+                constants,
+                options,
+                setting=Setting(fused.num_warps, 3),
+            )
+            if is_last:
+                self.blank(first_head * self.group, (first_head + n_range) * self.group)
+            more = {"is_first": int(first_row == 0), "is_last": int(is_last)} if ranged else {}
+            self._launch(
+                "sum",
+                n_range * call.n_key_tiles,
+                {**of_keys, **of_range, **more},
+                {**blocks, "LANES": lanes},
+                setting=Setting(8, 2),
+                ranged=ranged,
+            )
 
     def _keys_per_step(self) -> int:
         """Of the kernels that walk lists: what shared memory holds beside queries and gradients of their results."""
@@ -701,15 +838,28 @@ def tile_attention_backward(
     lists: dict[str, Any] = {"tiles_ptr": tiles, "k_max": tiles.shape[3]}
     if compensate:
         lists |= _pooled(k, v, tile_k)
-    if compensate or needs[1] or needs[2]:
-        lists["marks_ptr"] = mark_lists(tiles, counts, call.n_key_tiles)
+    of_keys = needs[1] or needs[2]
+    run.fused = fused_of(call, q.dtype, tiles.shape[3]) if of_keys and not run.blank_dropout else None
+    marks = None
+    if compensate or of_keys:
+        marks = mark_lists(tiles, counts, call.n_key_tiles, places=run.fused is not None)
+    if compensate:
+        lists["marks_ptr"] = marks
+    if run.fused is not None:
+        transposed = transpose_lists(tiles, counts, marks, None)
+        anyone = {"anyone_ptr": transposed["anyone_ptr"]}
+        run.queries(n_heads, {**lists, **anyone})
+        run.pairs(run.fused, tiles, transposed)
+        run.keys(0, n_heads, {"k_max": lists["k_max"], "marks_ptr": marks, **anyone})
+        return run.results()
     run.queries(n_heads, lists)
     run.bias(lists)
-    if needs[1] or needs[2]:
+    if of_keys:
+        del lists["tiles_ptr"]
         pooled = run.pooled(lists) if compensate else {}
         run.blank(0, n_heads)
         run.split = split_of(call.n_query_tiles, call.n_key_tiles, tiles.shape[3])
-        run.keys(0, n_heads, {**lists, **pooled, **transpose_lists(tiles, counts, lists["marks_ptr"], run.split)})
+        run.keys(0, n_heads, {**lists, **pooled, "marks_ptr": marks, **transpose_lists(tiles, counts, marks, run.split)})
     return run.results()
 
 

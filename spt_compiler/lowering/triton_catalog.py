@@ -180,6 +180,7 @@ _NO_MATRIX = (
     "transpose_lists_offsets_kernel",
     "transpose_lists_fill_kernel",
     "tile_attention_bwd_kernel_combine",
+    "tile_attention_bwd_kernel_sum",
     "route_rows_kernel",
     "routed_ffn_rows_combine_kernel",
     "routed_ffn_sums_columns_kernel",

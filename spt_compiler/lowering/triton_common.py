@@ -137,6 +137,14 @@ def before_hopper() -> bool:
     return torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9
 
 
+def on_hopper() -> bool:
+    """Whether launches are for an NVIDIA chip of that generation, with its warp-group products and large shared memory."""
+    target = _recorded_for.get()
+    if target is not None:
+        return target == "sm_90"
+    return torch.version.hip is None and (not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9)
+
+
 def product_precision(dtype: torch.dtype) -> str:
     """`input_precision` of `tl.dot`: full float32, as torch's matmul has by default (the 16-bit types ignore it).
 
