@@ -60,7 +60,7 @@ CASES = {
     "dense limit": {"density": 1.0, "max_density": 1.0, "linear": True},
     "half precision": {"dtype": torch.float16, "act": "gelu_tanh(x0)", "save": True, "linear": True},
     "bfloat16, no bias, no compensation": {"dtype": torch.bfloat16, "bias": False, "compensation": False, "rank": 4},
-    "whole tiles": {"hidden": 512, "tile": 64, "width": 128, "width_out": 128, "save": True, "linear": True, "dtype": torch.float16},
+    "whole tiles": {"hidden": 512, "tile": 64, "width": 128, "width_out": 128, "save": True, "dtype": torch.float16},
     "one token": {"tokens": 1, "tile": 64, "save": True},
     "an activation nobody foresaw": {"act": "x0 * tanh(softplus(x0)) - 0.5 * abs(sin(x0)) / (1 + exp(-x0))"},
 }
