@@ -193,7 +193,7 @@ _FUNCTIONS: dict[str, _Function] = {
     "abs": _unary(torch.abs, abs, "tl.abs", "spt_abs", "same"),
     "sign": _unary(torch.sign, _sign, "spt_sign", "spt_sign", "same"),
     "floor": _unary(torch.floor, _floor, "spt_floor", "spt_floor", "same"),
-    "erf": _unary(torch.erf, math.erf, "tl.erf", "std::erf"),
+    "erf": _unary(torch.erf, math.erf, "spt_erf", "std::erf"),
     "tanh": _unary(torch.tanh, math.tanh, "spt_tanh", "std::tanh"),
     "sigmoid": _unary(torch.sigmoid, _guarded(_sigmoid), "spt_sigmoid", "spt_sigmoid"),
     "softplus": _unary(F.softplus, lambda x: x if x > 20 else math.log1p(math.exp(x)), "spt_softplus", "spt_softplus"),
