@@ -430,10 +430,13 @@ def test_codes_and_decoded_keys(nan_empty):
     _, k, _ = qkv(n_k=45, dim=24)
     codebook, mean = codebook_for(k)
     codebook[:, :, 3] = codebook[:, :, 7]  # ties go to the lower code
-    codes, decoded = triton_selection.pq_assign(codebook, k, mean, codes=True, decoded=torch.float32)
+    codes, decoded, pooled = triton_selection.pq_assign(
+        codebook, k, mean, codes=True, decoded=torch.float32, pooled=torch.float32, tile_k=8
+    )
     expected = pq.assign(codebook, k - mean.unsqueeze(-2))
     assert codes.dtype == torch.uint8 and torch.equal(codes.long(), expected)
     torch.testing.assert_close(decoded, pq.reconstruct(codebook, k, mean))
+    torch.testing.assert_close(pooled, reference.tile_means(decoded, 8))
 
 
 def test_the_registry_runs_the_kernels_and_falls_back_where_they_do_not_apply(recwarn):

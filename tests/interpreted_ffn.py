@@ -60,6 +60,7 @@ CASES = {
     "dense limit": {"density": 1.0, "max_density": 1.0, "linear": True},
     "half precision": {"dtype": torch.float16, "act": "gelu_tanh(x0)", "save": True, "linear": True},
     "bfloat16, no bias, no compensation": {"dtype": torch.bfloat16, "bias": False, "compensation": False, "rank": 4},
+    "whole tiles": {"hidden": 512, "tile": 64, "width": 128, "width_out": 128, "save": True, "linear": True, "dtype": torch.float16},
     "one token": {"tokens": 1, "tile": 64, "save": True},
     "an activation nobody foresaw": {"act": "x0 * tanh(softplus(x0)) - 0.5 * abs(sin(x0)) / (1 + exp(-x0))"},
 }
@@ -69,6 +70,7 @@ TOKENS, HIDDEN, BLOCKS, WIDTH, WIDTH_OUT = 37, 50, 4, 40, 24
 def arguments(case):
     """(the differentiable tensors, the rest) of `spt::routed_ffn_v1`."""
     dtype, n_in, rank = case.get("dtype", torch.float32), case.get("n_in", 1), case.get("rank", 0)
+    width_in, width_out = case.get("width", WIDTH), case.get("width_out", WIDTH_OUT)
     tokens, hidden, n_blocks = case.get("tokens", TOKENS), case.get("hidden", HIDDEN), case.get("blocks", BLOCKS)
     bias = case.get("bias", True)
 
@@ -78,11 +80,11 @@ def arguments(case):
         return wide * 1.0 if inside else wide
 
     linear = case.get("linear", False)  # the layout of nn.Linear, else that of Conv1D
-    x = torch.randn(WIDTH, tokens, dtype=dtype).t()
-    w_in = [weight(hidden, WIDTH, not linear) * WIDTH**-0.5 for _ in range(n_in)]
+    x = torch.randn(width_in, tokens, dtype=dtype).t()
+    w_in = [weight(hidden, width_in, not linear) * width_in**-0.5 for _ in range(n_in)]
     b_in = [torch.randn(hidden, dtype=dtype) for _ in range(n_in)] if bias else []
-    w_out = (weight(hidden, WIDTH_OUT, linear) * hidden**-0.5).t()
-    b_out = torch.randn(2 * WIDTH_OUT, dtype=dtype)[::2] if bias else None
+    w_out = (weight(hidden, width_out, linear) * hidden**-0.5).t()
+    b_out = torch.randn(2 * width_out, dtype=dtype)[::2] if bias else None
     ranks = [rank if i == 0 else 0 for i in range(n_in)] if rank else []
     lora_a = [torch.randn(tokens, r, dtype=dtype) for r in ranks]
     lora_b = [torch.randn(hidden, r, dtype=dtype) * 0.1 for r in ranks]
@@ -93,7 +95,7 @@ def arguments(case):
         on[case["always"]] = True
     density = torch.tensor([case.get("density", 0.5)])
     lists = reference_ffn.route(scores, on, density, case.get("max_density", 0.5), case.get("tile", 16), 0)
-    compensation = torch.randn(n_blocks, WIDTH_OUT) if case.get("compensation", True) else None
+    compensation = torch.randn(n_blocks, width_out) if case.get("compensation", True) else None
     act, p = case.get("act", "gelu(x0)"), case.get("p", 0.0)
     act_in = [torch.randn(hidden, dtype=dtype), torch.randn((), dtype=dtype)] if "a1" in act else []
     seed = torch.tensor([991**5]) if p else None
@@ -111,6 +113,14 @@ ALONE = {
     "short block, dropout, captured vector and scalar": ("act_in0",),
     "dropout of LoRA on the out-projection": ("lora_down",),
 }
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_columns_in_parts(nan_empty, monkeypatch, parts):
+    """The activation of some columns at a time; tiles of the interpreter's chip are taken whole."""
+    monkeypatch.setattr(triton_ffn._Geometry, "parts", lambda self, block_n: parts)
+    test_routed_ffn(None, "gated, LoRA on one, gates, saved")
+    test_routed_ffn(None, "dropout of LoRA on the out-projection")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -125,25 +125,45 @@ def test_factors_of_lora_are_summed_over_chunks_in_full_precision(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_wider_tiles_compile_as_well(monkeypatch):
-    """What autotuning may choose: the widest tile of the kernel without an epilogue, as its own setting."""
-    widest = []
+def test_what_autotuning_may_choose_compiles_as_well(monkeypatch):
+    """Settings other than the safe one, of the kernel without an epilogue."""
     original = triton_common.launch
 
     def take(*args, alternatives=(), num_warps=4, num_stages=2, **rest):
-        for setting in alternatives[:1]:
+        for setting in alternatives if args[2] == "routed_ffn_rows_kernel" else ():
             constants = {**args[5], **dict(setting.constants)}
-            if args[2] == "routed_ffn_rows_kernel" and constants["BLOCK_N"] > args[5]["BLOCK_N"]:
-                widest.append(constants["BLOCK_N"])
-                original(*args[:5], constants, num_warps=setting.num_warps, num_stages=setting.num_stages)
+            original(*args[:5], constants, num_warps=setting.num_warps, num_stages=setting.num_stages)
 
     monkeypatch.setattr(triton_ffn, "launch", take)
     with triton_common.recording("sm_90") as specs:
         triton_catalog._ffn("gelu bias", torch.bfloat16)
-    assert widest and set(widest) == {256}
-    for spec in specs[:1]:
+    forward = specs[: len(specs) // 2]
+    assert {dict(spec.constants)["BLOCK_N"] for spec in forward} == {128, 256}
+    for spec in forward:
         compiled = triton_common.compile_kernel(spec, "sm_90")
         assert compiled.error is None and compiled.tensor_core and compiled.spills == 0
+
+
+@pytest.mark.parametrize(("target", "block_n"), [("sm_80", 128), ("sm_90", 256), ("sm_100", 256), ("gfx942", 128)])
+def test_products_of_warp_groups_have_wide_tiles(target, block_n):
+    with triton_common.recording(target) as specs:
+        triton_catalog._ffn("gelu bias", torch.bfloat16)
+    chosen = {spec.kernel: dict(spec.constants) for spec in specs if spec.kernel.startswith("routed_ffn")}
+    assert chosen["routed_ffn_rows_kernel"]["BLOCK_N"] == chosen["routed_ffn_sums_weights_kernel"]["BLOCK_N"] == block_n
+    # Sizes of the catalog are powers of two: no masks anywhere.
+    assert chosen["routed_ffn_rows_kernel"]["WIDTH_FACTOR"] == chosen["routed_ffn_rows_kernel"]["OUT_FACTOR"] == 256
+
+
+def test_a_tile_that_would_be_mostly_empty_is_not_chosen():
+    x = torch.empty(64, 32, dtype=torch.bfloat16, device="meta")
+    blocks, offsets = (torch.empty(n, dtype=torch.int32, device="meta") for n in ((64, 4), (9,)))
+    rows, units = (torch.empty(n, dtype=torch.int32, device="meta") for n in (64 * 4 + 8 * 127, 8 * 1376))
+    with triton_common.recording("sm_90"):
+        g = triton_ffn._Geometry(x, blocks, rows, offsets, units)
+        assert [g.products(1, columns=n)[0]["BLOCK_N"] for n in (4096, 1376, 1100, 100, 7)] == [256, 256, 128, 128, 16]
+        assert g.width_factor == 32
+        uneven = triton_ffn._Geometry(x, blocks, rows, offsets, units[:-1])
+        assert uneven.width == 1376 and uneven.width_factor == 0
 
 
 def test_a_launch_that_adds_to_its_result_is_never_measured(monkeypatch):
@@ -157,7 +177,7 @@ def test_a_launch_that_adds_to_its_result_is_never_measured(monkeypatch):
     triton_catalog._ffn("gated silu", torch.bfloat16)
     tuned = {(kernel, first) for kernel, first, choice in seen if choice}
     assert {kernel for kernel, _ in tuned} == {
-        "routed_ffn_fwd_in_kernel", "routed_ffn_rows_kernel", "routed_ffn_sums_weights_kernel"
+        "routed_ffn_fwd_in_kernel", "routed_ffn_rows_kernel", "routed_ffn_sums_weights_kernel", "routed_ffn_bwd_kernel_hidden"
     }  # fmt: skip
     assert {first for _, first in tuned} == {0} and any(first > 0 for _, first, _ in seen)
 

@@ -148,7 +148,7 @@ def test_results_hold_for_a_kernel_its_types_and_its_sizes():
 class Kernel:
     """Stands for a compiled kernel: runs with some numbers of warps, and counts its launches."""
 
-    arg_names = ("x_ptr",)
+    arg_names = ("x_ptr", "HEAD_DIM", "BLOCK_N")
 
     def __init__(self, able=(), error=None):
         self.error = error or RuntimeError("out of resource: shared memory, Required: 300000")
@@ -157,7 +157,7 @@ class Kernel:
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, num_warps, num_stages, BLOCK_N=64, **rest):
+    def launch(self, num_warps, num_stages, enable_fp_fusion, x_ptr, HEAD_DIM, BLOCK_N):
         self.launches.append((num_warps, num_stages, BLOCK_N))
         if num_warps not in self.able:
             raise self.error
@@ -172,7 +172,8 @@ def device(monkeypatch):
         monkeypatch.setattr(render, "load", lambda *_: module)
 
         def launch(dim=64, grid=(1,), alternatives=SETTINGS[1:]):
-            args = {"x_ptr": torch.empty(3, device="meta", dtype=torch.float16)}
+            # What a kernel does not have (it shares the arguments of its op) is left out: Triton would not take it.
+            args = {"x_ptr": torch.empty(3, device="meta", dtype=torch.float16), "of_another_kernel": 1}
             constants = {"HEAD_DIM": dim, "BLOCK_N": 64}
             triton_common.launch("template", {}, "some_kernel", grid, args, constants, alternatives=alternatives)
 
@@ -222,6 +223,13 @@ def test_a_launch_that_no_setting_serves_is_named_and_not_tried_again(device):
     launch(dim=32)  # another configuration
 
 
+def test_a_missing_argument_is_named(device):
+    kernel = Kernel(able=(4,))
+    kernel.arg_names = (*kernel.arg_names, "n_rows")
+    with pytest.raises(KeyError, match="n_rows"):
+        device(kernel)()
+
+
 def test_a_full_memory_is_not_held_against_a_kernel(device):
     kernel = Kernel(error=torch.OutOfMemoryError("CUDA out of memory"))
     launch = device(kernel)
@@ -247,6 +255,9 @@ def test_the_next_lowering_takes_over_for_that_configuration_alone(monkeypatch):
         found = [registry.dispatch(op, "fake", x) for x in (64, 128, 128, 32)]
     assert found == ["kernels", "reference", "reference", "kernels"] and calls == [64, 32]
     assert len(caught) == 1 and registry.chosen(op, "fake") == "triton"
+    assert {cause: where for cause, where in registry.refusals().items() if where[0] == op} == {
+        str(KernelError("route_top_kernel", "fp16, N_BLOCKS 128", "OutOfResources: shared memory")): (op, "fake", "triton")
+    }
 
 
 # ---- the compiler's own cache -------------------------------------------------------------------------------------

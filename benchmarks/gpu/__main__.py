@@ -110,13 +110,17 @@ def _one(case: Any, bench: Any, facts: dict[str, Any], path: Path) -> int:
     """Runs a case and writes its file. Returns: 1 if a result is wrong, or a kernel failed."""
     from spt_compiler.lowering import registry
 
-    began, bench.rows, known = time.perf_counter(), [], set(registry.failures())
+    def faults() -> dict[str, str]:
+        refused = {" ".join(key): message for message, key in registry.refusals().items()}
+        return {**refused, **{" ".join(key): cause for key, cause in registry.failures().items()}}
+
+    began, bench.rows, known = time.perf_counter(), [], faults()
     error = None
     try:
         case.run(bench)
     except Exception as cause:  # one case is no reason to lose the others
         error = f"{type(cause).__name__}: {cause}"[:500]
-    fallbacks = {" ".join(key): cause for key, cause in registry.failures().items() if key not in known}
+    fallbacks = {key: cause for key, cause in faults().items() if key not in known}
     result = {
         "case": case.name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -155,7 +155,7 @@ def _flex(bench: Bench, case: str, lists: tuple[Tensor, Tensor], leaves: list[Te
     (tiles, counts), (q, k, v) = lists, leaves
 
     def make() -> Any:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
         n_q, n_k = -(-q.shape[2] // TILE[0]), -(-k.shape[2] // TILE[1])
         kept = torch.zeros(*tiles.shape[:3], n_k + 1, dtype=torch.bool, device=q.device)
@@ -166,8 +166,13 @@ def _flex(bench: Bench, case: str, lists: tuple[Tensor, Tensor], leaves: list[Te
         def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (j <= i) & kept[b, h // group, i // TILE[0], j // TILE[1]]
 
-        assert n_q == tiles.shape[2]
-        block = create_block_mask(mask, q.shape[0], q.shape[1], q.shape[2], k.shape[2], device=q.device)
+        # create_block_mask would hold a byte per pair of query and key.
+        side = 128
+        tall, wide = side // TILE[0], side // TILE[1]
+        blocks = F.pad(kept[:, :, :n_q, :n_k], (0, -n_k % wide, 0, -n_q % tall))
+        blocks = blocks.unflatten(3, (-1, wide)).unflatten(2, (-1, tall)).any(5).any(3).repeat_interleave(group, 1)
+        index = blocks.int().argsort(dim=3, descending=True, stable=True).int()
+        block = BlockMask.from_kv_blocks(blocks.sum(3, dtype=torch.int32), index, BLOCK_SIZE=side, mask_mod=mask)
         attend = flex_attention if bench.dry else torch.compile(flex_attention, dynamic=False)
 
         def call() -> Tensor:

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..saved import saved_bytes
-from .common import Bench, Case
+from .common import Bench, Case, profile
 
 PART = "blocks"
+# The first steps of a sparse block are those in which its sites learn.
+WARM_UP = 12
 RANK = 16
 # name -> (width, heads, key heads, hidden, gated, batch, tokens, goal of T4 with LoRA)
 SHAPES: dict[str, tuple[int, int, int, int, bool, int, int, float | None]] = {
@@ -143,13 +145,16 @@ def _column(bench: Bench, case: str, column: str, block: Block, x: Tensor) -> fl
         torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     def ready() -> Any:
-        for _ in range(1 if bench.dry else 3):  # compiles; the first calls of spt set up its state
+        for _ in range(1 if bench.dry else WARM_UP):  # compiles, too
             step()
         return step
 
     # At toy sizes codebooks and lists outweigh activations: tests/test_saved_bytes.py counts at fair ones.
     sizes = {} if bench.dry else {"saved_bytes": _saved_bytes(call, ready, x), "peak_bytes": _peak(bench, step)}
-    return bench.attempt(PART, case, column, ready, **sizes)
+    ms = bench.attempt(PART, case, column, ready, **sizes)
+    if ms is not None and column != "dense materialised":
+        profile(bench, "profile", f"{column} block {case}", step, {})
+    return ms
 
 
 def _peak(bench: Bench, step: Any) -> int | None:

@@ -84,7 +84,7 @@ class _Table:
     candidates: dict[tuple[str, str], list[Candidate]] = field(default_factory=dict)
     loaded: set[str] = field(default_factory=set)
     installed: set[tuple[str, str]] = field(default_factory=set)
-    reported: set[str] = field(default_factory=set)
+    reported: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -185,7 +185,7 @@ def _blame(op_name: str, device_type: str, candidate: Candidate, cause: Exceptio
         with _table.lock:
             if str(cause) in _table.reported:
                 return
-            _table.reported.add(str(cause))
+            _table.reported[str(cause)] = (op_name, device_type, candidate.name)
         warnings.warn(
             f"spt_compiler: lowering {candidate.name!r} of spt::{op_name} on {device_type} cannot run here, and the next one "
             f"takes its place: {cause}",
@@ -238,6 +238,11 @@ def failures() -> dict[tuple[str, str, str], str]:
     return {
         (op, device, c.name): c.failed for (op, device), cs in _table.candidates.items() for c in cs if c.failed is not None
     }
+
+
+def refusals() -> dict[str, tuple[str, str, str]]:
+    """Kernels that the device cannot run, in a configuration that the message names -> (op, device type, lowering)."""
+    return dict(_table.reported)
 
 
 def install(device_types: Sequence[str] = ("cpu", "cuda")) -> None:

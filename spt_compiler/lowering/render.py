@@ -299,11 +299,15 @@ def store(name: str, source: str) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _modules: dict[str, types.ModuleType] = {}
-_by_constants: dict[tuple[str, Any], types.ModuleType] = {}
+_by_constants: dict[tuple[str, Any, Any], types.ModuleType] = {}
+# What is hashable as it is, and never equal to a value of another type but for numbers.
+_PLAIN = (str, type(None), Expression)
 
 
 def frozen(value: Any) -> Any:
     """Constants as a hashable key; equal for constants that render alike."""
+    if isinstance(value, _PLAIN):
+        return value
     if isinstance(value, Mapping):
         return tuple(sorted((k, frozen(v)) for k, v in value.items()))
     if isinstance(value, (list, tuple)):
@@ -318,7 +322,8 @@ def load(template: str, constants: Mapping[str, Any]) -> types.ModuleType:
     The module has `__file__`, the generated file, which a person can read and run. Imports triton.
     Raises: SPTError as `render`; whatever importing triton raises.
     """
-    key = (template, frozen(constants))
+    # In the order in which the caller has them: sorting takes longer than all the rest of a launch.
+    key = (template, tuple(constants), tuple(map(frozen, constants.values())))
     found = _by_constants.get(key)
     if found is not None:
         return found

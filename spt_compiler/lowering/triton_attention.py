@@ -87,6 +87,17 @@ class _Call:
         return max(self.tile_k, most)
 
     @property
+    def stacked(self) -> int:
+        """Heads of a group whose queries one program takes, so that they share keys and values: up to 128 rows."""
+        rows, group = self.constants["BLOCK_M"], self.constants["GROUP"]
+        if self.structure["single"] or self.full or self.wide > 128 or on_hip():
+            return 1
+        heads = 1
+        while group % (2 * heads) == 0 and 2 * heads * rows <= 128:
+            heads *= 2
+        return heads
+
+    @property
     def crowded(self) -> bool:
         """Whether marks or pseudo-keys, beside wide heads, ask for more registers than four warps have."""
         more = self.structure["single"] or self.structure["pseudo"] is not None
@@ -98,13 +109,13 @@ class _Call:
         Args: block_n: keys per step of the safe setting; None where a kernel has no choice there.
         """
         if block_n is None:
-            return [Setting(4, 3), Setting(8, 2), Setting(8, 3), Setting(4, 1)]
+            return [Setting(4, 3), Setting(4, 4), Setting(8, 2), Setting(8, 3), Setting(4, 1)]
 
         def with_keys(num_warps: int, num_stages: int, n: int) -> Setting:
             return Setting(num_warps, num_stages, (("BLOCK_N", max(n, self.tile_k, 16)),))
 
-        found = [with_keys(*x) for x in ((4, 3, block_n), (8, 2, block_n), (4, 2, 2 * block_n), (8, 2, 2 * block_n))]
-        return [*found, with_keys(4, 3, block_n // 2), with_keys(4, 1, 16)]
+        found = [(4, 3, block_n), (4, 4, block_n), (8, 3, block_n), (8, 3, 2 * block_n), (4, 3, block_n // 2), (4, 4, block_n // 2)]
+        return [*(with_keys(*x) for x in found), with_keys(4, 1, 16)]
 
 
 def _call(
@@ -322,22 +333,25 @@ def transpose_lists(tiles: Tensor, counts: Tensor, marks: Tensor, split: Split |
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _forward(call: _Call, out: Tensor, lse: Tensor, empty: str, n_programs: int, more: dict[str, Any]) -> None:
+def _forward(call: _Call, out: Tensor, lse: Tensor, empty: str, n_heads: int, more: dict[str, Any]) -> None:
+    """Launches for n_heads heads [B, H], whole groups of them."""
     wide_values = call.constants["BLOCK_DV"] > 64
+    heads = call.stacked
+    block_m = heads * call.constants["BLOCK_M"]
     # Four warps would spill registers: accumulators of 128 rows, of the mean of all values, or of float32 heads above
     # 64.
     block_n = call.block_n(32 if call.wide > 128 or call.full else 64)
-    crowded = call.crowded or call.constants["BLOCK_M"] >= 128 or (wide_values and (empty == "uniform" or call.full))
+    crowded = call.crowded or block_m >= 128 or (wide_values and (empty == "uniform" or call.full))
     launch(
         "tile_attention_fwd",
         {**call.structure, "empty": empty},
         "tile_attention_fwd_kernel",
-        (n_programs,),
+        (call.n_blocks * n_heads // heads,),
         {**call.args, **more, "out_ptr": out, **strides("out", out, "bhtd"), "lse_ptr": lse},
-        {**call.constants, "BLOCK_N": block_n},
+        {**call.constants, "BLOCK_M": block_m, "HEADS": heads, "BLOCK_N": block_n},
         # A wave of AMD's has 64 lanes: four have as many registers as one program can use.
         num_warps=8 if crowded and not on_hip() else 4,
-        num_stages=1 if call.full else 2,
+        num_stages=1 if call.full else 2 if before_hopper() or on_hip() else 3,
         alternatives=call.alternatives(block_n),
     )
 
@@ -404,7 +418,7 @@ def tile_attention(
     if compensate:
         more |= {"marks_ptr": mark_lists(tiles, counts, call.n_key_tiles), **_pooled(k, v, tile_k)}
     out, lse = _outputs(q, v)
-    _forward(call, out, lse, empty, call.n_blocks * q.shape[0] * q.shape[1], more)
+    _forward(call, out, lse, empty, q.shape[0] * q.shape[1], more)
     return out, lse
 
 
@@ -450,7 +464,7 @@ def key_attention(
         part = [x.flatten(0, 1)[first:stop] for x in (keys, counts)]
         marks = mark_lists(part[0], part[1], n_k, None if marks is None else marks[: stop - first])
         more = {"marks_ptr": marks, "first_head": first}
-        _forward(call, out, lse, empty, call.n_blocks * (stop - first), more)
+        _forward(call, out, lse, empty, stop - first, more)
     return out, lse
 
 

@@ -201,9 +201,20 @@ def _record(
     )
 
 
+# Compiled kernels by all that Triton compiles a kernel anew for. Triton finds them, too, but takes longer than many a kernel.
+_compiled: dict[Any, Any] = {}
 # Launches that no setting could serve, with what they failed with, and those that needed another than the first.
 _failed: dict[Any, KernelError] = {}
 _preferred: dict[Any, Setting] = {}
+
+
+def _specialisation(value: Any) -> Any:
+    """What of an argument decides the compiled code: types, and whether it is one or a multiple of 16."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if type(value) is int:
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    return type(value)
 
 
 @functools.lru_cache(maxsize=1)
@@ -258,7 +269,7 @@ def _run(key: Any, settings: Sequence[Setting], run: Callable[[Setting], None]) 
             _preferred[key] = setting
         return
     _, kernel, constants, types = key
-    configuration = ", ".join([*types, *(f"{name} {value}" for name, value in constants)])
+    configuration = ", ".join([*types, *(f"{name} {value}" for name, value in sorted(constants))])
     raise KernelError(kernel, configuration, causes[0])
 
 
@@ -278,11 +289,13 @@ def launch(
 
     Args:
         template, structure: see `render.load`.  kernel: name of a function in it.
-        grid: programs along each axis; nothing runs if one is 0.  args: run-time parameters by name; the first
-            tensor decides the device.  constants: `tl.constexpr` parameters by name.  num_warps, num_stages: the safe setting.
+        grid: programs along each axis; nothing runs if one is 0.  args: run-time parameters by name, and perhaps some that
+            this kernel does not have (the kernels of an op share most); its first tensor decides the device.
+            constants: `tl.constexpr` parameters by name, likewise.  num_warps, num_stages: the safe setting.
         alternatives: other settings, one of which may be faster (see `triton_tuning.py`), or run where the device has
             too little for the first. For kernels that may run twice: that write what they do not read.
     Raises: KernelError where the device can run it with no setting; for the same launch then again, without trying.
+        KeyError for a parameter that is missing.
     """
     module = render.load(template, structure)
     specs = _recorded.get()
@@ -291,20 +304,30 @@ def launch(
         return
     if 0 in grid:
         return
-    tensors = [value for value in args.values() if isinstance(value, Tensor)]
-    device, function = tensors[0].device, getattr(module, kernel)
+    function = getattr(module, kernel)
+    tensors = [args[name] for name in function.arg_names if isinstance(args.get(name), Tensor)]
+    device = tensors[0].device
     settings = (Setting(num_warps, num_stages), *alternatives)
+    fixed = tuple(constants.items())
+    special = tuple([_specialisation(args[name]) for name in function.arg_names if name not in constants])
 
     def run(setting: Setting) -> None:
         final = {**constants, **dict(setting.constants)}
+        values = {name: final[name] if name in final else args[name] for name in function.arg_names}
+        what = (module.__name__, kernel, device, setting, fixed, special)
+        known = _compiled.get(what)
+        if known is not None:
+            known[(*grid, 1, 1)[:3]](*values.values())
+            return
         warps = {"num_warps": setting.num_warps, "num_stages": setting.num_stages}
-        function[tuple(grid)](**args, **final, **warps, enable_fp_fusion=True)
+        found = function[tuple(grid)](**values, **warps, enable_fp_fusion=True)
+        if device.type == "cuda":
+            _compiled[what] = found
 
     if device.type == "cpu":  # the interpreter
         run(settings[0])
         return
-    types = tuple(_TYPE_NAMES[x.dtype] for x in tensors)
-    key = (module.__name__, kernel, tuple(sorted(constants.items())), types)
+    key = (module.__name__, kernel, fixed, tuple([_TYPE_NAMES[x.dtype] for x in tensors]))
     if key in _failed:
         raise _failed[key]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -314,8 +337,8 @@ def launch(
             def measure(setting: Setting) -> float:
                 return do_bench(functools.partial(run, setting), warmup=5, rep=20, return_mode="median")
 
-            what = triton_tuning.key_of(module.__name__, kernel, args, constants, settings)
-            best = triton_tuning.choose(device, what, settings, measure)
+            sizes = triton_tuning.key_of(module.__name__, kernel, args, constants, settings)
+            best = triton_tuning.choose(device, sizes, settings, measure)
             settings = (best, *(s for s in settings if s != best))
         try:
             _run(key, settings, run)

@@ -7,6 +7,7 @@ data") is decided inside the kernels. Sums run in a fixed order, so that results
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from spt_compiler.lowering.triton_common import (
     DTYPES,
     accepts,
     available,
+    before_hopper,
     byte_view,
     ceil_div,
     dropout_threshold,
@@ -34,7 +36,7 @@ from spt_compiler.lowering.triton_tuning import Setting
 from spt_compiler.ops.reference_ffn import FlatGrads, check_arguments, kept_blocks, row_capacity
 
 MAX_BLOCKS = 1024
-# Row tiles that share a band of the GEMM grids.
+# Tiles that share a band of the GEMM grids (rows, or units of a block).
 _BAND = 8
 # Programs of a launch that most likely finds nothing to do.
 _LATER_PROGRAMS = 512
@@ -115,6 +117,11 @@ def _row_tile(blocks: Tensor, rows: Tensor, n_blocks: int) -> int:
     return (rows.shape[0] - n_tokens * n_slots) // n_blocks + 1
 
 
+def _factor(n: int) -> int:
+    """The largest power of two up to 256 that divides n: tiles that divide it need no masks."""
+    return math.gcd(n, 256)
+
+
 class _Geometry:
     """Sizes of one call, and how its tokens are cut into chunks where every block is meant.
 
@@ -128,6 +135,9 @@ class _Geometry:
         self.n_tokens, self.n_slots = blocks.shape
         self.n_units, self.n_blocks = permutation.shape[0], offsets.shape[0] - 1
         self.width = ceil_div(self.n_units, self.n_blocks)
+        # Whether products are those of warp groups, whose operands take no registers.
+        self.wide = x.dtype != torch.float32 and not on_hip() and not before_hopper()
+        self.width_factor = _factor(self.width) if self.n_units == self.width * self.n_blocks else 0
         self.capacity = rows.shape[0]
         # The largest power of two that divides the row tile: a row tile of the kernels lies in one block.
         tile = _row_tile(blocks, rows, self.n_blocks)
@@ -199,7 +209,13 @@ class _Geometry:
         """Constants and tuning of a GEMM whose programs hold so many sums of [BLOCK_M, BLOCK_N]; BLOCK_M: a row tile."""
         full = self.dtype == torch.float32
         block_m = block_m or self.block_m
-        block_n = 128 if n_accumulators == 1 and not full else 64 if n_accumulators <= 3 else 32
+        if self.wide:
+            # Tiles of 128 x 256 read a third less than those of 128 x 128, which the level-2 cache could not feed.
+            block_n = {1: 256, 2: 128, 3: 64}.get(n_accumulators, 32)
+            while block_n > 128 and ceil_div(columns, block_n) * block_n > 1.15 * columns:
+                block_n //= 2
+        else:
+            block_n = 128 if n_accumulators == 1 and not full else 64 if n_accumulators <= 3 else 32
         block_n = min(block_n, max(16, next_power_of_2(columns)))
         constants = {
             "N_BLOCKS": self.n_blocks,
@@ -212,6 +228,10 @@ class _Geometry:
         warps = 4 if block_m * block_n * n_accumulators <= (32 if full else 64) * 128 else 8
         return constants, {"num_warps": warps, "num_stages": 1 if full else 2 if on_hip() else 3}
 
+    def parts(self, block_n: int) -> int:
+        """In how many parts the columns of a tile go through the activation."""
+        return (4 if block_n >= 128 else 2 if block_n >= 64 else 1) if self.wide else 1
+
     def alternatives(self, constants: Mapping[str, Any], columns: int, first_token: int) -> tuple[Setting, ...]:
         """Settings beside the safe one, for kernels that find the number of their tiles themselves.
 
@@ -222,8 +242,14 @@ class _Geometry:
             return ()
         if self.dtype == torch.float32:
             return (Setting(8, 2), Setting(4, 1, (("BLOCK_N", 32),)))
+        half: tuple[tuple[str, int], ...] = (("BLOCK_N", block_n // 2),)
+        if self.wide:
+            if "PARTS" in constants:
+                half += (("PARTS", self.parts(block_n // 2)),)
+            # The last one leaves room for a second program, whose products run while the first stores.
+            return (Setting(8, 4), Setting(8, 4, half), Setting(4, 3, half))
         wide = (Setting(8, 3, (("BLOCK_N", 2 * block_n),)),) if columns >= 2 * block_n else ()
-        return (*wide, Setting(8, 4), Setting(8, 2), Setting(4, 3, (("BLOCK_N", block_n // 2),)))
+        return (*wide, Setting(8, 4), Setting(8, 2), Setting(4, 3, half))
 
     def rows_of(self, lefts: list[Tensor], weights: list[_Weight], partial: Tensor, first_token: int) -> None:
         """partial = the sum of left @ weight[units of the row's block] over the pairs."""
@@ -249,7 +275,7 @@ class _Geometry:
                 "first_token": first_token,
                 "chunk": self.chunk,
             },
-            {**constants, "BAND": _BAND},
+            {**constants, "BAND": _BAND, "WIDTH_FACTOR": self.width_factor, "OUT_FACTOR": _factor(n_out)},
             **tuning,
             alternatives=self.alternatives(constants, n_out, first_token),
         )
@@ -259,6 +285,7 @@ class _Geometry:
     ) -> None:
         """out = the sum of the partial rows of each token, and what else is added to it."""
         block_t, block_e = 32, min(128, max(16, next_power_of_2(out.shape[1])))
+        terms = min(4, next_power_of_2(self.n_slots))
         n_out_tiles = ceil_div(out.shape[1], block_e)
         args: dict[str, Any] = {}
         if bias is not None:
@@ -284,7 +311,7 @@ class _Geometry:
                 "first_token": first_token,
                 "chunk": self.chunk,
             },
-            {"N_BLOCKS": self.n_blocks, "N_SLOTS": self.n_slots, "BLOCK_M": block_t, "BLOCK_N": block_e},
+            {"N_BLOCKS": self.n_blocks, "N_SLOTS": self.n_slots, "TERMS": terms, "BLOCK_M": block_t, "BLOCK_N": block_e},
         )
 
     @property
@@ -475,6 +502,7 @@ def routed_ffn(
     added = None if compensation is None else compensation.float().contiguous()
     # Dropout's hash needs registers, as a second sum does.
     constants, tuning = g.products(len(w_in) + projections.structure["dropout"], columns=g.width)
+    constants["PARTS"] = g.parts(constants["BLOCK_N"])
     n_hidden_tiles = ceil_div(g.width, constants["BLOCK_N"])
     for first_token in g.chunks():
         launch(
@@ -499,7 +527,13 @@ def routed_ffn(
                 "first_token": first_token,
                 "chunk": g.chunk,
             },
-            {**constants, "N_SLOTS": g.n_slots, "BLOCK_R": projections.block_r, "BAND": _BAND},
+            {
+                **constants,
+                "N_SLOTS": g.n_slots,
+                "FEATURES_FACTOR": _factor(g.n_features),
+                "BLOCK_R": projections.block_r,
+                "BAND": _BAND,
+            },
             **tuning,
             alternatives=g.alternatives(constants, g.width, first_token),
         )
@@ -723,9 +757,10 @@ class _Backward:
             self._sum_gates(first_token)
 
     def _products(self, recompute: bool) -> tuple[dict[str, Any], dict[str, int]]:
-        # The derivative needs registers: never the widest tile. So do two dropouts and the sum that one is applied to.
-        n_sums = len(self.projections.weights) + 1 if recompute else 2
+        # The derivative needs registers, unless it is taken in parts. So do two dropouts and the sum that one is applied to.
+        n_sums = len(self.projections.weights) + 1 if recompute else 1 if self.g.wide else 2
         constants, tuning = self.g.products(n_sums + 2 * self.projections.low_dropout, columns=self.g.width)
+        constants["PARTS"] = self.g.parts(constants["BLOCK_N"])
         if on_hip() and self.g.dtype != torch.float32:
             tuning["num_warps"] = 4  # of 64 lanes: more of them have fewer registers each
         return constants, tuning
@@ -773,12 +808,20 @@ class _Backward:
                 "n_out": self.grad_y.shape[1],
                 "n_units": g.n_units,
                 "width": g.width,
-                "n_hidden_tiles": n_hidden_tiles,
                 "first_token": first_token,
                 "chunk": g.chunk,
             },
-            {**constants, "N_SLOTS": g.n_slots, "BLOCK_R": p.block_r, "BAND": _BAND},
+            {
+                **constants,
+                "N_SLOTS": g.n_slots,
+                "FEATURES_FACTOR": _factor(g.n_features),
+                "OUT_FACTOR": _factor(self.grad_y.shape[1]),
+                "BLOCK_R": p.block_r,
+                "BAND": _BAND,
+            },
             **tuning,
+            # With other tiles the rows of the gates' gradient would have other lengths.
+            alternatives=() if mode == "dense" or self.grad_gates is not None else g.alternatives(constants, g.width, first_token),
         )
 
     def _weights(self, left: Tensor, right: Tensor, target: Tensor, direct: bool, first_token: int) -> None:
@@ -809,7 +852,14 @@ class _Backward:
                 "first_token": first_token,
                 "chunk": g.chunk,
             },
-            {**constants, "INDIRECT": direct},
+            {
+                **constants,
+                "BAND": _BAND,
+                "ROWS": g.block_m,
+                "INDIRECT": direct,
+                "WIDTH_FACTOR": g.width_factor,
+                "OUT_FACTOR": _factor(target.shape[1]),
+            },
             **tuning,
             alternatives=g.alternatives(constants, target.shape[1], first_token),
         )

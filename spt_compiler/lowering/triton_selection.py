@@ -92,43 +92,61 @@ def _dot_dtype(q: Tensor, k: Tensor) -> torch.dtype:
 
 
 def pq_assign(
-    codebook: Tensor, x: Tensor, mean: Tensor | None, *, codes: bool, decoded: torch.dtype | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Codes [B, H, T, P] uint8 and decoded vectors [B, H, T, D] of x [B, H, T, D]; None for what is not asked for.
+    codebook: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    *,
+    codes: bool = False,
+    decoded: torch.dtype | None = None,
+    pooled: torch.dtype | None = None,
+    tile_k: int = 1,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Codes [B, H, T, P] uint8, decoded vectors [B, H, T, D] of x [B, H, T, D], and the means of these over tiles of tile_k,
+    [B, H, ceil(T / tile_k), D]; None for what is not asked for.
 
     H may be a multiple of the codebook's heads (queries); ties and NaN as in `pq.assign`.
     """
     batch, n_heads, length, dim = x.shape
     n_groups, n_subspaces, n_codewords, width = codebook.shape
+    n_tiles = ceil_div(length, tile_k)
     code_out = x.new_empty((batch, n_heads, length, n_subspaces), dtype=torch.uint8) if codes else None
     decoded_out = None if decoded is None else x.new_empty((batch, n_heads, length, dim), dtype=decoded)
+    pooled_out = None if pooled is None else x.new_empty((batch, n_heads, n_tiles, dim), dtype=pooled)
+    # A program reads 64 bytes of 16-bit rows; its threads share codewords among as many rows as fit their registers.
+    block_s = next_power_of_2(width)
+    block_p = max(1, 32 // block_s)
+    block_n = max(tile_k, min(128, 4096 // (block_p * block_s)))
+    n_row_blocks = ceil_div(length, block_n)
     args = {
         "x_ptr": x,
         "codebook_ptr": codebook.float().contiguous(),
         **strides("x", x, "bhtd"),
         "n_heads": n_heads,
         "n_rows": length,
+        "n_row_blocks": n_row_blocks,
     }
     args |= {"mean_ptr": mean.float().contiguous()} if mean is not None else {}
     args |= {"codes_ptr": code_out} if code_out is not None else {}
     args |= {"decoded_ptr": decoded_out} if decoded_out is not None else {}
-    block_n = 128
+    args |= {"pooled_ptr": pooled_out, "n_tiles": n_tiles} if pooled_out is not None else {}
     launch(
         "pq_assign",
-        {"mean": mean is not None, "codes": codes, "decoded": decoded is not None},
+        {"mean": mean is not None, "codes": codes, "decoded": decoded is not None, "pooled": pooled is not None},
         "pq_assign_kernel",
-        (batch * n_heads, ceil_div(length, block_n), n_subspaces),
+        (ceil_div(n_subspaces, block_p) * n_row_blocks * batch * n_heads,),
         args,
         {
             "GROUP": n_heads // n_groups,
             "N_SUBSPACES": n_subspaces,
             "N_CODEWORDS": n_codewords,
             "WIDTH": width,
+            "TILE_K": tile_k,
             "BLOCK_N": block_n,
-            "BLOCK_S": next_power_of_2(width),
+            "BLOCK_P": block_p,
+            "BLOCK_S": block_s,
         },
     )
-    return code_out, decoded_out
+    return code_out, decoded_out, pooled_out
 
 
 def pool_tiles(x: Tensor, tile_k: int, dtype: torch.dtype) -> Tensor:
@@ -136,13 +154,14 @@ def pool_tiles(x: Tensor, tile_k: int, dtype: torch.dtype) -> Tensor:
     batch, n_heads, length, dim = x.shape
     n_tiles = ceil_div(length, tile_k)
     pooled = x.new_empty((batch, n_heads, n_tiles, dim), dtype=dtype)
-    block_d = max(16, next_power_of_2(dim))
-    block_t = 16 if block_d > 128 else 32
+    block_d = min(64, max(16, next_power_of_2(dim)))
+    block_t = max(1, 128 // tile_k)
+    n_tile_blocks = ceil_div(n_tiles, block_t)
     launch(
         "pool_tiles",
         {},
         "pool_tiles_kernel",
-        (batch * n_heads, ceil_div(n_tiles, block_t)),
+        (ceil_div(dim, block_d) * n_tile_blocks * batch * n_heads,),
         {
             "x_ptr": x,
             "pooled_ptr": pooled,
@@ -150,10 +169,39 @@ def pool_tiles(x: Tensor, tile_k: int, dtype: torch.dtype) -> Tensor:
             "n_heads": n_heads,
             "n_rows": length,
             "n_tiles": n_tiles,
+            "n_tile_blocks": n_tile_blocks,
         },
         {"HEAD_DIM": dim, "TILE_K": tile_k, "BLOCK_T": block_t, "BLOCK_D": block_d},
     )
     return pooled
+
+
+def _partly_seen(tile_q: int, tile_k: int) -> int:
+    """Most tiles that, under the causal mask, some queries of a row see and others do not see whole."""
+    if tile_k > 1 and tile_q % tile_k == 0:
+        return tile_q // tile_k
+    return ceil_div(tile_q - 1, tile_k) + 1
+
+
+def _score_blocks(
+    dim: int, group: int, tile_q: int, tile_k: int, dtype: torch.dtype, plain: bool, causal: bool
+) -> tuple[dict[str, int], int, int]:
+    """Block sizes of the scores kernel, its warps and its stages."""
+    block_d, block_q = max(16, next_power_of_2(dim)), max(16, next_power_of_2(tile_q))
+    full = dtype == torch.float32
+    blocks = {"HEADS": 1, "BLOCK_Q": block_q, "BLOCK_D": block_d}
+    if not plain:
+        block_t = max(1, max(16, 64 if block_d <= 128 else 32) // tile_k)
+        # Triton 3.7 cannot pipeline the two loops for AMD chips.
+        return blocks | {"BLOCK_T": block_t, "BLOCK_P": 16}, 8 if full or not on_hip() else 4, 1 if full or on_hip() else 2
+    block_t = max(next_power_of_2(_partly_seen(tile_q, tile_k)), ceil_div(16, tile_k)) if causal else 1
+    # As many heads as make a product of 256 rows: each key that is read serves all of them, and their masses are summed on
+    # the way. Fewer where operands or accumulators take registers that hold that many rows no more.
+    rows = 64 if full else 128 if before_hopper() or on_hip() or block_d > 128 or block_t * tile_k > 64 else 256
+    blocks["HEADS"] = min(next_power_of_2(group), max(1, rows // block_q))
+    height = blocks["HEADS"] * block_q
+    blocks |= {"BLOCK_T": block_t, "BLOCK_P": 64 if block_d <= 128 and not full else 32}
+    return blocks, 8 if full or height > 64 else 4, 1 if full or on_hip() else 3
 
 
 def supports_select_tiles(
@@ -200,38 +248,36 @@ def select_tiles(
     if n_k < min_keys:
         return stored(q.new_full((*rows, width), -1, dtype=torch.int32), q.new_full(rows, -1, dtype=torch.int32), tiles=True)
     tiles, counts = q.new_empty((*rows, width), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)
-    scores = q.new_full((*rows, n_key_tiles), -1.0, dtype=torch.float32)
 
     dtype = _dot_dtype(q, k)
-    keys: Tensor | None = k
-    if rule == "pq":
-        assert codebook is not None
-        keys = pq_assign(codebook, k, key_mean, codes=False, decoded=dtype)[1]
-    assert keys is not None
-    mask = mask_of(expr, expr_in)
     is_causal, others = causal_split(expr)
     plain = bias is None and others is None
     causal = plain and is_causal
-    block_d = max(16, next_power_of_2(dim))
-    block_t = max(1, max(16, 64 if block_d <= 128 else 32) // tile_k)
-    crowded = causal or not plain
-    tile_constants = {"HEAD_DIM": dim, "TILE_K": tile_k}
-    args = {"budget_ptr": budget, "scores_ptr": scores}
-    if plain:
-        args["pooled_ptr"] = pool_tiles(keys, tile_k, dtype)
-        mask = mask_of("k <= q" if causal else "", [])
-    structure = _selection_structure(bias, mask, softcap, dtype, plain, causal)
+    keys: Tensor | None = k
+    pooled: Tensor | None = None
+    if rule == "pq" and codebook is not None:
+        single, means = None if plain and not causal else dtype, dtype if plain else None
+        _, keys, pooled = pq_assign(codebook, k, key_mean, decoded=single, pooled=means, tile_k=tile_k if plain else 1)
+    elif plain:
+        pooled = pool_tiles(k, tile_k, dtype)
+    mask = mask_of("" if plain else expr, expr_in)
+    blocks, num_warps, num_stages = _score_blocks(dim, n_heads // n_groups, tile_q, tile_k, dtype, plain, causal)
+    n_parts = ceil_div(n_heads // n_groups, blocks["HEADS"])
+    scores = q.new_empty((*rows, n_parts, n_key_tiles), dtype=torch.float32)
+    args = {"q_ptr": q, "scores_ptr": scores, "budget_ptr": budget, **strides("q", q, "bhtd")}
+    if pooled is not None:
+        args["pooled_ptr"] = pooled
+    if causal or not plain:
+        assert keys is not None
+        args |= {"k_ptr": keys, **strides("k", keys, "bhtd")}
+    structure = _selection_structure(bias, mask, softcap, dtype, plain, causal) | {"whole_head": blocks["BLOCK_D"] == dim}
     launch(
         "select_tiles",
         structure,
         "select_tiles_scores_kernel",
-        (n_query_tiles * n_groups * batch,),
+        (n_parts * n_query_tiles * n_groups * batch,),
         {
             **args,
-            "q_ptr": q,
-            "k_ptr": keys,
-            **strides("q", q, "bhtd"),
-            **strides("k", keys, "bhtd"),
             **bias_arguments(bias, (*q.shape[:3], n_k)),
             **mask.args,
             "scale": float(scale),
@@ -243,19 +289,15 @@ def select_tiles(
             "n_key_tiles": n_key_tiles,
         },
         {
-            **tile_constants,
             "GROUP": n_heads // n_groups,
+            "HEAD_DIM": dim,
             "TILE_Q": tile_q,
-            "BLOCK_M": max(16, next_power_of_2(tile_q)),
-            "BLOCK_N": block_t * tile_k,
-            "BLOCK_T": block_t,
-            "BLOCK_P": 64 if block_d <= (128 if before_hopper() and not causal else 64) else 32,
-            "BLOCK_D": block_d,
+            "TILE_K": tile_k,
+            **blocks,
             "PRECISION": product_precision(dtype),
         },
-        num_warps=8 if dtype == torch.float32 or (crowded and not on_hip()) else 4,
-        # Triton 3.7 cannot pipeline its two loops for AMD chips.
-        num_stages=1 if dtype == torch.float32 or on_hip() else 2,
+        num_warps=num_warps,
+        num_stages=num_stages,
     )
     block = next_power_of_2(n_key_tiles)
     launch(
@@ -276,14 +318,16 @@ def select_tiles(
             "max_millionths": millionths(max_density),
         },
         {
+            "PARTS": n_parts,
             "TILE_Q": tile_q,
             "TILE_K": tile_k,
             "DIAGONAL": is_causal and n_q == n_k,
             "BLOCK_T": block,
             "BLOCK_W": next_power_of_2(width),
         },
-        num_warps=4 if block <= 2048 else 8,
-        alternatives=tuple(Setting(warps, 2) for warps in (1, 2, 8, 16)),
+        # Its 32 counts are reductions, which are cheapest within one warp.
+        num_warps=max(1, min(16, block // 512)),
+        alternatives=tuple(Setting(warps, 2) for warps in (1, 2, 4, 8)),
     )
     return stored(tiles, counts, tiles=True)
 
@@ -338,10 +382,10 @@ def select_keys(
         "n_k": n_k,
     }
     if match:
-        args["q_codes_ptr"] = pq_assign(codebook, q, None, codes=True, decoded=None)[0]
-        args["k_codes_ptr"] = pq_assign(codebook, k, key_mean, codes=True, decoded=None)[0]
+        args["q_codes_ptr"] = pq_assign(codebook, q, None, codes=True)[0]
+        args["k_codes_ptr"] = pq_assign(codebook, k, key_mean, codes=True)[0]
     else:
-        decoded = pq_assign(codebook, k, key_mean, codes=False, decoded=dtype)[1]
+        decoded = pq_assign(codebook, k, key_mean, decoded=dtype)[1]
         assert decoded is not None
         args |= {"q_ptr": q, "k_ptr": decoded, **strides("q", q, "bhtd"), **strides("k", decoded, "bhtd")}
         args |= {"scale": float(scale), **({} if softcap is None else {"softcap": float(softcap)})}
