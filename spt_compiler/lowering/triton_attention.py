@@ -588,6 +588,8 @@ class _Backward:
             "ranged": ranged,
         }
         warps = 4 if deep and not (self.call.crowded and kernel != "dkdv") else 8
+        # Two stages copy the next rows when this step is over, three while it runs.
+        stages = 1 if not deep else 3 if on_hopper() else 2
         launch(
             "tile_attention_bwd",
             structure,
@@ -596,7 +598,7 @@ class _Backward:
             args,
             constants,
             num_warps=warps if setting is None else setting.num_warps,
-            num_stages=(2 if deep else 1) if setting is None else setting.num_stages,
+            num_stages=stages if setting is None else setting.num_stages,
             alternatives=alternatives,
         )
 
