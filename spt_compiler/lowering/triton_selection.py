@@ -298,6 +298,7 @@ def select_tiles(
         },
         num_warps=num_warps,
         num_stages=num_stages,
+        alternatives=(Setting(16, 3), Setting(8, 2)) if plain and num_warps == 8 else (),
     )
     block = next_power_of_2(n_key_tiles)
     launch(
