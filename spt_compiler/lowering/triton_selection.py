@@ -197,7 +197,8 @@ def _score_blocks(
     block_t = max(next_power_of_2(_partly_seen(tile_q, tile_k)), ceil_div(16, tile_k)) if causal else 1
     # As many heads as make a product of 256 rows: each key that is read serves all of them, and their masses are summed on
     # the way. Fewer where operands or accumulators take registers that hold that many rows no more.
-    rows = 64 if full or (on_hip() and block_d > 128) else 128 if before_hopper() or on_hip() or block_d > 128 or block_t * tile_k > 64 else 256
+    crowded = before_hopper() or on_hip() or block_d > 128 or block_t * tile_k > 64
+    rows = 64 if full or (on_hip() and block_d > 128) else 128 if crowded else 256
     blocks["HEADS"] = min(next_power_of_2(group), max(1, rows // block_q))
     height = blocks["HEADS"] * block_q
     blocks |= {"BLOCK_T": block_t, "BLOCK_P": 64 if block_d <= 128 and not full else 32}
