@@ -392,13 +392,23 @@ def codebook_for(k):
         ("none", "mean", {"density": -1.0}),
         ("none", "mean", {"min_keys": 1000}),
         ("causal", "mean", {"density": 0.0078125, "tile": (16, 32)}),
+        ("causal", "pq", {"heads": 6, "groups": 1, "tile": (16, 4)}),  # two parts of a group, the second not full
+        ("causal", "mean", {"heads": 6, "tile": (5, 1), "square": True}),
+        ("none", "pq", {"heads": 3, "groups": 1, "tile": (64, 16), "batch": 2}),
+        ("causal", "pq", {"nan": True, "square": True, "dims": 24}),
+        ("causal", "pq", {"codebook": False}),
     ],
 )
 def test_select_tiles(nan_empty, mask, rule, extra):
-    q, k, _ = qkv(37 if extra.get("square") else 29, dim=16)
+    heads, groups = extra.get("heads", 4), extra.get("groups", 2)
+    n_q, dim = 37 if extra.get("square") else 29, extra.get("dims", 16)
+    q, k, _ = qkv(n_q, heads=heads, groups=groups, dim=dim, batch=extra.get("batch", 1))
     bias, expr, expr_in = MASKS[mask](q.shape[2], k.shape[2])
     tile = extra.get("tile", (16, 8))
-    args = (q, k, bias, expr, expr_in, *codebook_for(k), torch.tensor([extra.get("density", 0.3)]), 0.4)
+    codebook = codebook_for(k) if extra.get("codebook", True) else (None, None)
+    if extra.get("nan"):
+        q[0, 1, 20, 3] = torch.nan  # one query alone
+    args = (q, k, bias, expr, expr_in, *codebook, torch.tensor([extra.get("density", 0.3)]), 0.4)
     args = (*args, *tile, 0.3, extra.get("softcap"), rule, extra.get("min_keys", 0))
     assert triton_selection.supports_select_tiles(*args) is None
     for got, exact in zip(triton_selection.select_tiles(*args), reference.select_tiles(*args), strict=True):

@@ -85,6 +85,15 @@ def test_launches_name_the_parameters_of_their_kernels_and_no_others(monkeypatch
         assert any(spec.kernel == "tile_attention_bwd_kernel_dkdv" for spec in specs)
 
 
+@pytest.mark.parametrize("expr", ["", "k <= q"])
+def test_selection_compiles_for_a_single_key(expr):
+    """Triton makes a constant of an argument that is one, and constants have no methods."""
+    x, budget = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device="meta"), torch.empty(1, device="meta")
+    with triton_common.recording() as specs:
+        triton_selection.select_tiles(x, x, None, expr, [], None, None, budget, 0.5, 64, 16, 0.1, None, "mean", 0)
+    assert [triton_common.compile_kernel(spec, "sm_90").error for spec in specs] == [None] * 3
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", triton_catalog.DTYPES)
 @pytest.mark.parametrize("target", triton_common.TARGETS)

@@ -115,7 +115,7 @@ def pq_assign(
     # A program reads 64 bytes of 16-bit rows; its threads share codewords among as many rows as fit their registers.
     block_s = next_power_of_2(width)
     block_p = max(1, 32 // block_s)
-    block_n = max(tile_k, min(128, 4096 // (block_p * block_s)))
+    block_n = max(tile_k, min(128 if block_s <= 4 else 64, 4096 // (block_p * block_s)))
     n_row_blocks = ceil_div(length, block_n)
     args = {
         "x_ptr": x,
@@ -197,7 +197,8 @@ def _score_blocks(
     block_t = max(next_power_of_2(_partly_seen(tile_q, tile_k)), ceil_div(16, tile_k)) if causal else 1
     # As many heads as make a product of 256 rows: each key that is read serves all of them, and their masses are summed on
     # the way. Fewer where operands or accumulators take registers that hold that many rows no more.
-    rows = 64 if full else 128 if before_hopper() or on_hip() or block_d > 128 or block_t * tile_k > 64 else 256
+    crowded = before_hopper() or on_hip() or block_d > 128 or block_t * tile_k > 64
+    rows = 64 if full or (on_hip() and block_d > 128) else 128 if crowded else 256
     blocks["HEADS"] = min(next_power_of_2(group), max(1, rows // block_q))
     height = blocks["HEADS"] * block_q
     blocks |= {"BLOCK_T": block_t, "BLOCK_P": 64 if block_d <= 128 and not full else 32}
@@ -298,6 +299,7 @@ def select_tiles(
         },
         num_warps=num_warps,
         num_stages=num_stages,
+        alternatives=(Setting(16, 3), Setting(8, 2)) if plain and num_warps == 8 else (),
     )
     block = next_power_of_2(n_key_tiles)
     launch(
