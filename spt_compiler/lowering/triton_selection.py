@@ -18,7 +18,6 @@ from spt_compiler.lowering.triton_common import (
     Mask,
     accepts,
     available,
-    before_hopper,
     bias_arguments,
     bias_structure,
     ceil_div,
@@ -195,10 +194,9 @@ def _score_blocks(
         # Triton 3.7 cannot pipeline the two loops for AMD chips.
         return blocks | {"BLOCK_T": block_t, "BLOCK_P": 16}, 8 if full or not on_hip() else 4, 1 if full or on_hip() else 2
     block_t = max(next_power_of_2(_partly_seen(tile_q, tile_k)), ceil_div(16, tile_k)) if causal else 1
-    # As many heads as make a product of 256 rows: each key that is read serves all of them, and their masses are summed on
-    # the way. Fewer where operands or accumulators take registers that hold that many rows no more.
-    crowded = before_hopper() or on_hip() or block_d > 128 or block_t * tile_k > 64
-    rows = 64 if full or (on_hip() and block_d > 128) else 128 if crowded else 256
+    # As many heads as make a product of 128 rows: each key that is read serves all of them, their masses are summed on the
+    # way, and on Hopper two programs fit, one of which multiplies while the other takes exponentials.
+    rows = 64 if full or (on_hip() and block_d > 128) else 128
     blocks["HEADS"] = min(next_power_of_2(group), max(1, rows // block_q))
     height = blocks["HEADS"] * block_q
     blocks |= {"BLOCK_T": block_t, "BLOCK_P": 64 if block_d <= 128 and not full else 32}
@@ -299,7 +297,7 @@ def select_tiles(
         },
         num_warps=num_warps,
         num_stages=num_stages,
-        alternatives=(Setting(16, 3), Setting(8, 2)) if plain and num_warps == 8 else (),
+        alternatives=(Setting(4, 2), Setting(8, 2)) if plain and num_warps == 8 else (),
     )
     block = next_power_of_2(n_key_tiles)
     launch(
