@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import StateError
+from .ops import observe
 
 log = logging.getLogger(__name__)
 
@@ -141,12 +142,13 @@ class SiteState:
 
     def set_probe(self, **flags: bool) -> None:
         """Says what the next forward is to observe; writes only what changes (a write may be a copy to a device)."""
-        wanted = self.tensors["probe_host"].clone()
+        probe, host = self.tensors["probe"], self.tensors["probe_host"]
+        observe.mirror(probe, host)
         for name, value in flags.items():
-            wanted[PROBE[name]] = int(value)
-        if not torch.equal(wanted, self.tensors["probe_host"]):
-            self.tensors["probe_host"].copy_(wanted)
-            self.tensors["probe"].copy_(wanted)
+            place = PROBE[name]
+            if int(host[place]) != int(value):
+                host[place] = int(value)
+                probe[place].fill_(int(value))  # a kernel: a copy from the host would wait for the device
 
     def asked(self, *flags: str) -> bool:
         """Whether any of these observations was asked of the last forward; known on the host, without a look at the device."""

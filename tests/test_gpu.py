@@ -55,6 +55,28 @@ def test_exact_equals_dense_for_real_architectures(name):
     assert relative(got, expected) < 1e-4
 
 
+@pytest.mark.parametrize("heads, width", [(4, 160), (2, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heads_that_are_no_multiple_of_16_wide_or_lie_at_odd_addresses(dtype, heads, width):
+    """40 values a head; and queries, keys and values that are slices from the second value on."""
+    torch.manual_seed(0)
+    dim, n = width // heads, 333
+    x = torch.randn(2, n, 3, heads, dim + 1, device="cuda", dtype=dtype)[..., 1:].permute(2, 0, 3, 1, 4)
+
+    def attention(x):
+        return F.scaled_dot_product_attention(*x, is_causal=True, scale=dim**-0.5) * x[0]
+
+    for options in (EXACT, {**SPARSE, "attention.density": 1.0}):
+        run = torch.compile(attention, backend="spt", options={**options, "inner": "eager"})
+        results = []
+        for call in (run, attention):
+            leaf = x.detach().requires_grad_()
+            out = call(leaf)
+            results.append((out.detach(), *torch.autograd.grad(out.float().square().sum(), leaf)))
+        for got, expected in zip(*results, strict=True):
+            assert relative(got.float(), expected.float()) < 3e-2
+
+
 def trained(run, x: torch.Tensor, parameters, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(parameters, 1e-3, capturable=True)
     losses = []

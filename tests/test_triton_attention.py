@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -44,8 +45,9 @@ def check_row(entry: triton_catalog.Entry, target: str, row: dict) -> None:
     assert row["shared_bytes"] <= triton_common.SHARED_LIMIT[target], what
     assert row["tensor_core"] or not entry.tensor_core, what
     if entry.dtype != "fp32" and not entry.config.startswith(("tile d160", "tile d256")):
-        # Two products of all heads of a group fill the registers; a few addresses wait on the stack.
-        assert row["spills"] <= (32 if entry.spec.kernel.endswith("_pairs") else 0), what
+        # Two products of all heads of a group, and four lanes of two sums, fill the registers; a few addresses wait on the
+        # stack, outside of the loops.
+        assert row["spills"] <= (32 if entry.spec.kernel.endswith(("_pairs", "_sum")) else 0), what
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -92,6 +94,31 @@ def test_selection_compiles_for_a_single_key(expr):
     with triton_common.recording() as specs:
         triton_selection.select_tiles(x, x, None, expr, [], None, None, budget, 0.5, 64, 16, 0.1, None, "mean", 0)
     assert [triton_common.compile_kernel(spec, "sm_90").error for spec in specs] == [None] * 3
+
+
+@pytest.mark.parametrize("dim, offset", [(40, 0), (64, 8), (64, 1)])
+def test_rows_that_begin_anywhere_are_copied_to_where_kernels_read_whole_lines(dim, offset):
+    """Heads 40 values apart, and slices of wider rows; a first value at an odd address is for `-m gpu`."""
+
+    def heads(n):
+        return torch.empty(2, 200, n, dim + offset, dtype=torch.bfloat16, device="meta").transpose(1, 2)[..., offset:]
+
+    q, k, v, out, grad = heads(4), heads(2), heads(2), heads(4), heads(4)
+    lse = torch.empty(2, 4, 200, device="meta")
+    tiles = torch.empty(2, 2, 4, 5, dtype=torch.int32, device="meta")
+    counts = torch.empty(2, 2, 4, dtype=torch.int32, device="meta")
+    rest = (tiles, counts, "k <= q", [], None, 0.0, 0.1, None, "zero", 64, 16)
+    with triton_common.recording() as specs:
+        triton_attention.tile_attention(q, k, v, None, *rest)
+        triton_attention.tile_attention_backward(grad, q, k, v, None, out, lse, *rest, [True, True, True, False])
+    strides = [
+        (spec.kernel, name, name in spec.divisible)
+        for spec in specs
+        for name, _ in spec.signature
+        if re.fullmatch("(q|k|v|out|dout)_stride_[bht]", name)
+        and not (name.startswith("out") and "fwd" in spec.kernel)  # what it writes
+    ]
+    assert len(strides) > 40 and all(divisible for *_, divisible in strides), strides
 
 
 @pytest.mark.grid

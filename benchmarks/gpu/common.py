@@ -93,8 +93,8 @@ class Bench:
         began = time.perf_counter()
         while len(times) < 10 or (time.perf_counter() - began < self.seconds and len(times) < 200):
             flush.zero_()
-            # Busy for as long as the host needed before, and half as long again.
-            torch.cuda._sleep(int(1.5e-3 * max(host[-5:], default=2.0) * CYCLES_PER_SECOND))
+            # Busy for as long as the host needed before, and half as long again; one that waits for the device would not end.
+            torch.cuda._sleep(int(1e-3 * min(1.5 * max(host[-5:], default=2.0), 20.0) * CYCLES_PER_SECOND))
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             launched = time.perf_counter()

@@ -205,8 +205,13 @@ class _Geometry:
         self.move(weight, ordered, restore=False)
         return _Weight(ordered, False)
 
-    def products(self, n_accumulators: int, *, columns: int, block_m: int | None = None) -> tuple[dict[str, Any], dict[str, int]]:
-        """Constants and tuning of a GEMM whose programs hold so many sums of [BLOCK_M, BLOCK_N]; BLOCK_M: a row tile."""
+    def products(
+        self, n_accumulators: int, *, columns: int, block_m: int | None = None, through: bool = False
+    ) -> tuple[dict[str, Any], dict[str, int]]:
+        """Constants and tuning of a GEMM whose programs hold so many sums of [BLOCK_M, BLOCK_N].
+
+        Args: block_m: height; None: of a row tile.  through: whether rows of a weight are found through the permutation.
+        """
         full = self.dtype == torch.float32
         block_m = block_m or self.block_m
         if self.wide:
@@ -226,7 +231,8 @@ class _Geometry:
             "PRECISION": product_precision(self.dtype),
         }
         warps = 4 if block_m * block_n * n_accumulators <= (32 if full else 64) * 128 else 8
-        return constants, {"num_warps": warps, "num_stages": 1 if full else 2 if on_hip() else 3}
+        deep = 4 if self.wide and n_accumulators == 1 and not through else 3
+        return constants, {"num_warps": warps, "num_stages": 1 if full else 2 if on_hip() else deep}
 
     def parts(self, block_n: int) -> int:
         """In how many parts the columns of a tile go through the activation."""
@@ -254,7 +260,7 @@ class _Geometry:
     def rows_of(self, lefts: list[Tensor], weights: list[_Weight], partial: Tensor, first_token: int) -> None:
         """partial = the sum of left @ weight[units of the row's block] over the pairs."""
         n_out = partial.shape[1]
-        constants, tuning = self.products(1, columns=n_out)
+        constants, tuning = self.products(1, columns=n_out, through=any(w.indirect for w in weights))
         n_out_tiles = ceil_div(n_out, constants["BLOCK_N"])
         args: dict[str, Any] = {}
         for i, (left, weight) in enumerate(zip(lefts, weights, strict=True)):
@@ -312,6 +318,7 @@ class _Geometry:
                 "chunk": self.chunk,
             },
             {"N_BLOCKS": self.n_blocks, "N_SLOTS": self.n_slots, "TERMS": terms, "BLOCK_M": block_t, "BLOCK_N": block_e},
+            num_warps=4 if on_hip() else 8,
         )
 
     @property

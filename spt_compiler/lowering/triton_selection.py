@@ -25,6 +25,7 @@ from spt_compiler.lowering.triton_common import (
     mask_of,
     next_power_of_2,
     on_hip,
+    on_hopper,
     product_precision,
     strides,
     supports_mask,
@@ -200,6 +201,8 @@ def _score_blocks(
     blocks["HEADS"] = min(next_power_of_2(group), max(1, rows // block_q))
     height = blocks["HEADS"] * block_q
     blocks |= {"BLOCK_T": block_t, "BLOCK_P": 64 if block_d <= 128 and not full else 32}
+    if on_hopper() and not full and height > 64:
+        return blocks, 4, 2  # measured: a fifth faster than eight warps
     return blocks, 8 if full or height > 64 else 4, 1 if full or on_hip() else 3
 
 
@@ -297,7 +300,7 @@ def select_tiles(
         },
         num_warps=num_warps,
         num_stages=num_stages,
-        alternatives=(Setting(4, 2), Setting(8, 2)) if plain and num_warps == 8 else (),
+        alternatives=(Setting(4, 2), Setting(8, 2), Setting(8, 3)) if plain and blocks["HEADS"] > 1 else (),
     )
     block = next_power_of_2(n_key_tiles)
     launch(
@@ -327,7 +330,8 @@ def select_tiles(
         },
         # Its 32 counts are reductions, which are cheapest within one warp.
         num_warps=max(1, min(16, block // 512)),
-        alternatives=tuple(Setting(warps, 2) for warps in (1, 2, 4, 8)),
+        # The fewer the warps, the longer the compiler takes over a long row: ten minutes and more.
+        alternatives=tuple(Setting(warps, 2) for warps in (1, 2, 4, 8) if block <= 512 * warps),
     )
     return stored(tiles, counts, tiles=True)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spt_compiler import expression
+from spt_compiler.ops.observe import asked
 from spt_compiler.ops.selection import RULES
 from spt_compiler.ops.selection.common import (
     MILLION,
@@ -633,11 +634,12 @@ def stats_attention(q, k, v, bias, expr, expr_in, out, lse, scale, softcap, rows
 
     empty_q, empty_k = (x.new_zeros((n_groups, rows, x.shape[-1]), dtype=torch.float32) for x in (q, k))
     no_quality = torch.zeros(4, dtype=torch.float32, device=q.device)
-    if probe.device.type == "cpu":
-        collect, measure = probe.tolist()
+    known = asked(probe)
+    if known is not None:
+        collect, measure = known
         query_rows, key_rows = samples() if collect else (empty_q, empty_k)
         return query_rows, key_rows, quality() if measure else no_quality
-    # On an accelerator reading the probe would stop the host.
+    # Whatever is asked, the device decides.
     query_rows, key_rows = (
         torch.where(probe[0] != 0, x, zero) for x, zero in zip(samples(), (empty_q, empty_k), strict=True)
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spt_compiler import expression
+from spt_compiler.ops.observe import asked
 from spt_compiler.ops.reference import dropout_keep
 
 # A density that reached us through fp32 may be off by half an ulp; without the slack .3 * 5 blocks could round either
@@ -389,9 +390,10 @@ def stats_ffn(x: Tensor, rows: int, probe: Tensor) -> Tensor:
     out = torch.zeros(rows, width, dtype=torch.float32, device=x.device)
     if n_tokens == 0:
         return out
-    if probe.device.type == "cpu":
-        return out.copy_(x[_evenly(n_tokens, rows, x.device)]) if int(probe[0]) != 0 else out
-    # On an accelerator reading the probe would stop the host; a few rows are cheaper.
+    known = asked(probe)
+    if known is not None:
+        return out.copy_(x[_evenly(n_tokens, rows, x.device)]) if known[0] != 0 else out
+    # Whatever is asked, the device decides.
     return torch.where(probe[0] != 0, x[_evenly(n_tokens, rows, x.device)].float(), out)
 
 
