@@ -153,6 +153,7 @@ def device_facts(bench: Bench) -> dict[str, Any]:
 
     facts: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "dry_run": bench.dry}
     facts["sources"] = sources()
+    facts["tuned"] = os.environ.get("SPT_AUTOTUNE") == "1"
     try:
         import triton
 
