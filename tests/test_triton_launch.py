@@ -197,10 +197,11 @@ def test_a_result_of_another_process_decides_the_launch(device, monkeypatch):
     kernel = Kernel(able=(4, 8))
     launch = device(kernel)
     launch()
-    monkeypatch.setattr("triton.testing.do_bench", lambda run, **_: run() or float(len(kernel.launches) % 3))
+    monkeypatch.setattr("triton.testing.do_bench", lambda run, **_: run() or 8.0 / kernel.launches[-1][0])
     monkeypatch.setenv("SPT_AUTOTUNE", "1")
     launch()
-    assert kernel.launches[-1] == kernel.launches[-3] == (8, 2, 64)  # measured second, of three
+    # Measured: those with a pipeline; taken: the one with more warps, which this device runs faster.
+    assert kernel.launches[1:] == [(4, 2, 64), (8, 2, 64), (8, 2, 64)]
     triton_tuning.forget()
     monkeypatch.delenv("SPT_AUTOTUNE")
     launch(dim=32)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spt_compiler import expression
@@ -223,15 +224,20 @@ def _supports(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, expr: str, e
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x [B, H, T, D], or a copy of it whose rows begin at multiples of 16 values.
+    """x [B, H, T, D], or a copy of it with zeros behind each row up to a multiple of 16 values, where rows begin, too.
 
-    Triton reads other rows value by value. That is slow, and on an H100 under Triton 3.6 the dK kernel then read wrong ones
-    (head dimension 40, where the heads of a token lie 40 values apart).
+    From other rows Triton cannot copy to shared memory while it multiplies. Loading them first is slow, and gave a wrong dK
+    on an H100 under Triton 3.6 (heads of 40 values): no kernel sees such rows any more.
     """
-    if x.stride(3) == 1 and all(stride % 16 == 0 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0:
+    missing = -x.shape[3] % 16
+    if missing == 0 and x.stride(3) == 1 and all(stride % 16 == 0 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0:
         return x
-    copy = x.new_empty((*x.shape[:3], ceil_div(x.shape[3], 16) * 16))[..., : x.shape[3]]
-    return copy.copy_(x)
+    return F.pad(x, (0, missing)) if missing else x.clone(memory_format=torch.contiguous_format)
+
+
+def _narrow(out: Tensor, q: Tensor, v: Tensor) -> Tensor:
+    """A result for `_aligned` values as one for v: without the zeros, laid out as results are."""
+    return out if out.shape[3] == v.shape[3] else reference.attention_output(q, v).copy_(out[..., : v.shape[3]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,7 +431,7 @@ def tile_attention(
 ) -> tuple[Tensor, Tensor]:
     """`spt::tile_attention_v1` by one kernel: one program per query tile, head and batch row, online softmax."""
     reference.check_attention(q, k, v, bias, tiles, counts, seed, p, empty, tile_q, tile_k)
-    q, k, v = map(_aligned, (q, k, v))
+    q, k, v, given = *map(_aligned, (q, k, v)), v
     tiles, counts = in_use(tiles, counts, q.shape[2], tile_q)
     pseudo = _pseudo(bias, expr) if compensate else None
     masked = (bias, counts, expr, expr_in, seed, p, scale, softcap)
@@ -435,7 +441,7 @@ def tile_attention(
         more |= {"marks_ptr": mark_lists(tiles, counts, call.n_key_tiles), **_pooled(k, v, tile_k)}
     out, lse = _outputs(q, v)
     _forward(call, out, lse, empty, q.shape[0] * q.shape[1], more)
-    return out, lse
+    return _narrow(out, q, given), lse
 
 
 def supports_key_attention(q, k, v, bias, keys, counts, expr, expr_in, seed, p, scale, softcap, empty) -> Reject | None:
@@ -470,7 +476,7 @@ def key_attention(
 ) -> tuple[Tensor, Tensor]:
     """`spt::key_attention_v1`: marks of the listed keys, then one program per 64 queries, head and batch row."""
     reference.check_attention(q, k, v, bias, keys, counts, seed, p, empty)
-    q, k, v = map(_aligned, (q, k, v))
+    q, k, v, given = *map(_aligned, (q, k, v)), v
     n_q, n_k = q.shape[2], k.shape[2]
     keys, counts = keys.contiguous(), counts.contiguous()
     masked = (bias, counts, expr, expr_in, seed, p, scale, softcap)
@@ -482,7 +488,7 @@ def key_attention(
         marks = mark_lists(part[0], part[1], n_k, None if marks is None else marks[: stop - first])
         more = {"marks_ptr": marks, "first_head": first}
         _forward(call, out, lse, empty, stop - first, more)
-    return out, lse
+    return _narrow(out, q, given), lse
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,9 +666,9 @@ class _Backward:
         constants = {**call.constants, "BLOCK_N": fused.block_n, "STACK": fused.stack, "SPLITS": fused.splits}
         blocks = {name: constants[name] for name in ("HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV", "TILE_K", "SPLITS")}
         lanes = max(1, 8192 // (call.tile_k * call.wide))
-        others = [n for n in (2 * fused.block_n, fused.block_n // 2) if max(16, call.tile_k) <= n <= 64]
-        options = [Setting(fused.num_warps, 3, (("BLOCK_N", n),)) for n in others]
-        options += [Setting(fused.num_warps, 2), Setting(fused.num_warps, 1)]
+        options = [Setting(fused.num_warps, 2)]
+        if fused.block_n // 2 >= max(16, call.tile_k):
+            options.append(Setting(fused.num_warps, 3, (("BLOCK_N", fused.block_n // 2),)))
         for first_head, n_range, first_row, n_rows in parts:
             of_range = {"first_head": first_head, "first_row": first_row, "n_rows": n_rows}
             is_last = first_row + n_rows == call.n_query_tiles
@@ -779,12 +785,17 @@ class _Backward:
         self._launch("pooled", programs, {**self.args, **lists, "lse_ptr": self.shift, **found}, constants)
         return found
 
-    def results(self) -> list[Tensor]:
-        """What the op returns: tensors of their own where nothing is asked for, as results must not alias each other."""
+    def results(self, *dims: int) -> list[Tensor]:
+        """What the op returns: tensors of their own where nothing is asked for, as results must not alias each other.
+
+        Args: dims: of queries, keys and values before they were aligned.
+        """
         dbias = None
         if self.dbias is not None and self.bias_in is not None:
             dbias = self.dbias.sum_to_size(self.bias_in.shape).to(self.bias_in.dtype)
-        found = (self.dq, self.dk, self.dv, dbias)
+        grads = (self.dq, self.dk, self.dv)
+        narrow = (g if g.shape[3] == d else g[..., :d].contiguous() for g, d in zip(grads, dims, strict=True))
+        found = (*narrow, dbias)
         return [
             x if need and x is not None else self.q.new_empty(0) for x, need in zip(found, self.needs, strict=True)
         ]
@@ -847,6 +858,7 @@ def tile_attention_backward(
     compensate: bool = False,
 ) -> list[Tensor]:
     """`spt::tile_attention_backward_v1`: dQ along the lists, then dK and dV along the transposed lists; no atomics."""
+    dims = q.shape[3], k.shape[3], v.shape[3]
     grad_out, q, k, v, out = map(_aligned, (grad_out, q, k, v, out))
     tiles, counts = in_use(tiles, counts, q.shape[2], tile_q)
     pseudo = _pseudo(bias, expr) if compensate else None
@@ -871,7 +883,7 @@ def tile_attention_backward(
         run.queries(n_heads, {**lists, **anyone})
         run.pairs(run.fused, tiles, transposed)
         run.keys(0, n_heads, {"k_max": lists["k_max"], "marks_ptr": marks, **anyone})
-        return run.results()
+        return run.results(*dims)
     run.queries(n_heads, lists)
     run.bias(lists)
     if of_keys:
@@ -880,7 +892,7 @@ def tile_attention_backward(
         run.blank(0, n_heads)
         run.split = split_of(call.n_query_tiles, call.n_key_tiles, tiles.shape[3])
         run.keys(0, n_heads, {**lists, **pooled, "marks_ptr": marks, **transpose_lists(tiles, counts, marks, run.split)})
-    return run.results()
+    return run.results(*dims)
 
 
 def supports_key_attention_backward(
@@ -928,6 +940,7 @@ def key_attention_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """`spt::key_attention_backward_v1`: marks of the listed keys, few heads at a time, then dQ, dK and dV; no atomics."""
+    dims = q.shape[3], k.shape[3], v.shape[3]
     grad_out, q, k, v, out = map(_aligned, (grad_out, q, k, v, out))
     n_q, n_k = q.shape[2], k.shape[2]
     keys, counts = keys.contiguous(), counts.contiguous()
@@ -945,7 +958,7 @@ def key_attention_backward(
         if needs[1] or needs[2]:
             run.blank(first, stop)
             run.keys(first, stop, lists)
-    return run.results()
+    return run.results(*dims)
 
 
 for _op, _run, _supports_op in (

@@ -337,8 +337,10 @@ def launch(
             def measure(setting: Setting) -> float:
                 return do_bench(functools.partial(run, setting), warmup=5, rep=20, return_mode="median")
 
-            sizes = triton_tuning.key_of(module.__name__, kernel, args, constants, settings)
-            best = triton_tuning.choose(device, sizes, settings, measure)
+            # Loops without a pipeline are for devices with little memory. They never won, and a run that tried them crashed.
+            tried = tuple(s for s in settings if s.num_stages > 1) if num_stages > 1 else settings
+            sizes = triton_tuning.key_of(module.__name__, kernel, args, constants, tried)
+            best = triton_tuning.choose(device, sizes, tried, measure)
             settings = (best, *(s for s in settings if s != best))
         try:
             _run(key, settings, run)
