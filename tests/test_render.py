@@ -106,7 +106,7 @@ def backward():
 
 
 DOT = {"softcap": (False, True), "dot_type": ("float16", "bfloat16", "float32")}
-FLAGS = ("mean", "codes", "decoded")
+FLAGS = ("mean", "codes", "decoded", "pooled")
 STRUCTURES = {
     "tile_attention_fwd": lambda: (
         {**x, "empty": empty} for x, empty in zip(listed(("dropout", "softcap")), itertools.cycle(EMPTY), strict=False)
@@ -115,15 +115,15 @@ STRUCTURES = {
     "transpose_lists": lambda: [{"split": s, "places": p} for s, p in itertools.product((False, True), repeat=2)],
     "pool_tiles": lambda: [{}],
     "select_tiles": lambda: itertools.chain(
-        masked(**DOT, pooled=(False,), causal=(False,)),
+        masked(**DOT, pooled=(False,), causal=(False,), whole_head=(False, True)),
         (
             {"bias": None, "mask": expression.parse("k <= q") if c else None, "reads": [], "pooled": True, "causal": c}
-            | {"softcap": s, "dot_type": "bfloat16"}
-            for c, s in itertools.product((False, True), repeat=2)
+            | {"softcap": s, "dot_type": "bfloat16", "whole_head": w}
+            for c, s, w in itertools.product((False, True), repeat=3)
         ),
     ),
     "select_keys": lambda: masked(**DOT, match=(False, True)),
-    "pq_assign": lambda: (dict(zip(FLAGS, v, strict=True)) for v in itertools.product((False, True), repeat=3)),
+    "pq_assign": lambda: (dict(zip(FLAGS, v, strict=True)) for v in itertools.product((False, True), repeat=4)),
     "route": lambda: [{}],
     "routed_ffn_fwd": lambda: activations(False),
     "routed_ffn_bwd": lambda: activations(True),
@@ -305,7 +305,7 @@ def test_concurrent_writers_leave_one_whole_file(cache):
 
 def test_equal_constants_give_one_module_and_readable_sources(cache):
     pytest.importorskip("triton")
-    structure = {"mean": False, "codes": True, "decoded": False}
+    structure = {"mean": False, "codes": True, "decoded": False, "pooled": False}
     module = render.load("pq_assign", structure)
     assert render.load("pq_assign", dict(reversed(structure.items()))) is module
     assert render.load("pq_assign", {**structure, "mean": True}) is not module

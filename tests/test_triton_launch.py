@@ -224,6 +224,35 @@ def test_a_launch_that_no_setting_serves_is_named_and_not_tried_again(device):
     launch(dim=32)  # another configuration
 
 
+def test_a_launch_that_ran_goes_straight_to_the_compiled_kernel(device):
+    """With its constants, the setting that was chosen, and the arguments of the call; anything else is compiled anew."""
+
+    class Compiled:
+        def __init__(self):
+            self.launches = []
+
+        def __getitem__(self, grid):
+            return lambda *parameters: self.launches.append((grid, parameters))
+
+    class Compiling(Kernel):
+        def launch(self, **parameters):
+            super().launch(**parameters)
+            self.compiled = Compiled()
+            return self.compiled
+
+    kernel = Compiling(able=(8,))
+    launch = device(kernel)
+    launch()
+    compiled, tried = kernel.compiled, len(kernel.launches)
+    launch(grid=(3,))
+    launch(grid=(2, 5))
+    assert len(kernel.launches) == tried and [grid for grid, _ in compiled.launches] == [(3, 1, 1), (2, 5, 1)]
+    x, dim, block_n = compiled.launches[0][1]
+    assert x.device.type == "meta" and (dim, block_n) == (64, 64)
+    launch(dim=32)
+    assert len(kernel.launches) > tried and kernel.compiled is not compiled and len(compiled.launches) == 2
+
+
 def test_a_missing_argument_is_named(device):
     kernel = Kernel(able=(4,))
     kernel.arg_names = (*kernel.arg_names, "n_rows")

@@ -300,20 +300,21 @@ def store(name: str, source: str) -> Path:
 
 _modules: dict[str, types.ModuleType] = {}
 _by_constants: dict[tuple[str, Any, Any], types.ModuleType] = {}
-# What is hashable as it is, and never equal to a value of another type but for numbers.
-_PLAIN = (str, type(None), Expression)
+# What is hashable as it is, and equal to nothing of another type.
+_PLAIN = frozenset((str, type(None), Expression))
 
 
 def frozen(value: Any) -> Any:
     """Constants as a hashable key; equal for constants that render alike."""
-    if isinstance(value, _PLAIN):
+    kind = type(value)
+    if kind in _PLAIN:
         return value
+    if kind is list or kind is tuple:
+        return tuple([frozen(v) for v in value])
     if isinstance(value, Mapping):
         return tuple(sorted((k, frozen(v)) for k, v in value.items()))
-    if isinstance(value, (list, tuple)):
-        return tuple(frozen(v) for v in value)
     # 1, 1.0 and True render differently.
-    return (type(value).__name__, value)
+    return kind, value
 
 
 def load(template: str, constants: Mapping[str, Any]) -> types.ModuleType:

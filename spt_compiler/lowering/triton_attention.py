@@ -10,7 +10,8 @@ is not supported runs the reference of the op. Nothing synchronises with the hos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from spt_compiler import expression
 from spt_compiler.errors import Reject
 from spt_compiler.lowering import registry
 from spt_compiler.lowering.triton_common import (
+    Alternatives,
     accepts,
     before_hopper,
     bias_arguments,
@@ -373,7 +375,7 @@ def _forward(call: _Call, out: Tensor, lse: Tensor, empty: str, n_heads: int, mo
         # A wave of AMD's has 64 lanes: four have as many registers as one program can use.
         num_warps=8 if crowded and not on_hip() else 4,
         num_stages=1 if call.full else 2 if before_hopper() or on_hip() else 4 if paired else 3,
-        alternatives=call.alternatives(block_n),
+        alternatives=functools.partial(call.alternatives, block_n),
     )
 
 
@@ -597,7 +599,7 @@ class _Backward:
         n_programs: int,
         args: dict[str, Any],
         constants: dict[str, Any],
-        alternatives: Sequence[Setting] = (),
+        alternatives: Alternatives = (),
         setting: Setting | None = None,
         ranged: bool = False,
     ) -> None:
@@ -709,7 +711,7 @@ class _Backward:
             args["nothing_ptr"] = self.nothing
         block_n = self._keys_per_step()
         constants = {**call.constants, "BLOCK_N": block_n}
-        self._launch("dq", call.n_blocks * n_heads, args, constants, call.alternatives(block_n))
+        self._launch("dq", call.n_blocks * n_heads, args, constants, functools.partial(call.alternatives, block_n))
 
     def bias(self, lists: dict[str, Any]) -> None:
         """The gradient of a float bias over the heads of the lists, added to what is there."""
@@ -755,14 +757,14 @@ class _Backward:
         split = self.split
         if split is None:
             args["n_items"] = call.n_key_tiles
-            self._launch("dkdv", call.n_key_tiles * n_groups, args, constants, call.alternatives())
+            self._launch("dkdv", call.n_key_tiles * n_groups, args, constants, call.alternatives)
             return
         partial = {
             f"partial_{name}_ptr": x.new_empty((n_groups, split.n_slots, call.tile_k, x.shape[3]), dtype=torch.float32)
             for name, x in (("k", self.k), ("v", self.v))
         }
         args |= {**partial, "n_slots": split.n_slots, "n_items": split.n_items, "chunk": split.chunk}
-        self._launch("dkdv", split.n_items * n_groups, args, constants, call.alternatives())
+        self._launch("dkdv", split.n_items * n_groups, args, constants, call.alternatives)
         wanted = ("dk_ptr", "dv_ptr", "first_slots_ptr", "starts_ptr", "ends_ptr", "anyone_ptr", "chunk", "n_slots")
         names = (*wanted, "n_k", "n_key_tiles")
         blocks = ("HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV", "TILE_K")

@@ -34,6 +34,8 @@ from spt_compiler.lowering.triton_tuning import Setting
 
 log = logging.getLogger(__name__)
 
+Alternatives = Sequence[Setting] | Callable[[], Sequence[Setting]]
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _TYPE_NAMES = {
@@ -203,15 +205,24 @@ def _record(
 
 # Compiled kernels by all that Triton compiles a kernel anew for. Triton finds them, too, but takes longer than many a kernel.
 _compiled: dict[Any, Any] = {}
+# Of launches that have run: the compiled kernel with the setting that was chosen, and its parameters with all constants.
+_ready: dict[Any, tuple[Any, list[Any]]] = {}
+# Parameters of a kernel that are no constants, and where they stand.
+_runtime: dict[Any, tuple[tuple[int, str], ...]] = {}
 # Launches that no setting could serve, with what they failed with, and those that needed another than the first.
 _failed: dict[Any, KernelError] = {}
 _preferred: dict[Any, Setting] = {}
 
 
+_NUMBERS = frozenset((int, float, bool))
+# Launches that are remembered: lengths that change all the time should not fill the memory.
+_MOST_READY = 8192
+
+
 def _specialisation(value: Any) -> Any:
     """What of an argument decides the compiled code: types, and whether it is one or a multiple of 16."""
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+        return value.dtype, value.get_device(), value.data_ptr() % 16 == 0
     if type(value) is int:
         return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
     return type(value)
@@ -249,8 +260,8 @@ def _compiling(call: Callable[[], Any]) -> Any:
             return call()
 
 
-def _run(key: Any, settings: Sequence[Setting], run: Callable[[Setting], None]) -> None:
-    """Runs with the first setting that the device can run; remembers it, or that there is none.
+def _run(key: Any, settings: Sequence[Setting], run: Callable[[Setting], None]) -> Setting:
+    """Runs with the first setting that the device can run, and returns it; remembers it, or that there is none.
 
     Raises: KernelError if there is none, naming the kernel, the configuration and the cause.
     """
@@ -267,7 +278,7 @@ def _run(key: Any, settings: Sequence[Setting], run: Callable[[Setting], None]) 
             continue
         if known is None and setting != settings[0]:
             _preferred[key] = setting
-        return
+        return setting
     _, kernel, constants, types = key
     configuration = ", ".join([*types, *(f"{name} {value}" for name, value in sorted(constants))])
     raise KernelError(kernel, configuration, causes[0])
@@ -283,7 +294,7 @@ def launch(
     *,
     num_warps: int = 4,
     num_stages: int = 2,
-    alternatives: Sequence[Setting] = (),
+    alternatives: Alternatives = (),
 ) -> None:
     """Renders (once), compiles (once) and launches a kernel on the current stream of its tensors' device.
 
@@ -292,8 +303,9 @@ def launch(
         grid: programs along each axis; nothing runs if one is 0.  args: run-time parameters by name, and perhaps some that
             this kernel does not have (the kernels of an op share most); its first tensor decides the device.
             constants: `tl.constexpr` parameters by name, likewise.  num_warps, num_stages: the safe setting.
-        alternatives: other settings, one of which may be faster (see `triton_tuning.py`), or run where the device has
-            too little for the first. For kernels that may run twice: that write what they do not read.
+        alternatives: other settings (or what lists them, asked when the launch is new), one of which may be faster (see
+            `triton_tuning.py`), or run where the device has too little for the first. For kernels that may run twice: that
+            write what they do not read.
     Raises: KernelError where the device can run it with no setting; for the same launch then again, without trying.
         KeyError for a parameter that is missing.
     """
@@ -304,30 +316,68 @@ def launch(
         return
     if 0 in grid:
         return
+    kind = (module.__name__, kernel, tuple(constants))
+    runtime = _runtime.get(kind)
+    if runtime is None:
+        names = getattr(module, kernel).arg_names
+        runtime = _runtime[kind] = tuple((i, name) for i, name in enumerate(names) if name not in constants)
+    values = [args[name] for _, name in runtime]
+    seen = tuple([x if type(x) in _NUMBERS else (x.dtype, x.get_device(), x.data_ptr() & 15) for x in values])
+    place = (*kind, tuple(constants.values()), seen)
+    ready = _ready.get(place)
+    if ready is None:
+        what = (*kind, tuple(constants.values()), tuple(map(_specialisation, values)))
+        settings = (Setting(num_warps, num_stages), *(alternatives() if callable(alternatives) else alternatives))
+        ready = _prepare(what, module, kernel, grid, args, constants, settings)
+        if ready is not None:
+            if len(_ready) >= _MOST_READY:
+                _ready.clear()
+            _ready[place] = ready
+        return
+    compiled, parameters = ready
+    parameters = parameters.copy()
+    for (i, _), value in zip(runtime, values, strict=True):
+        parameters[i] = value
+    device = next(x for x in values if isinstance(x, Tensor)).get_device()
+    here = device < 0 or device == torch.cuda.current_device()
+    with contextlib.nullcontext() if here else torch.cuda.device(device):
+        compiled[(*grid, 1, 1)[:3]](*parameters)
+
+
+def _prepare(
+    what: Any,
+    module: types.ModuleType,
+    kernel: str,
+    grid: Sequence[int],
+    args: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    settings: Sequence[Setting],
+) -> tuple[Any, list[Any]] | None:
+    """Launches a kernel by way of Triton, which compiles it, with the fastest setting known that the device can run.
+
+    Args: what: all that decides the compiled code but for the setting.  settings: the safe one first.
+    Returns: an entry of `_ready`; None for the interpreter.
+    """
     function = getattr(module, kernel)
     tensors = [args[name] for name in function.arg_names if isinstance(args.get(name), Tensor)]
     device = tensors[0].device
-    settings = (Setting(num_warps, num_stages), *alternatives)
-    fixed = tuple(constants.items())
-    special = tuple([_specialisation(args[name]) for name in function.arg_names if name not in constants])
+
+    def parameters(setting: Setting) -> dict[str, Any]:
+        final = {**constants, **dict(setting.constants)}
+        return {name: final[name] if name in final else args[name] for name in function.arg_names}
 
     def run(setting: Setting) -> None:
-        final = {**constants, **dict(setting.constants)}
-        values = {name: final[name] if name in final else args[name] for name in function.arg_names}
-        what = (module.__name__, kernel, device, setting, fixed, special)
-        known = _compiled.get(what)
+        known = _compiled.get((what, setting))
         if known is not None:
-            known[(*grid, 1, 1)[:3]](*values.values())
+            known[(*grid, 1, 1)[:3]](*parameters(setting).values())
             return
         warps = {"num_warps": setting.num_warps, "num_stages": setting.num_stages}
-        found = function[tuple(grid)](**values, **warps, enable_fp_fusion=True)
-        if device.type == "cuda":
-            _compiled[what] = found
+        _compiled[what, setting] = function[tuple(grid)](**parameters(setting), **warps, enable_fp_fusion=True)
 
     if device.type == "cpu":  # the interpreter
         run(settings[0])
-        return
-    key = (module.__name__, kernel, fixed, tuple([_TYPE_NAMES[x.dtype] for x in tensors]))
+        return None
+    key = (module.__name__, kernel, tuple(constants.items()), tuple([_TYPE_NAMES[x.dtype] for x in tensors]))
     if key in _failed:
         raise _failed[key]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -338,15 +388,17 @@ def launch(
                 return do_bench(functools.partial(run, setting), warmup=5, rep=20, return_mode="median")
 
             # Loops without a pipeline are for devices with little memory. They never won, and a run that tried them crashed.
-            tried = tuple(s for s in settings if s.num_stages > 1) if num_stages > 1 else settings
+            tried = tuple(s for s in settings if s.num_stages > 1) if settings[0].num_stages > 1 else settings
             sizes = triton_tuning.key_of(module.__name__, kernel, args, constants, tried)
             best = triton_tuning.choose(device, sizes, tried, measure)
             settings = (best, *(s for s in settings if s != best))
         try:
-            _run(key, settings, run)
+            used = _run(key, settings, run)
         except KernelError as error:
             _failed[key] = error
             raise
+    compiled = _compiled[what, used]
+    return None if compiled is None else (compiled, list(parameters(used).values()))
 
 
 def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:

@@ -7,6 +7,7 @@ data") is decided inside the kernels. Sums run in a fixed order, so that results
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -283,7 +284,7 @@ class _Geometry:
             },
             {**constants, "BAND": _BAND, "WIDTH_FACTOR": self.width_factor, "OUT_FACTOR": _factor(n_out)},
             **tuning,
-            alternatives=self.alternatives(constants, n_out, first_token),
+            alternatives=functools.partial(self.alternatives, constants, n_out, first_token),
         )
 
     def combine(
@@ -542,7 +543,7 @@ def routed_ffn(
                 "BAND": _BAND,
             },
             **tuning,
-            alternatives=g.alternatives(constants, g.width, first_token),
+            alternatives=functools.partial(g.alternatives, constants, g.width, first_token),
         )
         for left, weight, partial, out in outputs:
             g.rows_of([left], [weight], partial, first_token)
@@ -828,7 +829,9 @@ class _Backward:
             },
             **tuning,
             # With other tiles the rows of the gates' gradient would have other lengths.
-            alternatives=() if mode == "dense" or self.grad_gates is not None else g.alternatives(constants, g.width, first_token),
+            alternatives=()
+            if mode == "dense" or self.grad_gates is not None
+            else functools.partial(g.alternatives, constants, g.width, first_token),
         )
 
     def _weights(self, left: Tensor, right: Tensor, target: Tensor, direct: bool, first_token: int) -> None:
@@ -868,7 +871,7 @@ class _Backward:
                 "OUT_FACTOR": _factor(target.shape[1]),
             },
             **tuning,
-            alternatives=g.alternatives(constants, target.shape[1], first_token),
+            alternatives=functools.partial(g.alternatives, constants, target.shape[1], first_token),
         )
 
     def _sum_columns(self, columns: Tensor, vector: Tensor, first_token: int) -> None:
