@@ -5,9 +5,12 @@
 
 Every case is a process of its own in which both variants take turns, step by step, so that whatever else the machine does meets
 both alike; reported are medians, quartiles, and the median of the step-by-step ratios. Selection, code updates, routing and
-state look-up are inside every figure. Memory comes from one process per variant (VmHWM), bytes kept for backward from
-saved-tensor hooks. Quality at the same settings stands beside: kept attention mass and relative FFN error on the inputs of the
-benchmark, which are random with a little structure; they are no substitute for a trained model (see benchmarks/quality).
+state look-up are inside every figure. Blocks take steps of fine-tuning: what is timed in turns are steps after the first rounds of
+learning; what one later round and the looks of the guard take beyond a plain step is timed apart, and its share of every step
+(one round in 32, one interval in 64) is added to each of them. Memory comes from one process per variant (VmHWM), bytes kept for
+backward from saved-tensor hooks. Quality at the same settings stands beside: kept attention mass and relative FFN error on the
+inputs of the benchmark, which are random with a little structure; they are no substitute for a trained model (see
+benchmarks/quality).
 Results are written after every case; `--resume` measures only what the file lacks, `--report` writes the tables of a document
 anew from the file (`--no-run`: without measuring anything).
 """
@@ -25,8 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +38,9 @@ from torch import Tensor, nn
 
 from .saved import saved_bytes
 
+GROUPS = ("attention", "masks", "ffn", "block", "skipped", "memory", "compile", "threads", "break-even", "density")
+STEADY = "after learning"  # how blocks are timed; results of another way are not shown, and `--resume` measures them anew
+LOOKED = 4  # the last calls of an interval of the guard that are timed
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 600  # seconds of one measurement; what takes longer hangs
 
@@ -67,6 +74,11 @@ class Case:
     lift: bool = False
     threads: int | None = None
     materialised: bool = False
+
+    @property
+    def method(self) -> str | None:
+        """How it is timed, where that is not by its first steps."""
+        return STEADY if self.group == "block" else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,6 +209,13 @@ def options(case: Case) -> dict[str, Any]:
     return chosen | ({"attention.min_keys": 0, "ffn.min_width": 0} if case.lift else {})
 
 
+Pair = tuple[tuple[float, float], tuple[float, float]]  # seconds of (forward, rest) of a step: dense, spt
+
+
+class Stepping(Protocol):
+    def step(self) -> tuple[float, float]: ...
+
+
 class Side:
     """One variant of a case, compiled and ready to take steps."""
 
@@ -233,12 +252,29 @@ def _time(case: Case, seconds: float) -> dict[str, Any]:
     import spt_compiler
 
     dense, sparse = Side(case, "dense"), Side(case, "spt")
-    for _ in range(4):  # compilation, first use, and the first rounds of learning
-        dense.step(), sparse.step()
-    rows: list[tuple[tuple[float, float], tuple[float, float]]] = []
-    until = time.perf_counter() + seconds
-    while len(rows) < 5 or (time.perf_counter() < until and len(rows) < 60):
-        rows.append((dense.step(), sparse.step()))
+    if case.method == STEADY:
+        rows, learned, looked = steady_steps(dense, sparse, 3 * seconds)
+        result = _steady(rows, learned, looked)
+    else:
+        for _ in range(4):  # compilation, first use, and the first rounds of learning
+            dense.step(), sparse.step()
+        rows = []
+        until = time.perf_counter() + seconds
+        while len(rows) < 5 or (time.perf_counter() < until and len(rows) < 60):
+            rows.append((dense.step(), sparse.step()))
+        result = _compared(rows)
+        # With all that learns in between: the first rounds of it stand close together, later ones are 32 steps apart.
+        result["whole_ratio"] = sum(sum(a) for a, _ in rows) / sum(sum(b) for _, b in rows)
+    result["quality"] = {
+        name: {key: figures[key] for key in ("mass", "rel_error") if key in figures}
+        for name, figures in spt_compiler.metrics(sparse.model).items()
+    }
+    result["replaced"] = sorted(result["quality"])
+    return result
+
+
+def _compared(rows: Sequence[Pair], extra: float = 0.0) -> dict[str, Any]:
+    """Figures of steps taken in turns; `extra` seconds are added to those of spt where ratios are taken."""
     result: dict[str, Any] = {"steps": len(rows)}
     for index, name in enumerate(("dense", "spt")):
         whole = [sum(row[index]) for row in rows]
@@ -248,19 +284,92 @@ def _time(case: Case, seconds: float) -> dict[str, Any]:
             "step": statistics.median(whole),
             "quartiles": [low, high],
         }
-    ratios = [sum(a) / sum(b) for a, b in rows]
+    ratios = [sum(a) / (sum(b) + extra) for a, b in rows]
     low, _, high = statistics.quantiles(ratios, n=4)
     result |= {"ratio": statistics.median(ratios), "ratio_quartiles": [low, high]}
-    # With all that learns in between: the first rounds of it stand close together, later ones are 32 steps apart.
-    result["whole_ratio"] = sum(sum(a) for a, _ in rows) / sum(sum(b) for _, b in rows)
     result["slowest"] = max(sum(b) for _, b in rows) / result["spt"]["step"]
     result["forward_ratio"] = statistics.median(a[0] / b[0] for a, b in rows)
-    result["quality"] = {
-        name: {key: figures[key] for key in ("mass", "rel_error") if key in figures}
-        for name, figures in spt_compiler.metrics(sparse.model).items()
-    }
-    result["replaced"] = sorted(result["quality"])
     return result
+
+
+def steady_steps(dense: Stepping, sparse: Side, seconds: float) -> tuple[list[Pair], list[float], list[float]]:
+    """Steps of fine-tuning of a model whose first rounds of learning are over.
+
+    A call first does what the number of backwards before it asks for, and observes what the next one will want. Learning is due
+    after 1, 2, 4, 8, 16 and every 32 of them, the guard looks at the end of each interval. Between two of these nothing is done
+    but training, once the sampled rows fill their rings (the first five calls): such calls are left out by putting the count
+    forward, up to the call before, which observes.
+
+    Returns: (dense, spt) of plain steps taken in turns; seconds of the two calls that a later round of learning takes part in;
+        seconds of the last LOOKED calls of an interval of the guard, the last of which learns, too.
+    """
+    from spt_compiler.learning import PERIOD
+
+    for _ in range(5):
+        sparse.step()
+    for due in (8, 16):
+        _put_forward(sparse, due - 2)
+        sparse.step(), sparse.step()
+    dense.step(), dense.step()
+    _put_forward(sparse, 18)
+    dense.step(), sparse.step()
+    rows: list[Pair] = []
+    until = time.perf_counter() + seconds
+    while len(rows) < 5 or (time.perf_counter() < until and len(rows) < 10):  # ten: the call before 31 is the last plain one
+        rows.append((dense.step(), sparse.step()))
+    _put_forward(sparse, PERIOD - 2)
+    learned = [sum(sparse.step()) for _ in range(2)]
+    _put_forward(sparse, _interval() - LOOKED)
+    return rows, learned, [sum(sparse.step()) for _ in range(LOOKED)]
+
+
+def _steady(rows: Sequence[Pair], learned: Sequence[float], looked: Sequence[float]) -> dict[str, Any]:
+    """Figures of `steady_steps`: "ratio" with each step's share of upkeep, "steady_ratio" without."""
+    from spt_compiler.learning import PERIOD
+
+    steady = _compared(rows)
+    plain = steady["spt"]["step"]
+    learning, guard = upkeep(plain, learned, looked, PERIOD, _interval())
+    return {
+        **_compared(rows, learning + guard),
+        "method": STEADY,
+        "steady_ratio": steady["ratio"],
+        "steady_quartiles": steady["ratio_quartiles"],
+        "learning_share": learning / plain,
+        "guard_share": guard / plain,
+        "learning_calls": list(learned),
+        "guard_calls": list(looked),
+    }
+
+
+def upkeep(plain: float, learned: Sequence[float], looked: Sequence[float], period: int, interval: int) -> tuple[float, float]:
+    """Seconds of learning and of the guard that fall to one step in the long run.
+
+    Args:
+        plain: seconds of a step without either. learned, looked: of the calls that `steady_steps` returns.
+        period: steps between two rounds of learning. interval: between two judgements of the guard.
+    """
+    from spt_compiler.state import LOOKS
+
+    one_round = sum(learned) - len(learned) * plain
+    # All looks but those of the first and last calls are alike: the second call stands for those that were not taken.
+    interval_of = sum(looked) - len(looked) * plain + (LOOKS + 1 - len(looked)) * (looked[1] - plain)
+    return one_round / period, (interval_of - one_round) / interval
+
+
+def _interval() -> int:
+    from spt_compiler import SPTConfig
+
+    return SPTConfig().guard.interval
+
+
+def _put_forward(side: Side, steps: int) -> None:
+    """Sets how many backwards the sites of a model have counted."""
+    from spt_compiler.state import STORE
+
+    for _, state in STORE.named_states(side.model):
+        assert state.settled and state.counter("steps") <= steps, "upkeep would be left out, or repeated"
+        state.set_counter("steps", steps)
 
 
 def _memory(case: Case, variant: str) -> dict[str, Any]:
@@ -415,7 +524,18 @@ def row_of(case: Case, result: dict[str, Any]) -> str:
     low, high = result["ratio_quartiles"]
     goal = "" if case.goal is None else f"  goal {case.goal:g} {'met' if result['ratio'] >= case.goal else 'NOT met'}"
     times = f"{result['dense']['step'] * 1e3:9.1f} ms {result['spt']['step'] * 1e3:9.1f} ms"
-    return f"{case.name:38} {times}  {result['ratio']:5.2f}x [{low:.2f}, {high:.2f}]{goal}  {_quality(result)}"
+    beside = f"  ({_upkeep(result)})" if case.method == STEADY else ""
+    return f"{case.name:38} {times}  {result['ratio']:5.2f}x [{low:.2f}, {high:.2f}]{beside}{goal}  {_quality(result)}"
+
+
+def _upkeep(result: dict[str, Any]) -> str:
+    shares = f"learning {result['learning_share']:.1%}, guard {result['guard_share']:.1%}"
+    return f"{result['steady_ratio']:.2f}x without {shares} of a step"
+
+
+def shown(report: dict[str, Any]) -> dict[str, Any]:
+    """The results that were measured as they would be today."""
+    return {name: e for name, e in report["cases"].items() if "ratio" not in e or e.get("method") == Case(**e["case"]).method}
 
 
 def _quality(result: dict[str, Any]) -> str:
@@ -429,7 +549,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.no_run:
         _measure(args, out, report)
     for goal in goals(report):
-        print(f"{goal['goal']:58} {goal['wanted']:>8} {goal['measured']:8.3f}  {'met' if goal['met'] else 'NOT met'}")
+        print(f"{goal['goal']:72} {goal['wanted']:>8} {goal['measured']:8.3f}  {'met' if goal['met'] else 'NOT met'}")
     if args.report:
         write_tables(report, Path(args.report))
     if args.plot:
@@ -438,13 +558,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace, out: Path, report: dict[str, Any]) -> None:
     report["conditions"] = conditions() | ({"threads": args.threads} if args.threads else {})
-    groups = ["attention", "masks", "ffn", "block", "skipped", "memory", "compile", "threads", "break-even", "density"]
-    wanted = args.only or ([g for g in groups if g not in ("memory", "compile")] if args.quick else groups)
+    wanted = args.only or [g for g in GROUPS if not args.quick or g not in ("memory", "compile")]
     env = {"OMP_NUM_THREADS": str(args.threads)} if args.threads else None
     seconds = args.seconds or (1.0 if args.quick else 5.0)
 
     def missing(name: str) -> bool:
-        entry = report["cases"].get(name)
+        entry = shown(report).get(name)
         known = entry is not None and not any("failed" in part for part in (entry, *entry.values()) if isinstance(part, dict))
         return not (args.resume and known) and (not args.match or args.match in name)
 
@@ -485,7 +604,7 @@ def _compilation(env: dict[str, str] | None) -> dict[str, Any]:
 def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
     """What the goals ask, what was measured, and whether that is enough; of what was measured."""
     found: list[dict[str, Any]] = []
-    entries = report["cases"]
+    entries = shown(report)
 
     def add(goal: str, measured: float, least: float | None = None, most: float | None = None) -> None:
         met = measured >= least if least is not None else measured <= (most or 0.0)
@@ -496,7 +615,8 @@ def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
     for name, entry in entries.items():
         case = entry["case"]
         if "ratio" in entry and case["goal"] is not None:
-            add(f"{name}: dense / spt", entry["ratio"], least=case["goal"])
+            what = "dense / spt, learning and guard included" if "steady_ratio" in entry else "dense / spt"
+            add(f"{name}: {what}", entry["ratio"], least=case["goal"])
         plain = entries.get(name.replace(f" {case['mask']}", ""), {})
         if case["group"] == "masks" and "spt" in entry and "spt" in plain:
             add(f"{name}: speed of that without", plain["spt"]["step"] / entry["spt"]["step"], least=0.9)
@@ -532,20 +652,25 @@ def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def tables(report: dict[str, Any]) -> dict[str, str]:
     """The tables of the document, by name, in Markdown."""
-    seen, entries = report["conditions"], report["cases"]
+    seen, entries = report["conditions"], shown(report)
     machine = f"{seen['cores']} cores of {seen['processor']} ({', '.join(seen['instructions'])}), {seen['threads']} threads, "
     machine += f"torch {seen['torch']}, Python {seen['python']}, load before the run {seen['load']}"
     times = ["| case | dense | spt | dense / spt [quartiles] | with learning | slowest / median | quality |", "|---" * 7 + "|"]
     memory = ["| case | kept: dense | spt | materialised | peak: dense | spt | first steps: dense | spt |", "|---" * 8 + "|"]
     for name, entry in entries.items():
         if "ratio" in entry:
-            low, high = entry["ratio_quartiles"]
+            steady = "steady_ratio" in entry
+            low, high = entry["steady_quartiles" if steady else "ratio_quartiles"]
             cells = [
                 name,
                 *(f"{entry[v]['step'] * 1e3:.1f} ms" for v in ("dense", "spt")),
-                f"**{entry['ratio']:.2f}x** [{low:.2f}, {high:.2f}]",
+                f"**{entry['steady_ratio' if steady else 'ratio']:.2f}x** [{low:.2f}, {high:.2f}]",
             ]
-            cells += [f"{entry['whole_ratio']:.2f}x", f"{entry['slowest']:.1f}", _quality(entry)]
+            if steady:
+                cells.append(f"{entry['ratio']:.2f}x (learning {entry['learning_share']:.1%}, guard {entry['guard_share']:.1%})")
+            else:
+                cells.append(f"{entry['whole_ratio']:.2f}x")
+            cells += [f"{entry['slowest']:.1f}", _quality(entry)]
             times.append(f"| {' | '.join(cells)} |")
         elif "saved_bytes" in entry.get("spt", {}) and "saved_bytes" in entry.get("dense", {}):
             parts = [(v, "saved_bytes") for v in ("dense", "spt", "materialised")]
@@ -607,7 +732,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few small cases")
-    parser.add_argument("--only", action="append", help="this group alone (may be repeated); merges into the file")
+    parser.add_argument("--only", action="append", choices=GROUPS, help="this group alone (may be repeated); merges into the file")
     parser.add_argument("--match", help="only cases whose name contains this")
     parser.add_argument("--threads", type=int, help="threads of every process")
     parser.add_argument("--seconds", type=float, help="least time to take steps, per case")

@@ -53,6 +53,15 @@ class Stack(nn.Module):
         return x
 
 
+class Broken(Stack):
+    """Two blocks with a graph break between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        torch._dynamo.graph_break()
+        return self.blocks[1](x)
+
+
 def gradients(module: nn.Module, call, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Output of `call`, and the gradients of a fixed random functional of it for every parameter and input."""
     module.zero_grad(set_to_none=True)

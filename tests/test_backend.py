@@ -11,7 +11,7 @@ from torch import nn
 import spt_compiler
 from spt_compiler import OptionError, SPTError
 from spt_compiler import backend as backend_module
-from tests.blocks import EXACT, SPARSE, Block, Stack, assert_same, gradients, relative
+from tests.blocks import EXACT, SPARSE, Block, Broken, Stack, assert_same, gradients, relative
 
 
 def batch(length: int = 100, size: int = 2) -> torch.Tensor:
@@ -451,12 +451,6 @@ def test_the_warning_names_the_nearest_misses():
 
 
 def test_require_matches_counts_over_all_graphs_of_a_call():
-    class Broken(Stack):
-        def forward(self, x):
-            x = self.blocks[0](x)
-            torch._dynamo.graph_break()
-            return self.blocks[1](x)
-
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="spt_compiler")
         compiled(Broken(2), require_matches=4)(batch())

@@ -102,20 +102,8 @@ def test_sites_of_blocks_compiled_one_by_one_are_found_by_their_full_names():
     assert density == {"0": 0.25, "1": 0.5, "2": 0.25}
 
 
-def test_generation_is_token_identical_under_exact():
-    transformers = pytest.importorskip("transformers")
-    config = models.build("llama").config
-    config.use_cache = True
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
-    kwargs = models.inputs("llama", length=20)
-    expected = model.generate(**kwargs, max_new_tokens=8, do_sample=False)
-    model.compile(backend="spt", options={**EXACT, "inner": "eager", "strict": False})
-    assert torch.equal(model.generate(**kwargs, max_new_tokens=8, do_sample=False), expected)
-
-
 def test_attention_weights_that_are_returned_keep_their_site_dense():
     model = models.build("bert", "eager")
     found = spt_compiler.explain(model, options=SPARSE, output_attentions=True, **models.inputs("bert", length=LENGTH))
     skipped = [s for s in found.sites if s.kind == "attention"]
-    assert len(skipped) == 2 and all(s.status == "skipped" and s.reason for s in skipped)
+    assert len(skipped) == 2 and all(s.status == "skipped" and "also returned" in s.reason for s in skipped), found.summary()

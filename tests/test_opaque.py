@@ -12,7 +12,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.utils.checkpoint import checkpoint
 
 import spt_compiler
-from tests.blocks import EXACT, SPARSE, Block, Stack, assert_same, gradients, relative
+from tests.blocks import EXACT, SPARSE, Block, Broken, Stack, assert_same, gradients, relative
 
 EAGER = {**EXACT, "inner": "eager"}
 WIDTH, LENGTH = 48, 37
@@ -168,12 +168,6 @@ def test_a_sparse_step_under_a_checkpoint_of_the_caller_replays_its_selection():
 
 
 def test_a_graph_break_inside_of_a_model_costs_no_site():
-    class Broken(Stack):
-        def forward(self, x):
-            x = self.blocks[0](x)
-            torch._dynamo.graph_break()
-            return self.blocks[1](x)
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check(Broken(2), (2, 2), batch())
@@ -181,7 +175,7 @@ def test_a_graph_break_inside_of_a_model_costs_no_site():
 
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_a_graph_break_inside_of_an_ffn_is_the_reason(where):
-    class Broken(nn.Module):
+    class Cut(nn.Module):
         def __init__(self):
             super().__init__()
             self.fc1, self.fc2 = nn.Linear(WIDTH, 112), nn.Linear(112, WIDTH)
@@ -195,7 +189,7 @@ def test_a_graph_break_inside_of_an_ffn_is_the_reason(where):
                 h = (h, torch._dynamo.graph_break())[0]
             return self.fc2(h)
 
-    found = spt_compiler.explain(Broken(), batch(), options=SPARSE)
+    found = spt_compiler.explain(Cut(), batch(), options=SPARSE)
     assert [s.kind for s in found.sites] == ["ffn"] and "a graph break cuts it" in found.sites[0].reason, found.summary()
 
 
