@@ -1,6 +1,6 @@
 """Speed and memory on a CPU: `torch.compile` dense (Inductor, fused SDPA) against the same with backend "spt".
 
-    python -m benchmarks.cpu [--quick] [--only GROUP ...] [--threads N] [--resume] [--out benchmarks/results/cpu.json]
+    python -m benchmarks.cpu [--quick] [--only GROUP ...] [--dtype D] [--threads N] [--resume] [--out benchmarks/results/cpu.json]
                              [--plot cpu.png] [--report docs/cpu.md]
 
 Every case is a process of its own in which both variants take turns, step by step, so that whatever else the machine does meets
@@ -544,7 +544,7 @@ def _quality(result: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    keep = out.exists() and (args.only or args.match or args.resume or args.no_run)
+    keep = out.exists() and (args.only or args.match or args.dtype or args.resume or args.no_run)
     report: dict[str, Any] = json.loads(out.read_text()) if keep else {"cases": {}}
     if not args.no_run:
         _measure(args, out, report)
@@ -569,7 +569,7 @@ def _measure(args: argparse.Namespace, out: Path, report: dict[str, Any]) -> Non
 
     print(f"{report['conditions']}\n{'case':38} {'dense':>12} {'spt':>12}  dense / spt [quartiles]", flush=True)
     for group in wanted:
-        for case in (c for c in cases(args.quick) if c.group == group and missing(c.name)):
+        for case in (c for c in cases(args.quick) if c.group == group and args.dtype in (None, c.dtype) and missing(c.name)):
             result = spawn("time", case, seconds=seconds, env=env)
             report["cases"][case.name] = {"case": dataclasses.asdict(case), **result}
             print(row_of(case, result), flush=True)
@@ -734,6 +734,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few small cases")
     parser.add_argument("--only", action="append", choices=GROUPS, help="this group alone (may be repeated); merges into the file")
     parser.add_argument("--match", help="only cases whose name contains this")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="only timed cases of this type; merges into the file")
     parser.add_argument("--threads", type=int, help="threads of every process")
     parser.add_argument("--seconds", type=float, help="least time to take steps, per case")
     parser.add_argument("--out", default="out/bench/cpu.json", help="where the results go")

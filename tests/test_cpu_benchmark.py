@@ -116,8 +116,8 @@ def results(tmp_path, monkeypatch):
 
 
 def arguments(path, **more):
-    plain = {"only": None, "match": None, "threads": None, "seconds": None, "quick": True, "no_run": False, "resume": False}
-    return argparse.Namespace(**(plain | {"out": str(path), "report": None, "plot": None} | more))
+    unset = dict.fromkeys(("only", "match", "dtype", "threads", "seconds", "report", "plot"))
+    return argparse.Namespace(**(unset | {"quick": True, "no_run": False, "resume": False, "out": str(path)} | more))
 
 
 def test_results_of_another_way_are_measured_anew_and_not_shown(results):
@@ -140,6 +140,15 @@ def test_blocks_alone(results):
     cpu.run(arguments(path, only=["block"]))
     assert measured == ["block"]
     assert cpu.shown(json.loads(path.read_text())).keys() == {"block", "alone"}
+
+
+@pytest.mark.parametrize("dtype, names", [("float32", ["block", "alone"]), ("bfloat16", ["half"])])
+def test_one_type_alone(results, monkeypatch, dtype, names):
+    path, measured = results
+    half = dataclasses.replace(BLOCK, name="half", dtype="bfloat16")
+    monkeypatch.setattr(cpu, "cases", lambda quick: [BLOCK, half, ALONE])
+    cpu.run(arguments(path, only=["block", "attention"], dtype=dtype))
+    assert measured == names
 
 
 def test_blocks_with_a_goal_are_steady_and_nothing_else_is():

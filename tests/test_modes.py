@@ -1,11 +1,7 @@
-"""Shapes and modes of torch: one dynamic graph, short lengths, train and eval, generation, autocast, wrappers for many devices."""
+"""Shapes and modes of torch: one dynamic graph, short lengths, train and eval, generation, autocast."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 import warnings
 
 import pytest
@@ -105,14 +101,14 @@ def test_models_of_half_precision(dtype):
     assert_same(got, expected, 3e-2, 3e-2)
 
 
-def test_generation_prefills_sparse_and_decodes_dense():
+def test_generation_prefills_sparse_decodes_dense_and_is_token_identical_under_exact():
     transformers = pytest.importorskip("transformers")
     config = models.build("llama").config
     config.use_cache = True
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
     kwargs = models.inputs("llama", length=20)
-    expected = model.generate(**kwargs, max_new_tokens=6, do_sample=False)
+    expected = model.generate(**kwargs, max_new_tokens=8, do_sample=False)
     with torch.no_grad():
         prefill = spt_compiler.explain(model, options=SPARSE, **kwargs)
         cache = model(**kwargs).past_key_values
@@ -128,14 +124,7 @@ def test_generation_prefills_sparse_and_decodes_dense():
     assert decode.replaced("attention") == 0, decode.summary()
     assert {s.reason for s in decode.sites if s.kind == "attention"} == {"queries of length 1 (decoding) stay dense"}
     model.compile(backend="spt", options={**EAGER, "strict": False})
-    assert torch.equal(model.generate(**kwargs, max_new_tokens=6, do_sample=False), expected)
-
-
-def test_returned_attention_weights_are_a_reason_of_their_own():
-    model = models.build("bert", "eager", layers=1)
-    found = spt_compiler.explain(model, options=SPARSE, output_attentions=True, **models.inputs("bert", length=37))
-    reasons = [s.reason for s in found.sites if s.kind == "attention"]
-    assert len(reasons) == 1 and "also returned" in reasons[0], found.summary()
+    assert torch.equal(model.generate(**kwargs, max_new_tokens=8, do_sample=False), expected)
 
 
 def test_compiled_autograd_gets_no_graph_of_ours():
@@ -197,120 +186,3 @@ def test_weights_of_unselected_blocks_get_zero_gradients_and_optimizers_treat_th
     torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5).step()
     torch.testing.assert_close(model[0].weight[idle].detach(), before[idle] * (1 - 0.1 * 0.5))
     assert not torch.allclose(model[0].weight[~idle], before[~idle] * (1 - 0.1 * 0.5))
-
-
-# ---- many processes -----------------------------------------------------------------------------------------------
-
-def test_an_ffn_that_ddp_splits_is_reported(tmp_path, monkeypatch):
-    """With small buckets the splitter of torch cuts between the activation and the second projection."""
-    import torch.distributed as dist
-
-    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 10_000)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        model = Stack(1)
-        run = nn.parallel.DistributedDataParallel(model)
-        run.bucket_bytes_cap = 20_000
-        run.compile(backend="spt", options={**SPARSE, "strict": False})
-        with pytest.warns(UserWarning, match="ffn stays dense: DDP's graph splitter"):
-            run(batch()).sum().backward()
-        assert [n.split("/")[1] for n in spt_compiler.metrics(model)] == ["attention"]
-    finally:
-        dist.destroy_process_group()
-
-
-def test_state_loaded_before_fsdp_first_gathers_is_applied(tmp_path):
-    """Shards are all there is then; the full parameters, on which state hangs, appear with the first forward."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        mesh, x, models = init_device_mesh("cpu", (1,)), batch(), []
-        for _ in range(2):
-            torch.manual_seed(0)
-            model = Stack(2)
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            models.append(spt_compiler.compile(model, **SPARSE))
-        trained, resumed = models
-        for _ in range(3):
-            trained(x).square().mean().backward()
-        saved = spt_compiler.state_dict(trained)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            assert spt_compiler.load_state_dict(resumed, saved) == []
-        with torch.no_grad():
-            assert torch.equal(resumed(x), trained(x))
-        ours, theirs = spt_compiler.state_dict(resumed), spt_compiler.state_dict(trained)
-        assert ours.keys() == theirs.keys() and len({n.rpartition(".")[0] for n in ours}) == 4
-        assert all(torch.equal(ours[n], theirs[n]) for n in ours), [n for n in ours if not torch.equal(ours[n], theirs[n])]
-    finally:
-        dist.destroy_process_group()
-
-
-SHARDED = textwrap.dedent(
-    """
-    import sys, torch, torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.device_mesh import init_device_mesh
-    import spt_compiler
-    from tests.blocks import SPARSE, Stack
-
-    rank, folder, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = Stack(2)
-    if how == "adapters":
-        import peft
-        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv", "fc1", "fc2"], lora_dropout=0.1), model)
-        model.train()
-    mesh = init_device_mesh("cpu", (2,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    spt_compiler.compile(model, **{**SPARSE, "inner": "eager"})
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(rank)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = model(torch.randn(2, 100, 48, generator=generator)).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    torch.save({"losses": losses, "metrics": spt_compiler.metrics(model)}, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    """
-)
-
-
-def run_ranks(script: str, folder, *more: str, world: int = 2) -> list[dict]:
-    path = folder / "worker.py"
-    path.write_text(script)
-    root = os.path.dirname(os.path.dirname(__file__))
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([sys.executable, path, str(rank), folder, *more], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=240)
-        assert worker.returncode == 0, errors
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["full", "adapters"])
-def test_sharded_parameters_find_their_state(tmp_path, how):
-    if how == "adapters":
-        pytest.importorskip("peft")
-    first, second = run_ranks(SHARDED, tmp_path, how)
-    for found in (first, second):
-        assert len(found["metrics"]) == 4
-        assert all(f["initialised"] and f["steps"] == 4 for f in found["metrics"].values()), found["metrics"]
-        assert found["losses"][-1] < found["losses"][0]
