@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch.fx import Node
 
 from ..canonicalize import is_weight
@@ -619,6 +618,8 @@ def keep_flex_attention(context: Context, node: Node) -> Candidate | Reject | No
     return Reject("flex_attention is generated from its own mask_mod and score_mod; it stays as it is")
 
 
+# Dynamo's name for what runs after a break (importing it from torch._dynamo loads half of torch).
+_RESUMED = "torch_dynamo_resume_in"
 CUT_BEFORE = "a graph break cuts it: its scores come from another graph (TORCH_LOGS=graph_breaks)"
 CUT_AFTER = "a graph break cuts it: its probabilities leave the graph (TORCH_LOGS=graph_breaks)"
 
@@ -638,7 +639,7 @@ def capture_cut(context: Context, node: Node) -> Reject | None:
             return None
         scores = above[0]
     # What Dynamo compiles after a break has a name of its own; the scores of a caller are no part of an attention.
-    resumed = any(f.name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX) for f in getattr(cause, "user_stack", ()))
+    resumed = any(f.name.startswith(_RESUMED) for f in getattr(cause, "user_stack", ()))
     if not resumed or is_weight(scores) or not same_shape(shape(scores), shape(node)):
         return None
     return Reject(CUT_BEFORE) if _leads_to_product(node) else None
