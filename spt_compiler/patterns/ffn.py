@@ -639,11 +639,12 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
     if node.target in _CONVOLUTIONS and any(s.target in _CONVOLUTIONS for s in merged.sources):
         return None
     telling = node.target in _CONVOLUTIONS or node.target in _NORMS
-    if not is_tensor(node):
+    is_piece = node.target in _SPLITS or (node.target is operator.getitem and not is_tensor(node.args[0]))
+    if not is_tensor(node) and node.target not in _SPLITS:
         return None
-    if not merged.nonlinear and merged.refused is not None and _selects_features(node):
+    if not merged.nonlinear and merged.refused is not None and (is_piece or _selects_features(node)):
         return merged  # pieces of what is no projection to begin with: experts with a bias
-    if not merged.nonlinear and not telling and node.target is not torch.permute:
+    if not is_tensor(node) or (not merged.nonlinear and not telling and node.target is not torch.permute):
         return None
     if how:
         reason = Reject("{} {} between the projections", describe(node), how)
