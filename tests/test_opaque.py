@@ -269,6 +269,31 @@ def test_what_is_no_attention_is_not_reported_as_cut(name):
     assert not found.sites, found.summary()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loop", ["over those that were hit", "another break", "over nothing that was counted"])
+def test_a_loop_over_the_experts_that_were_hit_is_reported(loop):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(3, WIDTH, 112)), nn.Parameter(torch.randn(3, 112, WIDTH))
+
+        def forward(self, x, chosen):
+            out = torch.zeros_like(x)
+            mask = F.one_hot(chosen, num_classes=3).permute(2, 1, 0)
+            hit = torch.greater(mask.sum(dim=(-1, -2)), 0)
+            if loop == "another break":
+                torch._dynamo.graph_break()
+                return out, mask, hit
+            for expert in hit.nonzero() if loop == "over those that were hit" else mask.nonzero():
+                where, rows = torch.where(mask[expert[0]])
+                out.index_add_(0, rows, F.gelu(x[rows] @ self.up[expert[0]]) @ self.down[expert[0]])
+            return out
+
+    found = spt_compiler.explain(Experts(), torch.randn(9, WIDTH), torch.randint(0, 3, (9, 2)), options=SPARSE)
+    reported = [s.kind for s in found.sites if "experts that were hit" in s.reason]
+    assert reported == (["ffn"] if loop == "over those that were hit" else []), found.summary()
+
+
 # ---- functional users ---------------------------------------------------------------------------------------------
 
 
