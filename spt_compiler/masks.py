@@ -69,7 +69,7 @@ def lift(capture: Any, scope: Scope, scores: tuple[Any, ...]) -> LiftedMask:
     disallowed: list[fx.Node] = []
     bias: list[tuple[fx.Node, float]] = []
     for node, factor in capture.bias:
-        found = site.additive(node) if factor == 1.0 else None
+        found = site.additive(node, factor)
         if found is None:
             bias.append((_without_expansion(node), factor))
         elif found == const(0.0):
@@ -172,16 +172,21 @@ class _Site:
             text = _by_value(node, self.scope, self.n_q, self.n_k)
             return None if text is None else parse(text or "true")
 
-    def additive(self, node: fx.Node) -> Expression | None:
-        """A float mask of the scores' size as an expression, or None."""
-        if needs_grad(node) or dtype(node) is torch.float64 or rank(node) < 2 or 1 in shape(node)[-2:]:
+    def additive(self, node: fx.Node, factor: float) -> Expression | None:
+        """`factor` times a float mask that varies over keys as an expression, or None. ALiBi per head and key is a read.
+
+        Factors that enlarge stay with their tensor: the lowest number, twice, is -inf there and not here.
+        """
+        if needs_grad(node) or dtype(node) is torch.float64 or rank(node) < 2 or shape(node)[-1] == 1:
+            return None
+        if factor != 1.0 and (abs(factor) > 1.0 or dtype(node) is not torch.float32):
             return None
         try:
             found = self.lifter.element(self.scope, node, self.index(node))
+            found = found if factor == 1.0 else self.lifter.build.make("*", found, factor)
         except NotLifted:
             return None
-        # A bias per key is a small tensor as it is.
-        return found if {"q", "k"} <= found.variables or found == const(0.0) else None
+        return found if "k" in found.variables or found == const(0.0) else None
 
 
 def _target(node: fx.Node) -> Any:

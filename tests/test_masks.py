@@ -227,3 +227,71 @@ def test_decoders_of_transformers(family, padded):
     sites = spt_compiler.explain(model, options=SPARSE, **models.inputs(family, length=37, padded=padded)).sites
     (mask,) = (s.mask for s in sites if s.kind == "attention")
     assert re.fullmatch(r"\(k <= q\) & attention_mask\w*\[b, k\]" if padded else "k <= q", mask)
+
+
+# ---- ALiBi ----------------------------------------------------------------------------------------------------------
+
+
+def alibi_model(name, attn):
+    """Two random layers whose positions are ALiBi alone. transformers runs Bloom and MPT by hand-written code only."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {
+        "Bloom": dict(hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0),
+        "Mpt": dict(d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+        "Falcon": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+    }[name]
+    config = getattr(transformers, f"{name}Config")(vocab_size=96, use_cache=False, **sizes)
+    config._attn_implementation = attn
+    return getattr(transformers, f"{name}Model")(config)
+
+
+@pytest.mark.parametrize(
+    "name, attn, mask",
+    [
+        ("Bloom", "eager", r"where\(\(k <= q\) & \w+\[b, k\], 0.0, LOW\) \+ alibi\[b, h, k\]"),
+        ("Mpt", "eager", r"where\(\(k <= q\) & \w+\[b, k\], \w+\[0, h, 0, k \+ \d+\], -inf\)"),
+        ("Falcon", "sdpa", r"where\(\(k <= q\) & \w+\[b, k\], \w+\[b, h, 0, k\], LOW\)"),
+        # Falcon's own code adds it twice: before the scores are scaled, and in the mask.
+        ("Falcon", "eager", r"where\(.*, (\w+)\[b, h, 0, k\], LOW\) \+ \w+\[b, h, 0, k\] \* 0.35\d+"),
+    ],
+)
+def test_alibi_of_transformers_is_code(name, attn, mask):
+    model, given = alibi_model(name, attn), models.inputs("gpt2", length=33)
+    found = [s for s in spt_compiler.explain(model, options=SPARSE, **given).sites if s.kind == "attention"]
+    assert [s.status for s in found] == ["replaced"] * 2
+    pattern = mask.replace("LOW", re.escape(str(torch.finfo(torch.float32).min)))
+    assert all(re.fullmatch(pattern, s.mask) for s in found), [s.mask for s in found]
+    compiled = torch.compile(model, backend="spt", options={**EXACT, "inner": "eager"})
+    expected = gradients(model, lambda: model(**given).last_hidden_state)
+    got = gradients(model, lambda: compiled(**given).last_hidden_state)
+    assert expected[1].keys() == dict(model.named_parameters()).keys()
+    assert_same(got, expected)
+
+
+class Alibi(nn.Module):
+    """Slopes that are a buffer, or learned, times the distance."""
+
+    def __init__(self, learned=False, per_key=False):
+        super().__init__()
+        self.qkv, self.per_key = nn.Linear(24, 72), per_key
+        slopes = 2.0 ** -torch.arange(1.0, 3.0)
+        self.slopes = nn.Parameter(slopes) if learned else nn.Buffer(slopes)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, 2, 12).permute(2, 0, 3, 1, 4).unbind(0)
+        at, key = positions(t)
+        bias = self.slopes[:, None, None] * (key if self.per_key else -(at - key).abs())
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].expand(b, -1, -1, -1))
+
+
+@pytest.mark.parametrize("per_key, text", [(False, r"\w+\[h\] \* -abs\(q - k\)"), (True, r"\w+\[h, 0, k\]")])
+@pytest.mark.parametrize("learned", [False, True])
+def test_alibi_by_hand_is_code_unless_its_slopes_are_learned(per_key, text, learned):
+    model, x = Alibi(learned, per_key), torch.randn(2, 40, 24)
+    (site,) = spt_compiler.explain(model, x, options=SPARSE).sites
+    assert site.status == "replaced" and re.fullmatch("tensor" if learned else text, site.mask), site.mask
+    expected = gradients(model, model, x)
+    assert ("slopes" in expected[1]) == learned
+    assert_same(gradients(model, torch.compile(model, backend="spt", options=EXACT), x), expected)

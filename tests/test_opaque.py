@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import flex_attention as flex
@@ -191,6 +192,100 @@ def test_a_graph_break_inside_of_an_ffn_is_the_reason(where):
 
     found = spt_compiler.explain(Cut(), batch(), options=SPARSE)
     assert [s.kind for s in found.sites] == ["ffn"] and "a graph break cuts it" in found.sites[0].reason, found.summary()
+
+
+class Attend(nn.Module):
+    """Written-out attention that may break the graph at one place."""
+
+    def __init__(self, where: str):
+        super().__init__()
+        self.qkv, self.where = nn.Linear(WIDTH, 3 * WIDTH), where
+
+    def cut(self, where: str) -> None:
+        if where == self.where:
+            torch._dynamo.graph_break()
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(2, -1, 3, 4, WIDTH // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        self.cut("before")
+        scores = q @ k.mT * 0.25
+        if self.where == "print":
+            print(end="")
+        self.cut("scores")
+        scores = scores + torch.full(scores.shape[-2:], -torch.inf).triu(1)
+        self.cut("masked")
+        weights = scores.softmax(-1)
+        self.cut("weights")
+        out = weights @ v
+        self.cut("after")
+        return out.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "where, reason",
+    [
+        *((w, "its scores come from another graph") for w in ("print", "scores", "masked")),
+        ("weights", "its probabilities leave the graph"),
+    ],
+)
+def test_a_graph_break_inside_of_an_attention_is_the_reason(where, reason):
+    found = spt_compiler.explain(Attend(where), batch(), options=SPARSE)
+    assert [(s.kind, s.status) for s in found.sites] == [("attention", "skipped")], found.summary()
+    assert "a graph break cuts it" in found.sites[0].reason and reason in found.sites[0].reason, found.summary()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_graph_break_beside_an_attention_costs_no_site(where):
+    check(Attend(where), (1, 0), batch())
+
+
+NO_CUT_ATTENTION = {
+    "class probabilities": lambda x, y: (x, torch._dynamo.graph_break())[0].softmax(-1) + y.mean(),
+    "a mixture over rows of two": lambda x, y: (x[0], torch._dynamo.graph_break())[0].softmax(-1) @ y[0],
+    "scores of the caller": lambda x, y: x.softmax(-1) @ y,
+    "over another dim": lambda x, y: (x, torch._dynamo.graph_break())[0].softmax(-2) @ y,
+    "probabilities that are the output": lambda x, y: (x @ y).softmax(-1),
+    "a projection": lambda x, y: F.linear((x, torch._dynamo.graph_break())[0].softmax(-1), y[0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NO_CUT_ATTENTION)
+def test_what_is_no_attention_is_not_reported_as_cut(name):
+    class Other(nn.Module):
+        def forward(self, x, y):
+            kept = x + 1  # the first graph has something to compute
+            return NO_CUT_ATTENTION[name](kept, y)
+
+    found = spt_compiler.explain(Other(), torch.randn(2, 9, 9), torch.randn(2, 9, 9), options=SPARSE)
+    assert not found.sites, found.summary()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loop", ["over those that were hit", "another break", "over nothing that was counted"])
+def test_a_loop_over_the_experts_that_were_hit_is_reported(loop):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(3, WIDTH, 112)), nn.Parameter(torch.randn(3, 112, WIDTH))
+
+        def forward(self, x, chosen):
+            out = torch.zeros_like(x)
+            mask = F.one_hot(chosen, num_classes=3).permute(2, 1, 0)
+            hit = torch.greater(mask.sum(dim=(-1, -2)), 0)
+            if loop == "another break":
+                torch._dynamo.graph_break()
+                return out, mask, hit
+            for expert in hit.nonzero() if loop == "over those that were hit" else mask.nonzero():
+                where, rows = torch.where(mask[expert[0]])
+                out.index_add_(0, rows, F.gelu(x[rows] @ self.up[expert[0]]) @ self.down[expert[0]])
+            return out
+
+    found = spt_compiler.explain(Experts(), torch.randn(9, WIDTH), torch.randint(0, 3, (9, 2)), options=SPARSE)
+    reported = [s.kind for s in found.sites if "experts that were hit" in s.reason]
+    assert reported == (["ffn"] if loop == "over those that were hit" else []), found.summary()
 
 
 # ---- functional users ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ computed, and compared with the node that the site would replace.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -471,6 +472,18 @@ def _experts_by_group(m: Experts, x: Tensor) -> Tensor:
     return F.grouped_mm(F.pad(h, (0, 8)), down, offs=ends)[:, :8]
 
 
+def _experts_in_halves(m: Experts, x: Tensor, returned: bool = False) -> Any:
+    """Gate and value behind one another, behind a bias."""
+    up, down = (F.pad(w, (0, -w.shape[2] % 8, 0, -w.shape[1] % 16)).bfloat16().mT for w in (m.up, m.down))
+    x, ends = F.pad(x.flatten(0, 1), (0, 2)).bfloat16(), torch.tensor([2, 7, 15], dtype=torch.int32)
+    h = F.grouped_mm(x, up, offs=ends) + F.pad(m.bias, (0, 6)).bfloat16().repeat_interleave(5, 0)
+    gate, value = h.chunk(2, -1)
+    if returned:
+        return gate, value
+    h = gate.clamp(max=7.0) * torch.sigmoid(gate * 1.7) * (value.clamp(-7.0, 7.0) + 1)
+    return F.grouped_mm(F.pad(h, (0, 8)), down, offs=ends)[:, :8]
+
+
 def _one_picked_expert(m: Experts, x: Tensor) -> Tensor:
     best = x.sum((1, 2)).argmax(0, keepdim=True)
     return F.linear(F.gelu(F.linear(x, m.up[best][0])), m.down[best][0])
@@ -482,12 +495,17 @@ def _one_picked_expert(m: Experts, x: Tensor) -> Tensor:
         (_all_experts, "stacked by expert in one batched product"),
         (_picking_experts, "each token picks the weights"),
         (_experts_by_group, "grouped_mm"),
+        (_experts_in_halves, "grouped_mm"),
         (_one_picked_expert, "picked by an index"),
     ],
 )
 def test_experts_that_stay_say_why(function, reason):
     matches, skipped = sites(Experts(function), numbers(3, 5, WIDTH))
     assert not matches and len(skipped) == 1 and reason in str(skipped[0].reason), [str(s.reason) for s in skipped]
+
+
+def test_halves_of_a_grouped_product_that_meet_no_other_are_nothing():
+    assert sites(Experts(functools.partial(_experts_in_halves, returned=True)), numbers(3, 5, WIDTH)) == ([], [])
 
 
 def test_experts_called_one_by_one_are_sites():

@@ -109,6 +109,58 @@ def test_a_shared_weight_shares_its_state():
     assert len(states(model)) == 2
 
 
+class Experts(nn.Module):
+    """Two experts, each a matrix of one stack or modules of its own, weighted by a dense gate and called in some order."""
+
+    def __init__(self, stacked: bool):
+        super().__init__()
+        self.gate, self.stacked = nn.Linear(48, 2), stacked
+        if stacked:
+            self.up, self.down = nn.Parameter(torch.randn(2, 112, 48) / 7), nn.Parameter(torch.randn(2, 48, 112) / 10)
+        else:
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(48, 112), nn.GELU(), nn.Linear(112, 48)) for _ in range(2))
+
+    def forward(self, x, order=(0, 1)):
+        gate, out = self.gate(x).softmax(-1), torch.zeros_like(x)
+        for i in order:
+            if self.stacked:
+                y = nn.functional.gelu(nn.functional.linear(x, self.up[i]))
+                out = out + gate[..., i : i + 1] * nn.functional.linear(y, self.down[i])
+            else:
+                out = out + gate[..., i : i + 1] * self.experts[i](x)
+        return out
+
+
+@pytest.mark.parametrize("stacked, names", [(True, ["/ffn/0", "/ffn/1"]), (False, ["experts.0.0/ffn/0", "experts.1.0/ffn/0"])])
+def test_experts_called_one_by_one_have_states_of_their_own(stacked, names):
+    model = Experts(stacked)
+    run = torch.compile(model, backend="spt", options=SPARSE, dynamic=False)  # a symbolic index names no expert
+    train_steps(model, run, [batch(seed=i) for i in range(3)])
+    found = states(model)
+    assert list(found) == list(spt_compiler.metrics(model)) == names
+    first, second = (found[n].tensors for n in names)
+    assert not {t.data_ptr() for t in first.values()} & {t.data_ptr() for t in second.values()}
+    assert not torch.equal(first["router_weight"], second["router_weight"])
+
+    # A step of the second alone moves its own state and nobody else's, and the order of the calls does not matter.
+    def steps():
+        return [found[n].counter("steps") for n in names]
+
+    before, at = {k: t.clone() for k, t in first.items()}, steps()
+    for i in range(3):
+        run(batch(seed=3 + i), (1,)).square().mean().backward()
+    assert all(torch.equal(t, before[k]) for k, t in first.items())
+    assert steps()[0] == at[0] and steps()[1] > at[1]
+    run(batch(), (1, 0)).square().mean().backward()
+    assert {n: id(s) for n, s in states(model).items()} == {n: id(s) for n, s in found.items()}
+
+
+def test_one_expert_called_twice_has_one_state():
+    model = Experts(stacked=True)
+    compiled(model)(batch(), (1, 1))
+    assert list(states(model)) == ["/ffn/0"]
+
+
 def test_reset_keeps_what_was_learned():
     model = Stack(1)
     train_steps(model, compiled(model), [batch(seed=i) for i in range(3)])

@@ -618,6 +618,38 @@ def keep_flex_attention(context: Context, node: Node) -> Candidate | Reject | No
     return Reject("flex_attention is generated from its own mask_mod and score_mod; it stays as it is")
 
 
+# Dynamo's name for what runs after a break (importing it from torch._dynamo loads half of torch).
+_RESUMED = "torch_dynamo_resume_in"
+CUT_BEFORE = "a graph break cuts it: its scores come from another graph (TORCH_LOGS=graph_breaks)"
+CUT_AFTER = "a graph break cuts it: its probabilities leave the graph (TORCH_LOGS=graph_breaks)"
+
+
+def capture_cut(context: Context, node: Node) -> Reject | None:
+    """The softmax of an attention whose scores, or whose probabilities, cross a graph break."""
+    scores = node.args[0] if node.args else None
+    if not isinstance(scores, Node) or rank(node) < 3 or node.kwargs.get("dim") != -1:
+        return None
+    cause = getattr(context.module, "compile_subgraph_reason", None)
+    if context.fact(_score_levels).get(scores):
+        broken = getattr(cause, "graph_break", False)
+        return Reject(CUT_AFTER) if broken and _is_returned(node) and not _leads_to_product(node) else None
+    while scores.op != "placeholder":
+        above = [a for a in scores.args if isinstance(a, Node) and is_float(a) and same_shape(shape(a), shape(node))]
+        if scores.target not in STEPS or len(above) != 1:
+            return None
+        scores = above[0]
+    # What Dynamo compiles after a break has a name of its own; the scores of a caller are no part of an attention.
+    resumed = any(f.name.startswith(_RESUMED) for f in getattr(cause, "user_stack", ()))
+    if not resumed or is_weight(scores) or not same_shape(shape(scores), shape(node)):
+        return None
+    return Reject(CUT_BEFORE) if _leads_to_product(node) else None
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether `node` leaves the graph as it is, or behind dropout and casts."""
+    return any(u.op == "output" or (u.target in _AFTER and _is_returned(u)) for u in node.users)
+
+
 CALL = Pattern(
     name="sdpa",
     kind="attention",
@@ -641,4 +673,12 @@ FLEX = Pattern(
     capture=keep_flex_attention,
 )
 
-PATTERNS = (CALL, CHAIN, FLEX)
+CUT = Pattern(
+    name="attention-cut",
+    kind="attention",
+    equation="softmax(scores of another graph), or its probabilities for another, stay",
+    anchors=(F.softmax,),
+    capture=capture_cut,
+)
+
+PATTERNS = (CALL, CHAIN, FLEX, CUT)

@@ -639,11 +639,12 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
     if node.target in _CONVOLUTIONS and any(s.target in _CONVOLUTIONS for s in merged.sources):
         return None
     telling = node.target in _CONVOLUTIONS or node.target in _NORMS
-    if not is_tensor(node):
+    is_piece = node.target in _SPLITS or (node.target is operator.getitem and not is_tensor(node.args[0]))
+    if not is_tensor(node) and node.target not in _SPLITS:
         return None
-    if not merged.nonlinear and merged.refused is not None and _selects_features(node):
+    if not merged.nonlinear and merged.refused is not None and (is_piece or _selects_features(node)):
         return merged  # pieces of what is no projection to begin with: experts with a bias
-    if not merged.nonlinear and not telling and node.target is not torch.permute:
+    if not is_tensor(node) or (not merged.nonlinear and not telling and node.target is not torch.permute):
         return None
     if how:
         reason = Reject("{} {} between the projections", describe(node), how)
@@ -1083,6 +1084,24 @@ def _is_returned(node: Node) -> bool:
     return False
 
 
+def capture_expert_loop(context: Context, node: Node) -> Reject | None:
+    """one_hot of the chosen experts, and which of them were hit, leaving the graph for a loop over nonzero()."""
+    cause = getattr(context.module, "compile_subgraph_reason", None)
+    if not getattr(cause, "graph_break", False) or "nonzero" not in getattr(cause, "reason", ""):
+        return None
+    below: set[Node] = set()
+    stack = [node]
+    while stack and len(below) < 16:
+        for user in stack.pop().users:
+            if user.target in (torch.permute, "sum", torch.sum, operator.gt) and user not in below:
+                below.add(user)
+                stack.append(user)
+    hit = [n for n in below if n.target is operator.gt and any(u.op == "output" for u in n.users)]
+    if not hit or not any(u.op == "output" for n in (node, *below) if n.target is not operator.gt for u in n.users):
+        return None
+    return Reject("a loop over the experts that were hit (nonzero) runs outside of compiled graphs (mixture of experts)")
+
+
 BLOCK = Pattern(
     name="linear-act-linear",
     kind="ffn",
@@ -1105,4 +1124,12 @@ CUT = Pattern(
     capture=capture_cut,
 )
 
-PATTERNS = (BLOCK, EXPERTS, CUT)
+LOOP = Pattern(
+    name="expert-loop",
+    kind="ffn",
+    equation="for expert in nonzero(sum(one_hot(chosen)) > 0) stays",
+    anchors=(F.one_hot,),
+    capture=capture_expert_loop,
+)
+
+PATTERNS = (BLOCK, EXPERTS, CUT, LOOP)
