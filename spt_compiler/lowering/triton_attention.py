@@ -91,12 +91,16 @@ class _Call:
 
     @property
     def stacked(self) -> int:
-        """Heads of a group whose queries one program takes, so that they share keys and values: up to 128 rows."""
+        """Heads of a group whose queries one program takes, so that they share keys and values: up to 128 rows.
+
+        Before Hopper queries take registers: half as many rows.
+        """
         rows, group = self.constants["BLOCK_M"], self.constants["GROUP"]
+        most = 64 if before_hopper() else 128
         if self.structure["single"] or self.full or self.wide > 128 or on_hip():
             return 1
         heads = 1
-        while group % (2 * heads) == 0 and 2 * heads * rows <= 128:
+        while group % (2 * heads) == 0 and 2 * heads * rows <= most:
             heads *= 2
         return heads
 
@@ -364,7 +368,7 @@ def _forward(call: _Call, out: Tensor, lse: Tensor, empty: str, n_heads: int, mo
     # exponentials (15 % faster than 64 keys and one program, measured).
     paired = heads > 1 and not before_hopper()
     block_n = call.block_n(32 if call.wide > 128 or call.full or paired else 64)
-    crowded = call.crowded or block_m >= 128 or (wide_values and (empty == "uniform" or call.full))
+    crowded = call.crowded or block_m >= 128 or (wide_values and (empty == "uniform" or call.full or before_hopper()))
     launch(
         "tile_attention_fwd",
         {**call.structure, "empty": empty},
@@ -612,7 +616,9 @@ class _Backward:
             "fused": self.fused.products if self.fused is not None else 0,
             "ranged": ranged,
         }
-        warps = 4 if deep and not (self.call.crowded and kernel != "dkdv") else 8
+        # The gradient of the bias reads and writes beside its products.
+        crowded = self.call.crowded or (kernel == "dbias" and self.call.wide > 64 and not on_hopper() and not on_hip())
+        warps = 4 if deep and not (crowded and kernel != "dkdv") else 8
         # Two stages copy the next rows when this step is over, three while it runs.
         stages = 1 if not deep else 3 if on_hopper() else 2
         launch(
@@ -667,7 +673,7 @@ class _Backward:
             of_keys["dv_base_ptr"] = self.dv_base
         constants = {**call.constants, "BLOCK_N": fused.block_n, "STACK": fused.stack, "SPLITS": fused.splits}
         blocks = {name: constants[name] for name in ("HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV", "TILE_K", "SPLITS")}
-        lanes = max(1, 8192 // (call.tile_k * call.wide))
+        lanes = max(1, min(8, 8192 // (call.tile_k * call.wide)))
         options = [Setting(fused.num_warps, 2)]
         if fused.block_n // 2 >= max(16, call.tile_k):
             options.append(Setting(fused.num_warps, 3, (("BLOCK_N", fused.block_n // 2),)))

@@ -18,6 +18,7 @@ from spt_compiler.lowering.triton_common import (
     Mask,
     accepts,
     available,
+    before_hopper,
     bias_arguments,
     bias_structure,
     ceil_div,
@@ -145,6 +146,7 @@ def pq_assign(
             "BLOCK_P": block_p,
             "BLOCK_S": block_s,
         },
+        num_warps=8 if before_hopper() else 4,
     )
     return code_out, decoded_out, pooled_out
 
