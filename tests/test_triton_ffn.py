@@ -130,7 +130,7 @@ def test_what_autotuning_may_choose_compiles_as_well(monkeypatch):
     original = triton_common.launch
 
     def take(*args, alternatives=(), num_warps=4, num_stages=2, **rest):
-        for setting in alternatives if args[2] == "routed_ffn_rows_kernel" else ():
+        for setting in alternatives() if args[2] == "routed_ffn_rows_kernel" else ():
             constants = {**args[5], **dict(setting.constants)}
             original(*args[:5], constants, num_warps=setting.num_warps, num_stages=setting.num_stages)
 
@@ -171,7 +171,7 @@ def test_a_launch_that_adds_to_its_result_is_never_measured(monkeypatch):
     seen = []
 
     def spy(template, structure, kernel, grid, args, constants, *, alternatives=(), **tuning):
-        seen.append((kernel, args.get("first_token", 0), bool(alternatives)))
+        seen.append((kernel, args.get("first_token", 0), bool(alternatives() if callable(alternatives) else alternatives)))
 
     monkeypatch.setattr(triton_ffn, "launch", spy)
     triton_catalog._ffn("gated silu", torch.bfloat16)
