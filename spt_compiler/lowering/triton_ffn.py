@@ -30,6 +30,7 @@ from spt_compiler.lowering.triton_common import (
     launch,
     next_power_of_2,
     on_hip,
+    on_hopper,
     product_precision,
     strides,
 )
@@ -767,7 +768,8 @@ class _Backward:
     def _products(self, recompute: bool) -> tuple[dict[str, Any], dict[str, int]]:
         # The derivative needs registers, unless it is taken in parts. So do two dropouts and the sum that one is applied to.
         n_sums = len(self.projections.weights) + 1 if recompute else 1 if self.g.wide else 2
-        constants, tuning = self.g.products(n_sums + 2 * self.projections.low_dropout, columns=self.g.width)
+        n_sums += (2 if on_hopper() else 3) * self.projections.low_dropout
+        constants, tuning = self.g.products(n_sums, columns=self.g.width)
         constants["PARTS"] = self.g.parts(constants["BLOCK_N"])
         if on_hip() and self.g.dtype != torch.float32:
             tuning["num_warps"] = 4  # of 64 lanes: more of them have fewer registers each
