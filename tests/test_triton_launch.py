@@ -247,6 +247,8 @@ def test_a_launch_that_ran_goes_straight_to_the_compiled_kernel(device):
     launch(grid=(3,))
     launch(grid=(2, 5))
     assert len(kernel.launches) == tried and [grid for grid, _ in compiled.launches] == [(3, 1, 1), (2, 5, 1)]
+    # What is remembered keeps no tensor alive.
+    assert not any(isinstance(x, torch.Tensor) for _, kept in triton_common._ready.values() for x in kept)
     x, dim, block_n = compiled.launches[0][1]
     assert x.device.type == "meta" and (dim, block_n) == (64, 64)
     launch(dim=32)

@@ -205,7 +205,8 @@ def _record(
 
 # Compiled kernels by all that Triton compiles a kernel anew for. Triton finds them, too, but takes longer than many a kernel.
 _compiled: dict[Any, Any] = {}
-# Of launches that have run: the compiled kernel with the setting that was chosen, and its parameters with all constants.
+# Of launches that have run: the compiled kernel with the setting that was chosen, and its parameters: constants alone, None for the
+# others, as a tensor that stood here would never be freed.
 _ready: dict[Any, tuple[Any, list[Any]]] = {}
 # Parameters of a kernel that are no constants, and where they stand.
 _runtime: dict[Any, tuple[tuple[int, str], ...]] = {}
@@ -362,8 +363,11 @@ def _prepare(
     tensors = [args[name] for name in function.arg_names if isinstance(args.get(name), Tensor)]
     device = tensors[0].device
 
+    def fixed(setting: Setting) -> dict[str, Any]:
+        return {**constants, **dict(setting.constants)}
+
     def parameters(setting: Setting) -> dict[str, Any]:
-        final = {**constants, **dict(setting.constants)}
+        final = fixed(setting)
         return {name: final[name] if name in final else args[name] for name in function.arg_names}
 
     def run(setting: Setting) -> None:
@@ -398,7 +402,7 @@ def _prepare(
             _failed[key] = error
             raise
     compiled = _compiled[what, used]
-    return None if compiled is None else (compiled, list(parameters(used).values()))
+    return None if compiled is None else (compiled, [fixed(used).get(name) for name in function.arg_names])
 
 
 def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
