@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -431,11 +432,14 @@ def tiles_by_loops(case, density, rule="pq"):
             if max(logits) > -math.inf:
                 for j, share in enumerate(torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()):
                     mass[j] += share
-        forced = {visible.index(True)} if any(visible) else set()
+        preferred = {visible.index(True)} if any(visible) else set()
         if "k <= q" in case.expr.split(" & ") and n_q == n_k:
-            forced |= {q // case.tile_k for q in rows if visible[q // case.tile_k]}
-        others = sorted((j for j in range(n_tiles) if visible[j] and j not in forced), key=lambda j: (-mass[j], j))
-        result[b, g, i] = sorted(forced | set(others[: max(0, wanted - len(forced))]))
+            own = -(-case.tile_q // case.tile_k)
+            near = min(own, max(0, (wanted - own - 2) // 2))
+            before = range(max(0, rows[0] // case.tile_k - near), rows[0] // case.tile_k)
+            preferred |= {j for j in {*before, *(q // case.tile_k for q in rows)} if visible[j]}
+        others = sorted((j for j in range(n_tiles) if visible[j] and j not in preferred), key=lambda j: (-mass[j], j))
+        result[b, g, i] = sorted(preferred | set(others[: max(0, wanted - len(preferred))]))
     return result
 
 
@@ -497,6 +501,20 @@ def test_forced_tiles_win_over_a_smaller_budget():
     assert (tiles[-1, :, 2, :5] == torch.tensor([2, 8, 9, 10, 11])).all()
     # The first ends with 24: the last three tiles of the diagonal are invisible and not listed.
     assert (tiles[0, :, 2, :2] == torch.tensor([0, 8])).all() and (counts[0, :, 2] == 2).all()
+
+
+def test_tiles_near_the_query_tile_are_kept_before_those_of_larger_mass():
+    case = cases.make("causal", n_q=160, n_k=160)  # 20 key tiles of 8; each query tile of 32 rows owns 4
+    case.q[:], case.k[:, :, 96:128] = 1.0, -10.0  # the four tiles before the last query tile have the least mass of all
+    for kept, near in ((5, 0), (7, 0), (8, 1), (9, 1), (10, 2), (14, 4), (16, 4)):
+        tiles, counts = spt.select_tiles_v1(*case.select_tiles_args(kept / 20, "mean"))
+        last = tiles[:, :, 4]
+        assert (counts[:, :, 4] == kept).all()
+        assert (((last >= 12) & (last < 16)).sum(-1) == near).all(), kept
+        assert all((last == j).any(-1).all() for j in (0, *range(16 - near, 20)))
+    # Without causality nothing is near.
+    tiles, _ = spt.select_tiles_v1(*dataclasses.replace(case, expr="").select_tiles_args(0.7, "mean"))
+    assert not ((tiles[:, :, 4] >= 12) & (tiles[:, :, 4] < 16)).any()
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "bool"])

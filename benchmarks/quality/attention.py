@@ -157,7 +157,7 @@ def choose_tiles(mass: Tensor, n: int, density: float, *, causal: bool) -> tuple
     last = ((rows + 1) * TILE[0]).clamp(max=n) - 1
     visible = tiles * TILE[1] <= last[:, None] if causal else torch.ones(len(rows), len(tiles), dtype=torch.bool)
     visible = visible.expand(mass.shape)
-    forced = reference.forced_mask(visible, "k <= q" if causal else "", n, n, *TILE)
+    forced = reference.preferred_mask(visible, "k <= q" if causal else "", n, n, *TILE, torch.zeros(1, dtype=torch.int64))
     wanted = torch.tensor([_ceil(density * n / TILE[1])])
     return reference.choose_tiles(mass, visible, forced, wanted, len(tiles), torch.zeros(1, dtype=torch.bool))
 

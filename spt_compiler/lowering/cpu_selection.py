@@ -23,11 +23,11 @@ from spt_compiler.ops.reference import (
     choose_tiles,
     compute_dtype,
     everything_by_data,
-    forced_mask,
+    preferred_mask,
     wanted_count,
 )
 from spt_compiler.ops.selection import pq, pq_match
-from spt_compiler.ops.selection.common import forced_tiles, max_keys, max_tiles, stored
+from spt_compiler.ops.selection.common import forced_tiles, max_keys, max_tiles, near_tiles, stored
 
 # Logits of tiles, or of keys, held at a time (elements).
 _PANEL = 1 << 19
@@ -225,10 +225,10 @@ def _lists(kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return index, kept.sum(-1).int()
 
 
-def _choose_fast(mass: Tensor, visible: Tensor, forced: Tensor, wanted: int, width: int) -> tuple[Tensor, Tensor]:
-    """`choose_tiles` where no row has more forced tiles than it keeps: a partial sort in place of a full one."""
+def _choose_fast(mass: Tensor, visible: Tensor, preferred: Tensor, wanted: int, width: int) -> tuple[Tensor, Tensor]:
+    """`choose_tiles` where no row has more preferred tiles than it keeps: a partial sort in place of a full one."""
     mass = torch.nan_to_num(mass, nan=-1.0).clamp_(min=-1.0)
-    mass.masked_fill_(forced, torch.inf).masked_fill_(~visible, -torch.inf)
+    mass.masked_fill_(preferred, torch.inf).masked_fill_(~visible, -torch.inf)
     return _lists(_largest(mass, min(wanted, width, mass.shape[-1])), width)
 
 
@@ -263,7 +263,8 @@ def select_tiles(
     if batch * n_q * n_k == 0:
         return stored(torch.full((*rows, width), -1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32), tiles=True)
     dtype = compute_dtype(q, k)
-    wanted = int(wanted_count(budget, max_density, n_k, tile_k))
+    wanted = wanted_count(budget, max_density, n_k, tile_k)
+    near = near_tiles(wanted, tile_q, tile_k)
     masks = split(bias, expr, expr_in, (batch, n_heads, n_q, n_k), dtype)
     tiles = torch.empty(*rows, width, dtype=torch.int32)
     counts = torch.empty(rows, dtype=torch.int32)
@@ -276,12 +277,11 @@ def select_tiles(
         step = max(1, _PANEL // max(1, per_tile))
         found = [scorer.mass(first, min(first + step, rows[2])) for first in range(0, rows[2], step)]
         mass, visible = (torch.cat(x, dim=2) for x in zip(*found, strict=True))
-        forced = forced_mask(visible, expr, n_q, n_k, tile_q, tile_k)
-        if wanted >= min(forced_tiles(tile_q, tile_k), scorer.n_tiles):
-            tiles[at, key_heads], counts[at, key_heads] = _choose_fast(mass, visible, forced, wanted, width)
+        preferred = preferred_mask(visible, expr, n_q, n_k, tile_q, tile_k, near)
+        if int(wanted) >= min(forced_tiles(tile_q, tile_k), scorer.n_tiles):
+            tiles[at, key_heads], counts[at, key_heads] = _choose_fast(mass, visible, preferred, int(wanted), width)
         else:
-            some = torch.tensor([wanted])
-            tiles[at, key_heads], counts[at, key_heads] = choose_tiles(mass, visible, forced, some, width, everything)
+            tiles[at, key_heads], counts[at, key_heads] = choose_tiles(mass, visible, preferred, wanted, width, everything)
 
     cpu_threads.run([functools.partial(part, *block) for block in _blocks(batch, n_groups, n_heads // n_groups)])
     return stored(tiles, counts, tiles=True)

@@ -33,7 +33,7 @@ from spt_compiler.lowering.triton_common import (
 )
 from spt_compiler.lowering.triton_tuning import Setting
 from spt_compiler.ops import reference
-from spt_compiler.ops.selection.common import causal_split, max_keys, max_tiles, millionths, stored
+from spt_compiler.ops.selection.common import causal_split, forced_tiles, max_keys, max_tiles, millionths, stored
 
 MAX_HEAD_DIM = 256
 # Scores of one row are held in registers by one program while its best are found.
@@ -327,6 +327,7 @@ def select_tiles(
             "TILE_Q": tile_q,
             "TILE_K": tile_k,
             "DIAGONAL": is_causal and n_q == n_k,
+            "FORCED": forced_tiles(tile_q, tile_k),
             "BLOCK_T": block,
             "BLOCK_W": next_power_of_2(width),
         },

@@ -64,8 +64,9 @@ def select_tiles(
 
     For query q and key tile j: w = softmax of bias + expr over the tile's allowed keys, z = softcap(scale * q . sum w khat) +
     logsumexp(bias + expr), a = softmax of z over the visible tiles; S[i, j] sums a over the queries of tile i and the heads of
-    the group. Kept: forced tiles, then the largest S, ties to the lower index. Forced: the row's first visible tile, and, where
-    "k <= q" is a conjunct of expr and Tq == Tk, the visible tiles that hold a position of the query tile.
+    the group. Kept: forced tiles, then near ones, then the largest S, ties to the lower index. Forced: the row's first visible
+    tile, and, where "k <= q" is a conjunct of expr and Tq == Tk, the visible tiles that hold a position of the query tile. Near,
+    under the same condition: the `selection.common.near_tiles` before the latter, at most half of what is not forced.
 
     Args:
         q, k, bias, expr, expr_in, softcap: see the module. q and k may differ in dtype.

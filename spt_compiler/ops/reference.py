@@ -21,6 +21,7 @@ from spt_compiler.ops.selection.common import (
     is_causal,
     max_keys,
     max_tiles,
+    near_tiles,
     stored,
 )
 
@@ -181,21 +182,21 @@ def _ascending(kept: Tensor, width: int, counts: Tensor) -> Tensor:
 
 
 def choose_tiles(
-    mass: Tensor, visible: Tensor, forced: Tensor, wanted: Tensor, width: int, everything: Tensor
+    mass: Tensor, visible: Tensor, preferred: Tensor, wanted: Tensor, width: int, everything: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Index lists from the attention mass of tiles.
 
     Args:
-        mass: [..., nK] float.  visible, forced: [..., nK] bool.  wanted: int64 [1], tiles to keep.
+        mass: [..., nK] float.  visible, preferred: [..., nK] bool.  wanted: int64 [1], tiles to keep.
         width: slots of a list.  everything: bool [1], all tiles by data (count -1).
-    Returns: tiles [..., width] int32 ascending, -1 where unused; counts [...] int32. Forced visible tiles first, then the
+    Returns: tiles [..., width] int32 ascending, -1 where unused; counts [...] int32. Preferred visible tiles first, then the
         visible ones of largest mass, ties (and NaN, which counts as least) to the lower index.
     """
-    forced = forced & visible
+    preferred = preferred & visible
     mass = torch.nan_to_num(mass, nan=-1.0).clamp(min=-1.0)
-    mass = torch.where(visible, torch.where(forced, torch.inf, mass), -torch.inf)
+    mass = torch.where(visible, torch.where(preferred, torch.inf, mass), -torch.inf)
     rank = mass.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    keep = torch.maximum(wanted, forced.sum(-1)).clamp(max=width)
+    keep = torch.maximum(wanted, preferred.sum(-1)).clamp(max=width)
     kept = visible & (rank < keep.unsqueeze(-1))
     counts = kept.sum(-1)
     tiles = _ascending(kept, width, counts)
@@ -213,12 +214,13 @@ def everything_by_data(budget: Tensor, n_k: int, min_keys: int) -> Tensor:
     return torch.ones_like(budget, dtype=torch.bool) if n_k < min_keys else budget < 0
 
 
-def diagonal_tiles(n_q: int, n_k: int, tile_q: int, tile_k: int, device: torch.device) -> Tensor:
-    """[nQ, nK] bool: the key tiles that hold a position of the query tile."""
+def diagonal_tiles(n_q: int, n_k: int, tile_q: int, tile_k: int, near: Tensor) -> Tensor:
+    """[nQ, nK] bool: the key tiles that hold a position of the query tile, and the `near` (int64 [1]) tiles before them."""
+    device = near.device
     row = torch.arange(-(-n_q // tile_q), device=device).unsqueeze(1)
     tile = torch.arange(-(-n_k // tile_k), device=device)
     last = ((row + 1) * tile_q).clamp(max=n_q) - 1
-    return (tile >= row * tile_q // tile_k) & (tile <= last // tile_k)
+    return (tile >= row * tile_q // tile_k - near) & (tile <= last // tile_k)
 
 
 def first_visible(visible: Tensor) -> Tensor:
@@ -226,12 +228,16 @@ def first_visible(visible: Tensor) -> Tensor:
     return visible & (visible.cumsum(-1) == 1)
 
 
-def forced_mask(visible: Tensor, expr: str, n_q: int, n_k: int, tile_q: int, tile_k: int) -> Tensor:
-    """[..., nQ, nK] bool: the row's first visible tile and, under a causal mask over one sequence, its own positions."""
-    forced = first_visible(visible)
+def preferred_mask(visible: Tensor, expr: str, n_q: int, n_k: int, tile_q: int, tile_k: int, near: Tensor) -> Tensor:
+    """[..., nQ, nK] bool: the tiles that are kept whatever their mass.
+
+    These are the row's first visible tile and, under a causal mask over one sequence, its own positions (the forced tiles) and
+    the `near` (int64 [1]) tiles before them, see `near_tiles`.
+    """
+    preferred = first_visible(visible)
     if n_q == n_k and is_causal(expr):
-        forced = forced | diagonal_tiles(n_q, n_k, tile_q, tile_k, visible.device)
-    return forced & visible
+        preferred = preferred | diagonal_tiles(n_q, n_k, tile_q, tile_k, near)
+    return preferred & visible
 
 
 def select_tiles(
@@ -283,11 +289,12 @@ def select_tiles(
 
     mass = by_row(share).sum(3)
     visible = by_row(sees).any(3)
+    wanted = wanted_count(budget, max_density, n_k, tile_k)
     tiles, counts = choose_tiles(
         mass,
         visible,
-        forced_mask(visible, expr, n_q, n_k, tile_q, tile_k),
-        wanted_count(budget, max_density, n_k, tile_k),
+        preferred_mask(visible, expr, n_q, n_k, tile_q, tile_k, near_tiles(wanted, tile_q, tile_k)),
+        wanted,
         max_tiles(n_k, max_density, tile_q, tile_k),
         everything_by_data(budget, n_k, min_keys),
     )

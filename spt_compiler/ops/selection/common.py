@@ -52,6 +52,15 @@ def forced_tiles(tile_q: int, tile_k: int) -> int:
     return -(-tile_q // tile_k) + 2
 
 
+def near_tiles(wanted: Tensor, tile_q: int, tile_k: int) -> Tensor:
+    """How many tiles before a query tile are preferred, under a causal mask, of `wanted` tiles (int64) that its list keeps.
+
+    As many as hold the keys of one query tile, but no more than half of what is not forced. The mean of a tile says least about
+    the keys near a query: of those, single ones stand out.
+    """
+    return ((wanted - forced_tiles(tile_q, tile_k)) // 2).clamp(0, -(-tile_q // tile_k))
+
+
 def stored(index: Tensor, counts: Tensor, *, tiles: bool) -> tuple[Tensor, Tensor]:
     """Lists as the selection ops return them: at least two slots and, of tiles, two rows; what is added is unused.
 
