@@ -145,64 +145,90 @@ def blocks_kept(density: float, n_blocks: int) -> int:
 
 def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, seed: int) -> None:
     t = state.tensors
-    n_blocks = t["router_weight"].shape[0]
-    n_keep = blocks_kept(density, n_blocks)
-    settings = state.settings
-    router, gate = ("learned", "hard") if settings is None else (settings.ffn.router, settings.ffn.gate)
+    n_keep = blocks_kept(density, t["router_weight"].shape[0])
     h, w_out = hidden(weights, x), weights["w_out"].float()
     scale = routing.output_scale(h[:: -(-h.shape[0] // SCALE_ROWS)] @ w_out.t())
-    scaled = w_out * scale.unsqueeze(1)
     # While the ring fills, every fit starts anew from all that is in it: one batch is a poor picture of what units do. A router
     # that the user trains keeps its blocks.
     grown = x.shape[0] >= GROWN * state.counter("clustered_rows") and not state.parameters_taken
     first = not state.initialised or grown
     if first:
         state.set_counter("clustered_rows", x.shape[0])
+    routed = [_route(state, router, first, x, h, w_out, scale, n_keep, seed) for router in _routers(state, first)]
+    del h
+    fits = [_make_up(state, first, fit, x, scale, seed) for fit in routed]
+    best, _ = min(fits, key=lambda fit: fit[1])
+    state.assign(**best)
+    state.set_counter("fitted_keep", n_keep)
+
+
+def _routers(state: SiteState, first: bool) -> tuple[str, ...]:
+    """The routers to fit, of which the one that errs less on the sampled tokens is taken.
+
+    Where a few units matter for all tokens, nothing beats keeping these: a learned router is then not worth its errors. Which it is
+    is decided while the ring fills; later updates keep to it, as the blocks stay.
+    """
+    settings = state.settings
+    if settings is None:
+        return ("learned",)
+    if settings.ffn.router != "learned" or settings.ffn.gate != "hard" or settings.preset == "paper" or state.parameters_taken:
+        return (settings.ffn.router,)
+    if first:
+        return ("learned", "static")
+    return ("learned",) if state.tensors["router_weight"].any() else ("static",)
+
+
+def _route(
+    state: SiteState, router: str, first: bool, x: Tensor, h: Tensor, w_out: Tensor, scale: Tensor, n_keep: int, seed: int
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Blocks and a router of one kind: (tensors of the state, kept [S, G] bool, and `routing.dropped_outputs`)."""
+    t, settings = state.tensors, state.settings
+    n_blocks = t["router_weight"].shape[0]
+    scaled = w_out * scale.unsqueeze(1)
+    paper, gate = (False, "hard") if settings is None else (settings.preset == "paper", settings.ffn.gate)
+    permutation, weight, bias = t["permutation"], t["router_weight"].detach(), t["router_bias"].detach()
     if first and router == "static":
-        state.assign(permutation=routing.by_energy(h, w_out))
-    elif first and (settings is None or settings.preset != "paper"):  # the paper's blocks lie as the units do
+        permutation = routing.by_energy(h, w_out)
+    elif first and not paper:  # the paper's blocks lie as the units do
         profiles = h[:: -(-h.shape[0] // CLUSTER_ROWS)].abs().mul_(scaled.norm(dim=0))
         permutation = routing.cluster(profiles.T, n_blocks, seed, n_keep=n_keep)
         del profiles
-        state.assign(permutation=permutation)
-    target = routing.block_norms(h, scaled, t["permutation"], n_blocks)
     if router == "static":
-        weight, bias = routing.static_router(routing.block_norms(h, w_out, t["permutation"], n_blocks), x.shape[1])
-        state.assign(router_weight=weight, router_bias=bias)
+        weight, bias = routing.static_router(routing.block_norms(h, w_out, permutation, n_blocks), x.shape[1])
     elif router == "random":
-        if first:
-            weight, bias = routing.random_router(n_blocks, x.shape[1], seed)
-            state.assign(router_weight=weight, router_bias=bias)
-    elif gate == "spt" and not state.parameters_taken:
-        weight, bias = routing.fit_to_gate(*routing.fit_router(x, target), x, n_keep)
-        state.assign(router_weight=weight, router_bias=bias)
-    elif first and not state.parameters_taken:
-        weight, bias = routing.fit_router(x, target)
-        state.assign(router_weight=weight, router_bias=bias)
+        weight, bias = routing.random_router(n_blocks, x.shape[1], seed) if first else (weight, bias)
     elif not state.parameters_taken:
-        weight, bias = routing.fit_router(
-            x,
-            target,
-            prior_weight=t["router_weight"].detach(),
-            prior_bias=t["router_bias"].detach(),
-            ridge=UPDATE_RIDGE,
-        )
-        state.assign(router_weight=weight, router_bias=bias)
-    scores = torch.nn.functional.linear(x, t["router_weight"].detach(), t["router_bias"].detach())
+        target = routing.block_norms(h, scaled, permutation, n_blocks)
+        if gate == "spt":
+            weight, bias = routing.fit_to_gate(*routing.fit_router(x, target), x, n_keep)
+        elif first:
+            weight, bias = routing.fit_router(x, target)
+        else:
+            weight, bias = routing.fit_router(x, target, prior_weight=weight, prior_bias=bias, ridge=UPDATE_RIDGE)
+    weight, bias = weight.to(x.device), bias.to(x.device)
+    scores = torch.nn.functional.linear(x, weight, bias)
     # What is hot may cool down as the data drifts: judged anew each time, without those that are forced now.
-    state.assign(always_on=routing.always_on(routing.choose(scores, torch.zeros_like(t["always_on"]), n_keep)))
-    kept = routing.choose(scores, t["always_on"], n_keep)
-    missing, mean = routing.dropped_outputs(h, w_out, t["permutation"], kept)
-    del h
+    hot = routing.always_on(routing.choose(scores, torch.zeros_like(t["always_on"]), n_keep))
+    kept = routing.choose(scores, hot, n_keep)
+    missing, mean = routing.dropped_outputs(h, w_out, permutation, kept)
+    tensors = {"permutation": permutation, "router_weight": weight, "router_bias": bias, "always_on": hot}
+    return tensors, kept, missing, mean
+
+
+def _make_up(
+    state: SiteState, first: bool, fit: tuple[dict[str, Tensor], Tensor, Tensor, Tensor], x: Tensor, scale: Tensor, seed: int
+) -> tuple[dict[str, Tensor], float]:
+    """Compensation and correction for what a fit drops: (all tensors of the state, error left in scaled channels)."""
+    tensors, kept, missing, mean = fit
     mean = routing.fit_compensation(missing, mean, kept)
     if not first:
-        mean = t["compensation"].lerp(mean, 1 - COMPENSATION_DECAY)
-    state.assign(compensation=mean)
-    missing -= (~kept).to(mean.dtype) @ t["compensation"]
-    rank = t["correction_in"].shape[0]
+        mean = state.tensors["compensation"].lerp(mean, 1 - COMPENSATION_DECAY)
+    missing -= (~kept).to(mean.dtype) @ mean
+    rank = state.tensors["correction_in"].shape[0]
     down, shift, up = routing.fit_correction(x, missing, scale, rank, seed)
-    state.assign(correction_in=down, correction_shift=shift, correction_out=up)
-    state.set_counter("fitted_keep", n_keep)
+    missing -= torch.nn.functional.linear(x, down, shift) @ up.t()
+    corrected = {"compensation": mean, "correction_in": down, "correction_shift": shift, "correction_out": up}
+    return tensors | corrected, float((missing * scale).norm())
 
 
 def router_quality(

@@ -244,6 +244,32 @@ def test_a_static_router_keeps_the_units_of_largest_energy():
     assert state.tensors["always_on"].tolist() == [True] * 4 + [False] * 4
 
 
+def test_a_learned_router_keeps_the_same_units_for_all_tokens_where_only_these_matter():
+    """And goes on doing so with later updates; where tokens need different units, it routes."""
+
+    def train(x: torch.Tensor, weight: torch.Tensor):
+        block = nn.Sequential(nn.Linear(24, 96, bias=False), nn.ReLU(), nn.Linear(96, 24))
+        with torch.no_grad():
+            block[0].weight.copy_(weight)
+        run = compiled(block)
+        for _ in range(6):
+            run(x).square().mean().backward()
+        run(x)
+        return of(block, "ffn")
+
+    weight, x = torch.randn(96, 24), torch.randn(300, 24)
+    hot = torch.arange(96) % 2 == 0
+    alike = train(x, torch.where(hot[:, None], weight, 0.05 * weight)).tensors
+    assert not alike["router_weight"].any() and hot[alike["permutation"][:48].long()].all()
+    assert alike["always_on"].tolist() == [True] * 4 + [False] * 4
+    # Two kinds of tokens, and for each of them every second unit.
+    torch._dynamo.reset()
+    kind = torch.randint(0, 2, (300, 1)) * 2 - 1
+    turn = torch.where(hot, 1.0, -1.0)[:, None]
+    weight[:, 0], x[:, :1] = 6 * turn[:, 0], kind.float()
+    assert train(x, weight).tensors["router_weight"].any()
+
+
 @pytest.mark.parametrize(
     ("options", "width"),
     [
