@@ -104,7 +104,7 @@ def test_packed_documents_equal_the_reference(row, nan_empty):
 @pytest.mark.parametrize("mask", cases.MASKS)
 def test_selection_equals_the_reference(mask, nan_empty, three_threads):
     for rule, sizes in (("pq", {}), ("mean", {}), ("pq", {"softcap": 2.0})):
-        for density in (0.1, 0.5, -1.0):
+        for density in (0.1, 0.5, 0.8, -1.0):
             args = cases.make(mask, dtype=torch.float32, **sizes).select_tiles_args(density, rule, max_density=max(density, 0.3))
             assert cpp_attention._selection_fits(*args)
             found, expected = cpp_attention.select_tiles(*args), reference.select_tiles(*args)

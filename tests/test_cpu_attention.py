@@ -185,7 +185,7 @@ def test_empty_batch_and_empty_keys():
 @pytest.mark.parametrize("mask", cases.MASKS)
 @pytest.mark.parametrize("sizes", [{}, {"n_q": 63, "n_k": 63, "tile_q": 24, "tile_k": 7}, {"n_q": 40, "n_k": 90, "groups": 1}])
 def test_tile_selection_equals_the_reference(mask, sizes, nan_empty, two_threads):
-    for rule, density, softcap in (("pq", 0.3, None), ("mean", 0.6, 3.0), ("mean", 0.02, None)):
+    for rule, density, softcap in (("pq", 0.3, None), ("mean", 0.6, 3.0), ("mean", 0.02, None), ("pq", 0.8, None)):
         case = cases.make(mask, softcap=softcap, **sizes)
         expected = tile_lists(case, density, rule)
         actual = cpu_selection.select_tiles(*case.select_tiles_args(density, rule))

@@ -26,7 +26,7 @@ from spt_compiler.ops.reference import (
     everything_by_data,
     wanted_count,
 )
-from spt_compiler.ops.selection.common import causal_split, in_use, max_tiles, stored
+from spt_compiler.ops.selection.common import causal_split, in_use, max_tiles, near_tiles, stored
 
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 _READS = {"bool": "uint8_t", "int": "int64_t", "float": "float"}
@@ -38,7 +38,7 @@ _INTEGERS = (
     *("q", "q_b", "q_h", "q_t", "k", "k_b", "k_h", "k_t", "v", "v_b", "v_h", "v_t", "grad_out", "g_b", "g_h", "g_t"),
     *("out", "out_b", "out_h", "out_t", "lse", "tiles", "counts"),
     *("grad_q", "grad_k", "grad_v", "partial", "classes", "class_b", "class_h"),
-    *("codebook", "key", "key_b", "key_h", "bias", "bias_b", "bias_h", "bias_q", "bias_k", "causal", "own", "wanted"),
+    *("codebook", "key", "key_b", "key_h", "bias", "bias_b", "bias_h", "bias_q", "bias_k", "causal", "own", "near", "wanted"),
 )
 _REALS = ("scale", "softcap")
 
@@ -209,8 +209,9 @@ def select_tiles(
     tiles, counts = torch.empty(*rows, width, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
     call.set(codebook=words)
     own = causal_split(expr)[0] and n_q == n_k
-    wanted = int(wanted_count(budget, max_density, n_k, tile_k))
-    call.set(tiles=tiles, counts=counts, slots=width, causal=int(masks.causal), own=int(own), wanted=wanted)
+    wanted = wanted_count(budget, max_density, n_k, tile_k)
+    near = int(near_tiles(wanted, tile_q, tile_k))
+    call.set(tiles=tiles, counts=counts, slots=width, causal=int(masks.causal), own=int(own), near=near, wanted=int(wanted))
     call.run("select_tiles")
     return stored(tiles, counts, tiles=True)
 
