@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 import types
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -219,7 +221,7 @@ def test_a_launch_that_no_setting_serves_is_named_and_not_tried_again(device):
     tried = len(kernel.launches)
     with pytest.raises(KernelError) as second:
         launch()
-    assert second.value is first.value and len(kernel.launches) == tried
+    assert str(second.value) == str(first.value) and len(kernel.launches) == tried
     kernel.able = (4,)
     launch(dim=32)  # another configuration
 
@@ -290,6 +292,33 @@ def test_the_next_lowering_takes_over_for_that_configuration_alone(monkeypatch):
     assert {cause: where for cause, where in registry.refusals().items() if where[0] == op} == {
         str(KernelError("route_top_kernel", "fp16, N_BLOCKS 128", "OutOfResources: shared memory")): (op, "fake", "triton")
     }
+
+
+def test_what_a_refused_launch_was_given_is_freed(device, monkeypatch):
+    """At once, and every time: such launches come again in every step."""
+
+    class Refused(Kernel):
+        def launch(self, **parameters):
+            raise RuntimeError("out of resource: shared memory")
+
+    launch, given = device(Refused()), []
+
+    def kernels(x):
+        scratch = torch.empty(3)
+        given.extend([weakref.ref(x), weakref.ref(scratch)])
+        launch()
+
+    monkeypatch.setattr(registry, "reference_of", lambda name: lambda x: "reference")
+    monkeypatch.setitem(registry._table.candidates, ("route_v1", "fake"), [registry.Candidate("triton", kernels)])
+    monkeypatch.setattr(registry._table, "reported", {})
+    gc.disable()
+    try:
+        with pytest.warns(UserWarning, match="cannot run here.*some_kernel"):
+            for _ in range(3):
+                assert registry.dispatch("route_v1", "fake", torch.empty(3)) == "reference"
+        assert [x() for x in given] == [None] * 6
+    finally:
+        gc.enable()
 
 
 # ---- the compiler's own cache -------------------------------------------------------------------------------------

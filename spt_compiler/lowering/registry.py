@@ -224,6 +224,7 @@ def dispatch(op_name: str, device_type: str, *args: Any) -> Any:
         result = reference_of(op_name)(*args)
     for candidate, cause in failures:
         _blame(op_name, device_type, candidate, cause)
+        cause.__traceback__ = None  # its frames, this one among them, would hold the arguments until garbage is collected
     return result
 
 

@@ -210,8 +210,9 @@ _compiled: dict[Any, Any] = {}
 _ready: dict[Any, tuple[Any, list[Any]]] = {}
 # Parameters of a kernel that are no constants, and where they stand.
 _runtime: dict[Any, tuple[tuple[int, str], ...]] = {}
-# Launches that no setting could serve, with what they failed with, and those that needed another than the first.
-_failed: dict[Any, KernelError] = {}
+# Launches that no setting could serve, with the arguments of their `KernelError` (an error that was raised holds the frames that it
+# passed, and their tensors), and those that needed another than the first.
+_failed: dict[Any, tuple[str, str, str]] = {}
 _preferred: dict[Any, Setting] = {}
 
 
@@ -282,7 +283,8 @@ def _run(key: Any, settings: Sequence[Setting], run: Callable[[Setting], None]) 
         return setting
     _, kernel, constants, types = key
     configuration = ", ".join([*types, *(f"{name} {value}" for name, value in sorted(constants))])
-    raise KernelError(kernel, configuration, causes[0])
+    _failed[key] = kernel, configuration, causes[0]
+    raise KernelError(*_failed[key])
 
 
 def launch(
@@ -383,7 +385,7 @@ def _prepare(
         return None
     key = (module.__name__, kernel, tuple(constants.items()), tuple([_TYPE_NAMES[x.dtype] for x in tensors]))
     if key in _failed:
-        raise _failed[key]
+        raise KernelError(*_failed[key])
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if len(settings) > 1 and not triton_tuning.idle(device):
             from triton.testing import do_bench
@@ -396,11 +398,7 @@ def _prepare(
             sizes = triton_tuning.key_of(module.__name__, kernel, args, constants, tried)
             best = triton_tuning.choose(device, sizes, tried, measure)
             settings = (best, *(s for s in settings if s != best))
-        try:
-            used = _run(key, settings, run)
-        except KernelError as error:
-            _failed[key] = error
-            raise
+        used = _run(key, settings, run)
     compiled = _compiled[what, used]
     return None if compiled is None else (compiled, [fixed(used).get(name) for name in function.arg_names])
 
