@@ -285,7 +285,7 @@ def finalize(
     lr: float = 1e-5,
     loss: Callable[[Any], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Ends the sparse life of a model compiled in place: it is dense again, or stays sparse for inference.
+    """Ends the sparse life of a compiled model: it is dense again, or stays sparse for inference.
 
     Weights that were trained sparse are a little off where they run dense (and the other way round). The gap is measured, and a
     short recovery can close it: "dense" trains on with the model's own loss in the mode that stays; "distill" needs no labels and
@@ -332,6 +332,8 @@ def finalize(
         for module in plain.modules():
             if getattr(module, "_compiled_call_impl", None) is not None:
                 module._compiled_call_impl = None
+        if plain is not model:  # what `torch.compile(model)` gave
+            model.forward = plain.__call__
         STORE.forget(plain)
     return report
 
