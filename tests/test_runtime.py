@@ -327,12 +327,18 @@ def test_tune_returns_options_that_are_accepted(tmp_path):
     assert (tmp_path / "tuned.json").exists()
 
 
-def test_finalize_makes_the_model_dense_and_measures_the_gap():
-    model, x = Stack(1), batch()
-    model.compile(backend="spt", options=SPARSE)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_finalize_makes_the_model_dense_and_measures_the_gap(in_place):
+    plain, x = Stack(1), batch()
+    model = plain if in_place else compiled(plain)
+    if in_place:
+        model.compile(backend="spt", options=SPARSE)
     for _ in range(3):
         model(x).sum().backward()
     report = spt_compiler.finalize(model, x)
     assert report["sites"] == 2 and report["gap"] > 1e-3
-    assert torch.equal(model(x), Stack.forward(model, x))
+    for _ in range(3):
+        out = model(x)
+        assert torch.equal(out, Stack.forward(plain, x))
+        out.sum().backward()
     assert spt_compiler.state_dict(model) == {}
