@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import calibrate, runtime, state
+from . import calibrate, debug, runtime, state
 from .config import DerivedGlob, SPTConfig, glob_matches
 from .errors import OptionError, SPTError
 from .state import STORE, SiteState
@@ -244,9 +245,11 @@ def tune(
 
 def _trial(model: nn.Module, batch: Any, options: Mapping[str, Any]) -> list[SiteState]:
     """States of a copy of the model after steps without optimizer: learn from one half of the batch, measure on the other."""
-    twin = copy.deepcopy(_plain(model))
-    compiled = torch.compile(twin, backend="spt", options=dict(options))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    from .backend import spt
+
+    twin, backend = copy.deepcopy(_plain(model)), functools.partial(spt, options=dict(options))
+    compiled = torch.compile(twin, backend=backend)
+    with debug.apart(backend), torch.random.fork_rng(devices=[]), torch.enable_grad():
         learned, unseen = _halves(batch)
         for part in (learned, learned, unseen):
             outputs = [t for t in calibrate.leaves(call(compiled, part)) if t.requires_grad]
