@@ -43,6 +43,47 @@ def test_exact_equals_eager(inner, checkpointed, causal):
     assert_same(gradients(model, compiled(model, EXACT, inner=inner), x), expected)
 
 
+class Chained(nn.Module):
+    """Sites that read each other's results, with nothing in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(48, 96), nn.Linear(96, 48)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = nn.functional.scaled_dot_product_attention(x, x, x)
+        for _ in range(2):
+            x = self.down(nn.functional.gelu(self.up(x)))
+        return x
+
+
+def test_a_site_may_read_the_result_of_another():
+    model, x = Chained(), batch(63)
+    assert spt_compiler.explain(model, x, options=EXACT).replaced() == 4
+    expected = gradients(model, model, x)
+    assert_same(gradients(model, compiled(model, EXACT, strict=True), x), expected)
+
+
+class Shared(nn.Module):
+    """One set of weights for the values of all rows of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(48, 144)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q[:1], k[:1], v)
+
+
+def test_values_of_more_rows_than_queries_stay_dense():
+    model, x = Shared(), batch(63)
+    (site,) = spt_compiler.explain(model, x, options=EXACT).sites
+    assert site.status == "skipped" and "batch sizes of queries (1,) and values (2,) differ" in site.reason
+    assert_same(gradients(model, compiled(model, EXACT, inner="eager"), x), gradients(model, model, x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_exact_in_other_dtypes(dtype):
     model, x = Stack(1).to(dtype), batch(63).to(dtype)
