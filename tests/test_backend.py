@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import spt_compiler
-from spt_compiler import OptionError, SPTError
+from spt_compiler import OptionError, SPTConfig, SPTError
 from spt_compiler import backend as backend_module
 from tests.blocks import EXACT, SPARSE, Block, Broken, Stack, assert_same, gradients, relative
 
@@ -63,6 +63,27 @@ def test_a_site_may_read_the_result_of_another():
     assert spt_compiler.explain(model, x, options=EXACT).replaced() == 4
     expected = gradients(model, model, x)
     assert_same(gradients(model, compiled(model, EXACT, strict=True), x), expected)
+
+
+def test_each_site_of_a_model_on_several_devices_gets_state_on_its_own():
+    """Naive model parallelism in one graph, with "meta" as the second device."""
+    model, x = Stack(2), batch(63)
+    model.blocks[1].to("meta")
+    found = []
+
+    def capture(gm, example_inputs):
+        prepared = backend_module.prepare_graph(gm, example_inputs, SPTConfig.from_options(SPARSE))
+        states = iter(backend_module._example_states(prepared))
+        for binding in prepared.bindings:
+            devices = {next(states).device for _ in binding.spec.inputs}
+            found.append((example_inputs[binding.anchor].device, devices))
+        return gm.forward
+
+    def run(x):
+        return model.blocks[1](model.blocks[0](x).to("meta"))
+
+    torch.compile(run, backend=capture)(x)
+    assert found == [(d, {d}) for d in map(torch.device, ("cpu", "cpu", "meta", "meta"))]
 
 
 class Shared(nn.Module):
