@@ -262,8 +262,17 @@ def _compiling(call: Callable[[], Any]) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a damaged file makes the compiler or the driver raise anything
-        with knobs.compilation.scope():
-            knobs.compilation.always_compile = True
+        from triton.runtime.cache import FileCacheManager
+
+        class WriteOnly(FileCacheManager):
+            def get_file(self, filename: str) -> None:
+                return None
+
+            def get_group(self, filename: str) -> None:
+                return None
+
+        with knobs.cache.scope():
+            knobs.cache.manager_class = WriteOnly
             return call()
 
 
