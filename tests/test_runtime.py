@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -305,6 +306,19 @@ def test_maintenance_that_fails_is_reported_once_and_training_goes_on(monkeypatc
         losses = train_steps(model, run, [batch() for _ in range(4)])
     assert len([w for w in caught if "maintenance" in str(w.message)]) == 2  # one for each site
     assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_states_go_with_their_model_while_its_graph_stays():
+    """What is compiled outlives a model in Dynamo's caches; rings of samples and codebooks must not."""
+    model = Stack(1)
+    model.compile(backend="spt", options=SPARSE)
+    for _ in range(2):
+        model(batch()).sum().backward()
+    held = [weakref.ref(s.tensors["sample"]) for s in states(model)]
+    assert len(held) == 2
+    del model
+    gc.collect()
+    assert [tensor() for tensor in held] == [None, None]
 
 
 def test_tune_returns_options_that_are_accepted(tmp_path):
