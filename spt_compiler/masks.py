@@ -195,14 +195,16 @@ def _target(node: fx.Node) -> Any:
 
 def _without_expansion(scope: Scope, node: fx.Node) -> fx.Node:
     """The tensor that is broadcast to the scores, before it was expanded."""
-    while _target(node) in _RESHAPES and _reads_the_same(scope, node) and rank(node.args[0]) == rank(node):
+    while _target(node) in _RESHAPES and is_tensor(node.args[0]) and rank(node.args[0]) == rank(node):
+        if not _reads_the_same(scope, node):
+            break
         node = node.args[0]
     return node
 
 
 def _reads_the_same(scope: Scope, node: fx.Node) -> bool:
-    """Whether the arguments of a call, which are tensors, still say what its result does: none is written in place."""
-    return all(is_tensor(x) and not scope.is_written(x) for x in (node, *node.all_input_nodes))
+    """Whether the arguments of a call still say what its result does: none of them is written in place."""
+    return not any(map(scope.is_written, (node, *node.all_input_nodes)))
 
 
 def _conjuncts(scope: Scope, node: fx.Node) -> list[fx.Node]:
