@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import calibrate, runtime, state
+from . import calibrate, debug, runtime, state
 from .config import DerivedGlob, SPTConfig, glob_matches
 from .errors import OptionError, SPTError
 from .state import STORE, SiteState
@@ -244,9 +245,11 @@ def tune(
 
 def _trial(model: nn.Module, batch: Any, options: Mapping[str, Any]) -> list[SiteState]:
     """States of a copy of the model after steps without optimizer: learn from one half of the batch, measure on the other."""
-    twin = copy.deepcopy(_plain(model))
-    compiled = torch.compile(twin, backend="spt", options=dict(options))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    from .backend import spt
+
+    twin, backend = copy.deepcopy(_plain(model)), functools.partial(spt, options=dict(options))
+    compiled = torch.compile(twin, backend=backend)
+    with debug.apart(backend), torch.random.fork_rng(devices=[]), torch.enable_grad():
         learned, unseen = _halves(batch)
         for part in (learned, learned, unseen):
             outputs = [t for t in calibrate.leaves(call(compiled, part)) if t.requires_grad]
@@ -285,7 +288,7 @@ def finalize(
     lr: float = 1e-5,
     loss: Callable[[Any], Tensor] | None = None,
 ) -> dict[str, float]:
-    """Ends the sparse life of a model compiled in place: it is dense again, or stays sparse for inference.
+    """Ends the sparse life of a compiled model: it is dense again, or stays sparse for inference.
 
     Weights that were trained sparse are a little off where they run dense (and the other way round). The gap is measured, and a
     short recovery can close it: "dense" trains on with the model's own loss in the mode that stays; "distill" needs no labels and
@@ -332,6 +335,8 @@ def finalize(
         for module in plain.modules():
             if getattr(module, "_compiled_call_impl", None) is not None:
                 module._compiled_call_impl = None
+        if plain is not model:  # what `torch.compile(model)` gave
+            model.forward = plain.__call__
         STORE.forget(plain)
     return report
 

@@ -246,16 +246,14 @@ def _example_states(prepared: Prepared) -> list[torch.Tensor]:
         for n in prepared.module.graph.nodes
         if n.op == "placeholder" and "example_value" in n.meta
     ]
-    tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
-    fake_mode = detect_fake_mode(tensors)
+    fake_mode = detect_fake_mode([t for t in inputs if isinstance(t, torch.Tensor)])
     placeholders = [n for n in prepared.module.graph.nodes if n.op == "placeholder" and "example_value" not in n.meta]
     examples, index = [], 0
     for binding in prepared.bindings:
-        device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
         for _, spec in binding.spec.tensors:
             if not spec.graph_input:
                 continue
-            value = spec.create("cpu" if fake_mode is not None and device.type == "cpu" else device)
+            value = spec.create(inputs[binding.anchor].device)  # the state will lie where its anchor does
             if fake_mode is not None:
                 value = fake_mode.from_tensor(value, static_shapes=True)
             placeholders[index].meta["example_value"] = value

@@ -274,16 +274,23 @@ def _compiled_once(function: Callable, backend: Callable) -> Callable:
     """`function` under Dynamo with a backend of its own; nothing that it compiles outlives the call."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        # The user's own compilations may have used up the limits; automatic dynamic shapes would remember our call.
-        with torch._dynamo.config.patch(
-            recompile_limit=1 << 10, accumulated_recompile_limit=1 << 12, automatic_dynamic_shapes=False
-        ):
-            try:
-                return torch.compile(function, backend=backend)(*args, **kwargs)
-            finally:
-                _drop_entries(backend)
+        with apart(backend):
+            return torch.compile(function, backend=backend)(*args, **kwargs)
 
     return run
+
+
+@contextmanager
+def apart(backend: Callable) -> Iterator[None]:
+    """Inside, `backend` compiles beside the user's backends: held back by none of their limits, and gone afterwards."""
+    # The user's own compilations may have used up the limits; automatic dynamic shapes would remember our calls.
+    with torch._dynamo.config.patch(
+        recompile_limit=1 << 10, accumulated_recompile_limit=1 << 12, automatic_dynamic_shapes=False
+    ):
+        try:
+            yield
+        finally:
+            _drop_entries(backend)
 
 
 def _drop_entries(backend: Callable) -> None:

@@ -383,6 +383,17 @@ class Analysis:
     def writes(self) -> list[tuple[int, int | None]]:
         return [(i, storage(a)) for i, n in enumerate(self.nodes) for a in mutated_arguments(n)]
 
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether some call writes to the memory of `node`: then it may hold another value when it is read."""
+        if not self._written:
+            return False
+        own = storage(node)
+        return own in self._written or (is_tensor(node) and (own is None or None in self._written))
+
+    @cached_property
+    def _written(self) -> set[int | None]:
+        return {s for _, s in self.writes}
+
     def written_between(self, nodes: Iterable[fx.Node], start: int, stop: int) -> fx.Node | None:
         """The first of `nodes` whose memory is written at a position in (start, stop)."""
         touched = {s for i, s in self.writes if start < i < stop}

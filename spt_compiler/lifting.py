@@ -312,8 +312,8 @@ def broadcast(item: Any, index: Index) -> Index:
 
 
 def _exact(node: Node) -> None:
-    """Float arithmetic is done in fp32 by every printer: only there it is the model's."""
-    if is_float(node) and dtype(node) is not torch.float32:
+    """Arithmetic is done in fp32, or in integers of at least 32 bits, by every printer: only there it is the model's."""
+    if dtype(node) not in (torch.float32, torch.bool, *_INT64):
         raise NotLifted(f"arithmetic in {dtype(node)}")
 
 

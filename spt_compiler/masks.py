@@ -71,7 +71,7 @@ def lift(capture: Any, scope: Scope, scores: tuple[Any, ...]) -> LiftedMask:
     for node, factor in capture.bias:
         found = site.additive(node, factor)
         if found is None:
-            bias.append((_without_expansion(node), factor))
+            bias.append((_without_expansion(scope, node), factor))
         elif found == const(0.0):
             continue  # it allows everything
         elif _hides(found) and (found.args[2].value == float("-inf") or all(map(_keeps_itself, site.rows(found.args[0])))):
@@ -80,10 +80,10 @@ def lift(capture: Any, scope: Scope, scores: tuple[Any, ...]) -> LiftedMask:
             added.append(found)
     for given, kept, inverse in ((capture.allowed, allowed, False), (capture.disallowed, disallowed, True)):
         for node in given:
-            for part in [node] if inverse else _conjuncts(node):
+            for part in [node] if inverse else _conjuncts(scope, node):
                 condition = site.condition(part)
                 if condition is None:
-                    kept.append(_without_expansion(part))
+                    kept.append(_without_expansion(scope, part))
                 else:
                     conditions.append(site.lifter.build.make("not", condition) if inverse else condition)
     parts = _ordered(c for condition in conditions for c in conjuncts(condition))
@@ -193,19 +193,26 @@ def _target(node: fx.Node) -> Any:
     return node.target if node.op in ("call_function", "call_method") else None
 
 
-def _without_expansion(node: fx.Node) -> fx.Node:
+def _without_expansion(scope: Scope, node: fx.Node) -> fx.Node:
     """The tensor that is broadcast to the scores, before it was expanded."""
     while _target(node) in _RESHAPES and is_tensor(node.args[0]) and rank(node.args[0]) == rank(node):
+        if not _reads_the_same(scope, node):
+            break
         node = node.args[0]
     return node
 
 
-def _conjuncts(node: fx.Node) -> list[fx.Node]:
+def _reads_the_same(scope: Scope, node: fx.Node) -> bool:
+    """Whether the arguments of a call still say what its result does: none of them is written in place."""
+    return not any(map(scope.is_written, (node, *node.all_input_nodes)))
+
+
+def _conjuncts(scope: Scope, node: fx.Node) -> list[fx.Node]:
     """Parts of a conjunction that broadcast to the scores each on its own: of equal rank, behind expansions only."""
-    inner = _without_expansion(node)
-    if _target(inner) in _AND and len(inner.args) == 2:
+    inner = _without_expansion(scope, node)
+    if _target(inner) in _AND and len(inner.args) == 2 and _reads_the_same(scope, inner):
         if all(is_tensor(a) and dtype(a) is torch.bool and rank(a) in (0, rank(inner)) for a in inner.args):
-            return [part for a in inner.args for part in _conjuncts(a)]
+            return [part for a in inner.args for part in _conjuncts(scope, a)]
     return [inner]
 
 

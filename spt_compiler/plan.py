@@ -183,11 +183,12 @@ def _plan_attention(match: Match, scope: Scope, config: SPTConfig) -> Plan | Rej
     if heads % kv_heads:
         return Reject("{} query heads are not a multiple of {} key heads", heads, kv_heads)
     lead = slice(0, -2 if q.dim() == 3 else -3)
-    if q.dim() >= 3 and any(
-        not (statically_known_true(a == b) or statically_known_true(b == 1))
-        for a, b in zip(sizes_q[lead], sizes_k[lead], strict=True)
-    ):
-        return Reject("batch sizes of queries {} and keys {} differ", sizes_q[lead], sizes_k[lead])
+    for label, sizes in (("keys", sizes_k), ("values", sizes_v)):
+        if q.dim() >= 3 and any(
+            not (statically_known_true(a == b) or statically_known_true(b == 1))
+            for a, b in zip(sizes_q[lead], sizes[lead], strict=True)
+        ):
+            return Reject("batch sizes of queries {} and {} {} differ", sizes_q[lead], label, sizes[lead])
     n_q, n_k = sizes_q[-2], sizes_k[-2]
     if statically_known_true(n_q == 1):
         return Reject("queries of length 1 (decoding) stay dense")

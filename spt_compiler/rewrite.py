@@ -11,7 +11,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -122,6 +122,7 @@ class Rewriter:
         self.extra_outputs = 0
         self._inputs: dict[tuple[int, str], fx.Node] = {}
         self._brought: dict[fx.Node, fx.Node] = {}
+        self._results: dict[fx.Node, fx.Node] = {}  # of the sites replaced so far, by the nodes that are gone
 
     def inside(self, body: fx.GraphModule, call: fx.Node) -> Rewriter:
         """A rewriter for the body of a call in this graph."""
@@ -151,6 +152,7 @@ class Rewriter:
             raise
         result.meta = {**output.meta, "spt_site": plan.report.name}
         output.replace_all_uses_with(result)
+        self._results[output] = result
         for node in sorted(plan.match.nodes, reverse=True):
             if not node.users:
                 self.graph.erase_node(node)
@@ -183,6 +185,16 @@ class Rewriter:
         self.graph.lint()
         self.module.recompile()
         return self.module
+
+    def _current(self, captured: Any) -> Any:
+        """What a site captured, with the results of the sites before it in place of the nodes that they replaced."""
+        if isinstance(captured, fx.Node):
+            return self._results.get(captured, captured)
+        if isinstance(captured, tuple):
+            return tuple(map(self._current, captured))
+        if is_dataclass(captured) and not isinstance(captured, type):
+            return replace(captured, **{f.name: self._current(getattr(captured, f.name)) for f in fields(captured)})
+        return captured
 
     # ---- building blocks ----------------------------------------------------------------------------------------
 
@@ -278,7 +290,7 @@ class Rewriter:
     # ---- attention ----------------------------------------------------------------------------------------------
 
     def _attention(self, plan: Plan) -> fx.Node:
-        c: AttentionCapture = plan.match.capture
+        c: AttentionCapture = self._current(plan.match.capture)
         config, options = plan.config, plan.config.attention
         rank, device = value_of(c.q).dim(), value_of(c.q).device
         out_dtype = value_of(plan.match.output).dtype
@@ -439,7 +451,7 @@ class Rewriter:
     # ---- feed-forward -------------------------------------------------------------------------------------------
 
     def _ffn(self, plan: Plan) -> fx.Node:
-        c: FFNCapture = plan.match.capture
+        c: FFNCapture = self._current(plan.match.capture)
         config, options = plan.config, plan.config.ffn
         value = value_of(c.x)
         device = value.device

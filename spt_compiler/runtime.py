@@ -105,10 +105,10 @@ class _Bound:
 
 
 def _expire(bound: weakref.ref[_Bound], _anchor: Any) -> None:
-    """An anchor has died: its id may come again with another tensor."""
+    """An anchor has died: its id may come again with another tensor. Its states go with it, while the graph may stay."""
     alive = bound()
     if alive is not None:
-        alive.ids = None
+        alive.ids, alive.states, alive.inputs = None, [], []
 
 
 class CompiledGraph:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from .graph import Analysis, is_tensor, storage
+from .graph import Analysis
 
 # The longest way from an activation back to its projection that real models need is about 40 nodes (rope, norms, casts).
 _REACH = 400
@@ -52,14 +52,11 @@ class Scope:
 
     def is_written(self, node: fx.Node) -> bool:
         """Whether a call of this graph writes to the memory of `node`: then it may hold another value when it is read."""
-        if not self._writes:
-            return False
-        own = storage(node)
-        return own in self._writes or (is_tensor(node) and (own is None or None in self._writes))
+        return self._analysis.is_written(node)
 
     @cached_property
-    def _writes(self) -> set[int | None]:
-        return {s for _, s in Analysis(self.module).writes}
+    def _analysis(self) -> Analysis:
+        return Analysis(self.module)
 
     def parameter(self, node: fx.Node) -> int | None:
         """Position of the Parameter that `node` is, or None if it is something else."""

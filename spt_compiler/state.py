@@ -179,11 +179,12 @@ class SiteState:
 
     def to(self, device: torch.device) -> None:
         """Follows the anchor to another device; host-side tensors stay."""
-        for name, spec in self.spec.tensors:
-            if spec.requires_grad:  # an optimizer may hold it: the object has to stay
-                self.tensors[name].data = self.tensors[name].data.to(device)
-            elif spec.graph_input:
-                self.tensors[name] = self.tensors[name].to(device)
+        with torch.inference_mode(False):
+            for name, spec in self.spec.tensors:
+                if spec.requires_grad:  # an optimizer may hold it: the object has to stay
+                    self.tensors[name].data = self.tensors[name].data.to(device)
+                elif spec.graph_input:
+                    self.tensors[name] = self.tensors[name].to(device)
 
 
 def common_tensors(budget: float, quality: int = 4) -> dict[str, TensorSpec]:

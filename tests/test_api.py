@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import spt_compiler
-from spt_compiler import api, learning
+from spt_compiler import api, debug, learning
 from tests.blocks import SPARSE, Stack, train_steps
 
 
@@ -177,6 +177,22 @@ def test_tune_measures_on_rows_that_nothing_was_fitted_to(monkeypatch):
         assert first is batch and second is batch
     first, second = api._halves({"a": x[:3], "b": torch.arange(3), "c": 5})
     assert torch.equal(first["a"], x[:1]) and torch.equal(second["b"], torch.tensor([1])) and second["c"] == 5
+
+
+def test_tune_finds_every_site_however_much_was_compiled_before():
+    """A model that has used up Dynamo's limit is compiled in pieces that know no more than their own part of a path."""
+    model, x = Stack(2), torch.randn(2, 64, 48)
+    options = {"attention.min_keys": 0, "ffn.min_width": 0}
+    with torch._dynamo.config.patch(recompile_limit=2):
+        model.compile(backend="spt", options={**options, "inner": "eager"})
+        for length in (40, 41):
+            model(x[:, :length])
+        tuned = spt_compiler.tune(model, x, max_rel_error=10.0, options=options)
+        assert tuned["sites"].keys() == {f"blocks.{i}/{kind}" for i in range(2) for kind in ("attention", "ffn")}
+        assert {v for entry in tuned["sites"].values() for v in entry.values()} == {1 / 16, 1 / 4}
+        graphs = len(debug.reports())
+        model(x[:, :41])  # what was compiled before serves on
+        assert len(debug.reports()) == graphs
 
 
 def test_tune_refuses_bad_arguments():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import spt_compiler
-from spt_compiler import OptionError, SPTError
+from spt_compiler import OptionError, SPTConfig, SPTError
 from spt_compiler import backend as backend_module
 from tests.blocks import EXACT, SPARSE, Block, Broken, Stack, assert_same, gradients, relative
 
@@ -41,6 +41,68 @@ def test_exact_equals_eager(inner, checkpointed, causal):
     model, x = Stack(2, checkpointed=checkpointed, causal=causal), batch(63)
     expected = gradients(model, model, x)
     assert_same(gradients(model, compiled(model, EXACT, inner=inner), x), expected)
+
+
+class Chained(nn.Module):
+    """Sites that read each other's results, with nothing in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(48, 96), nn.Linear(96, 48)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = nn.functional.scaled_dot_product_attention(x, x, x)
+        for _ in range(2):
+            x = self.down(nn.functional.gelu(self.up(x)))
+        return x
+
+
+def test_a_site_may_read_the_result_of_another():
+    model, x = Chained(), batch(63)
+    assert spt_compiler.explain(model, x, options=EXACT).replaced() == 4
+    expected = gradients(model, model, x)
+    assert_same(gradients(model, compiled(model, EXACT, strict=True), x), expected)
+
+
+def test_each_site_of_a_model_on_several_devices_gets_state_on_its_own():
+    """Naive model parallelism in one graph, with "meta" as the second device."""
+    model, x = Stack(2), batch(63)
+    model.blocks[1].to("meta")
+    found = []
+
+    def capture(gm, example_inputs):
+        prepared = backend_module.prepare_graph(gm, example_inputs, SPTConfig.from_options(SPARSE))
+        states = iter(backend_module._example_states(prepared))
+        for binding in prepared.bindings:
+            devices = {next(states).device for _ in binding.spec.inputs}
+            found.append((example_inputs[binding.anchor].device, devices))
+        return gm.forward
+
+    def run(x):
+        return model.blocks[1](model.blocks[0](x).to("meta"))
+
+    torch.compile(run, backend=capture)(x)
+    assert found == [(d, {d}) for d in map(torch.device, ("cpu", "cpu", "meta", "meta"))]
+
+
+class Shared(nn.Module):
+    """One set of weights for the values of all rows of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(48, 144)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q[:1], k[:1], v)
+
+
+def test_values_of_more_rows_than_queries_stay_dense():
+    model, x = Shared(), batch(63)
+    (site,) = spt_compiler.explain(model, x, options=EXACT).sites
+    assert site.status == "skipped" and "batch sizes of queries (1,) and values (2,) differ" in site.reason
+    assert_same(gradients(model, compiled(model, EXACT, inner="eager"), x), gradients(model, model, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

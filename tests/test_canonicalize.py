@@ -75,6 +75,19 @@ def calls(module: fx.GraphModule) -> list[str]:
 Q, K, V = numbers(2, 3, 5, 4), numbers(2, 3, 7, 4, seed=1), numbers(2, 3, 7, 6, seed=2)
 
 
+def test_operators_that_dynamo_writes_as_methods():
+    """As that of torch 2.11 does."""
+    (captured,) = models.capture(Wrapped(lambda q: (q == q.abs(), q != 0)), Q)
+    module = models.copied(captured.module)
+    methods = {"eq": "__eq__", "ne": "__ne__", "abs": "__abs__"}
+    for node in module.graph.nodes:
+        if describe(node).strip(".") in methods:
+            node.op, node.target = "call_method", methods[describe(node).strip(".")]
+    assert [n.target for n in module.graph.nodes if n.op == "call_method"] == ["__abs__", "__eq__", "__ne__"]
+    canonicalize(module)
+    assert calls(module) == ["abs", "eq", "ne"] and not any(n.op == "call_method" for n in module.graph.nodes)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One spelling
 # ---------------------------------------------------------------------------------------------------------------------

@@ -170,6 +170,10 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "a vector that needs a gradient": (lambda m: m[None] * torch.arange(T)[:, None], (torch.randn(S, requires_grad=True),)),
     "rounded": (lambda: (torch.arange(T)[:, None] * torch.arange(S)).to(torch.bfloat16), ()),
     "half precision": (lambda m: m[None] * torch.arange(T)[:, None].half(), (torch.randn(S).half(),)),
+    "integers that wrap around": (
+        lambda: (torch.arange(S, dtype=torch.uint8) - torch.arange(T, dtype=torch.uint8)[:, None]) < 200,
+        (),
+    ),
     "rows in another order": (lambda: torch.ones(T, S, dtype=torch.bool).tril().flip(0), ()),
     "counted from the end": (
         lambda m: m.bool()[0][torch.arange(S)[None] - torch.arange(S)[:, None]],

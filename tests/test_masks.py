@@ -131,6 +131,48 @@ def test_what_is_lifted_and_that_it_is_exact(build, text, added, eager):
     assert_same(gradients(model, torch.compile(model, backend="spt", options=EXACT), x, lengths), expected)
 
 
+def copy_written(b, t, lengths):
+    mask = padded_causal(b, t, lengths).clone()
+    mask[..., 1:3] = False
+    return mask
+
+
+def expansion_written(b, t, lengths):
+    mask = causal(b, t, lengths).expand(b, 1, t, t).contiguous()
+    mask[0, :, :, 1:3] = False
+    return mask
+
+
+def conjunction_written(b, t, lengths):
+    mask = causal(b, t, lengths) & prefix(b, t, lengths)
+    mask[..., 1:3] = False
+    return mask
+
+
+def part_written(b, t, lengths):
+    part = causal(b, t, lengths).clone()
+    mask = part & prefix(b, t, lengths)
+    part[..., 1:3] = False
+    return mask
+
+
+def copied_before(b, t, lengths):
+    original = causal(b, t, lengths)
+    mask = original.clone()
+    original[..., 1:3] = False
+    return mask
+
+
+@pytest.mark.parametrize("build", [copy_written, expansion_written, conjunction_written, part_written, copied_before])
+def test_a_mask_that_is_written_is_read_as_it_is_when_it_is_used(build):
+    """Libraries copy the causal mask and write the padding into the copy."""
+    model, x, lengths = Masked(build), torch.randn(3, 70, 24), torch.tensor([70, 41, 5])
+    (site,) = spt_compiler.explain(model, x, lengths, options=SPARSE).sites
+    assert site.status == "replaced" and "tensor" in site.mask
+    expected = gradients(model, model, x, lengths)
+    assert_same(gradients(model, torch.compile(model, backend="spt", options=EXACT), x, lengths), expected)
+
+
 @pytest.mark.parametrize("build", [padded_causal, padded_left, packed_padded_window])
 def test_sparse_sites_never_see_what_is_hidden(build):
     """Other keys and values at hidden positions change nothing for the queries elsewhere."""

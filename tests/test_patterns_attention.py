@@ -170,6 +170,33 @@ def test_tiled_key_heads_are_not_groups():
     assert not c.enable_gqa
 
 
+def test_key_heads_that_are_picked_while_they_are_repeated_are_no_groups():
+    def function(q, k, v):
+        k = k[:, :, None, torch.arange(5, -1, -1)].expand(2, 2, 2, 6, 8).reshape(2, 4, 6, 8)
+        return F.scaled_dot_product_attention(q, k, repeat_expand(v, 2))
+
+    assert not only(function, Q, K[:, :2], V[:, :2]).enable_gqa
+
+
+def test_what_is_written_after_it_was_read_is_read_as_it_was():
+    def repeated(q, k, v):
+        k, v = k.clone(), v.clone()
+        wide = repeat_expand(k, 2), repeat_expand(v, 2)
+        k.zero_()
+        return F.scaled_dot_product_attention(q, *wide)
+
+    assert not only(repeated, Q, K[:, :2], V[:, :2]).enable_gqa
+
+    def inverted(q, k, v, mask):
+        seen = mask.clone()
+        hidden = ~seen
+        seen[:, :3] = False
+        return (q @ k.mT).masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+    c = only(inverted, Q, K, V, CAUSAL)
+    assert c.disallowed and not c.allowed
+
+
 def test_the_flag_of_the_call():
     k, v = numbers(2, 2, 6, 8, seed=1), numbers(2, 2, 6, 5, seed=2)
     assert only(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), Q, k, v).enable_gqa

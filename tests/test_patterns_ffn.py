@@ -132,6 +132,8 @@ ACTIVATIONS: dict[str, tuple[Callable[[Block, Tensor], Tensor], str]] = {
     "mish": (lambda m, h: F.mish(h), "tanh(softplus(x0))"),
     "hardswish": (lambda m, h: F.hardswish(h), "min("),
     "hardtanh": (lambda m, h: F.hardtanh(h, -0.5, 2.0), "min("),
+    "clipped far out": (lambda m, h: F.relu(h).clamp(max=50.0), "min("),
+    "clipped formula": (lambda m, h: (h * torch.sigmoid(h)).clamp(-1.0, 2000.0), "min("),
     "softplus": (lambda m, h: F.softplus(h, beta=2.0), "softplus("),
     "logsigmoid": (lambda m, h: F.logsigmoid(h), "softplus("),
     "threshold": (lambda m, h: F.threshold(h, 0.1, -1.0), "where("),
@@ -329,6 +331,15 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: m.down(F.gelu(F.dropout(m.up(x), 0.5))),
         "dropout inside of the activation",
     ),
+    "dropout inside of a formula": (
+        lambda m, x: m.down((h := F.dropout(m.up(x), 0.5)) * torch.sigmoid(h)),
+        "dropout inside of the activation",
+    ),
+    "one dropout in both factors": (
+        lambda m, x: m.down((h := F.dropout(F.relu(m.up(x)), 0.5)) * h),
+        "dropout inside of the activation",
+    ),
+    "prelu with slopes of tokens": (lambda m, x: m.down(F.prelu(m.up(x[:, :1].expand(-1, HIDDEN, -1)), m.beta)), "prelu scales"),
     "two dropouts": (
         lambda m, x: m.down(F.dropout(F.silu(m.gate(x)), 0.5) * F.dropout(m.up(x), 0.5)),
         "dropout inside of the activation",

@@ -106,6 +106,17 @@ def test_a_caller_s_mistake_blames_nobody(table):
     assert registry.chosen(OP, "cpu") == "lowering" and not registry.failures()
 
 
+def test_a_full_memory_blames_nobody(table):
+    """Whatever comes next may find enough; another time there is enough for this one."""
+    calls = []
+    candidate("greedy", calls, torch.OutOfMemoryError("CUDA out of memory"))
+    candidate("modest", calls)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert registry.dispatch(OP, "cpu", *arguments()) == "modest ran"
+    assert registry.chosen(OP, "cpu") == "greedy" and not registry.failures()
+
+
 def test_registering_again_replaces(table):
     calls = []
     candidate("a", calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -307,6 +308,19 @@ def test_maintenance_that_fails_is_reported_once_and_training_goes_on(monkeypatc
     assert all(torch.isfinite(torch.tensor(losses)))
 
 
+def test_states_go_with_their_model_while_its_graph_stays():
+    """What is compiled outlives a model in Dynamo's caches; rings of samples and codebooks must not."""
+    model = Stack(1)
+    model.compile(backend="spt", options=SPARSE)
+    for _ in range(2):
+        model(batch()).sum().backward()
+    held = [weakref.ref(s.tensors["sample"]) for s in states(model)]
+    assert len(held) == 2
+    del model
+    gc.collect()
+    assert [tensor() for tensor in held] == [None, None]
+
+
 def test_tune_returns_options_that_are_accepted(tmp_path):
     model, x = Stack(2), batch(300)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -327,12 +341,18 @@ def test_tune_returns_options_that_are_accepted(tmp_path):
     assert (tmp_path / "tuned.json").exists()
 
 
-def test_finalize_makes_the_model_dense_and_measures_the_gap():
-    model, x = Stack(1), batch()
-    model.compile(backend="spt", options=SPARSE)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_finalize_makes_the_model_dense_and_measures_the_gap(in_place):
+    plain, x = Stack(1), batch()
+    model = plain if in_place else compiled(plain)
+    if in_place:
+        model.compile(backend="spt", options=SPARSE)
     for _ in range(3):
         model(x).sum().backward()
     report = spt_compiler.finalize(model, x)
     assert report["sites"] == 2 and report["gap"] > 1e-3
-    assert torch.equal(model(x), Stack.forward(model, x))
+    for _ in range(3):
+        out = model(x)
+        assert torch.equal(out, Stack.forward(plain, x))
+        out.sum().backward()
     assert spt_compiler.state_dict(model) == {}

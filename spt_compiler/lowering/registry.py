@@ -181,6 +181,9 @@ def _usable(op_name: str, device_type: str) -> Sequence[Candidate]:
 
 
 def _blame(op_name: str, device_type: str, candidate: Candidate, cause: Exception) -> None:
+    if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
+        log.info("lowering %s of spt::%s on %s found too little memory this time: %s", candidate.name, op_name, device_type, cause)
+        return
     if isinstance(cause, KernelError):
         with _table.lock:
             if str(cause) in _table.reported:
@@ -224,6 +227,7 @@ def dispatch(op_name: str, device_type: str, *args: Any) -> Any:
         result = reference_of(op_name)(*args)
     for candidate, cause in failures:
         _blame(op_name, device_type, candidate, cause)
+        cause.__traceback__ = None  # its frames, this one among them, would hold the arguments until garbage is collected
     return result
 
 

@@ -210,8 +210,9 @@ _compiled: dict[Any, Any] = {}
 _ready: dict[Any, tuple[Any, list[Any]]] = {}
 # Parameters of a kernel that are no constants, and where they stand.
 _runtime: dict[Any, tuple[tuple[int, str], ...]] = {}
-# Launches that no setting could serve, with what they failed with, and those that needed another than the first.
-_failed: dict[Any, KernelError] = {}
+# Launches that no setting could serve, with the arguments of their `KernelError` (an error that was raised holds the frames that it
+# passed, and their tensors), and those that needed another than the first.
+_failed: dict[Any, tuple[str, str, str]] = {}
 _preferred: dict[Any, Setting] = {}
 
 
@@ -223,10 +224,15 @@ _MOST_READY = 8192
 def _specialisation(value: Any) -> Any:
     """What of an argument decides the compiled code: types, and whether it is one or a multiple of 16."""
     if isinstance(value, Tensor):
-        return value.dtype, value.get_device(), value.data_ptr() % 16 == 0
+        return value.dtype, value.get_device(), value.data_ptr() % 16 == 0, _is_small(value)
     if type(value) is int:
         return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
     return type(value)
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether Triton takes offsets into this memory for 32 bits, as it does on AMD chips."""
+    return torch.version.hip is not None and tensor.untyped_storage().size() < 2**31
 
 
 @functools.lru_cache(maxsize=1)
@@ -256,8 +262,17 @@ def _compiling(call: Callable[[], Any]) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a damaged file makes the compiler or the driver raise anything
-        with knobs.compilation.scope():
-            knobs.compilation.always_compile = True
+        from triton.runtime.cache import FileCacheManager
+
+        class WriteOnly(FileCacheManager):
+            def get_file(self, filename: str) -> None:
+                return None
+
+            def get_group(self, filename: str) -> None:
+                return None
+
+        with knobs.cache.scope():
+            knobs.cache.manager_class = WriteOnly
             return call()
 
 
@@ -282,7 +297,8 @@ def _run(key: Any, settings: Sequence[Setting], run: Callable[[Setting], None]) 
         return setting
     _, kernel, constants, types = key
     configuration = ", ".join([*types, *(f"{name} {value}" for name, value in sorted(constants))])
-    raise KernelError(kernel, configuration, causes[0])
+    _failed[key] = kernel, configuration, causes[0]
+    raise KernelError(*_failed[key])
 
 
 def launch(
@@ -324,6 +340,8 @@ def launch(
         runtime = _runtime[kind] = tuple((i, name) for i, name in enumerate(names) if name not in constants)
     values = [args[name] for _, name in runtime]
     seen = tuple([x if type(x) in _NUMBERS else (x.dtype, x.get_device(), x.data_ptr() & 15) for x in values])
+    if torch.version.hip is not None:
+        seen += tuple([_is_small(x) for x in values if isinstance(x, Tensor)])
     place = (*kind, tuple(constants.values()), seen)
     ready = _ready.get(place)
     if ready is None:
@@ -383,7 +401,7 @@ def _prepare(
         return None
     key = (module.__name__, kernel, tuple(constants.items()), tuple([_TYPE_NAMES[x.dtype] for x in tensors]))
     if key in _failed:
-        raise _failed[key]
+        raise KernelError(*_failed[key])
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if len(settings) > 1 and not triton_tuning.idle(device):
             from triton.testing import do_bench
@@ -396,11 +414,7 @@ def _prepare(
             sizes = triton_tuning.key_of(module.__name__, kernel, args, constants, tried)
             best = triton_tuning.choose(device, sizes, tried, measure)
             settings = (best, *(s for s in settings if s != best))
-        try:
-            used = _run(key, settings, run)
-        except KernelError as error:
-            _failed[key] = error
-            raise
+        used = _run(key, settings, run)
     compiled = _compiled[what, used]
     return None if compiled is None else (compiled, [fixed(used).get(name) for name in function.arg_names])
 

@@ -99,7 +99,7 @@ def capture_call(context: Context, node: Node) -> Candidate | Reject | None:
             return Reject("{} is computed in the graph", label)
     gqa = bool(node.kwargs.get("enable_gqa", False))
     if not gqa and rank(q) >= 4:
-        k, v, gqa = _without_repeats(q, k, v)
+        k, v, gqa = _without_repeats(context, q, k, v)
     captured = AttentionCapture(
         q,
         k,
@@ -119,10 +119,10 @@ def capture_call(context: Context, node: Node) -> Candidate | Reject | None:
     return Candidate(node, (node,), inputs, captured)
 
 
-def _without_repeats(q: Node, k: Node, v: Node) -> tuple[Node, Node, bool]:
+def _without_repeats(context: Context, q: Node, k: Node, v: Node) -> tuple[Node, Node, bool]:
     """Keys and values before they were repeated for each query head of a group, if both were, alike."""
     a, b = _before_repeat(k), _before_repeat(v)
-    if a is None or b is None or not same_size(shape(a)[-3], shape(b)[-3]):
+    if a is None or b is None or any(map(context.analysis.is_written, (a, b, k, v))) or not same_size(shape(a)[-3], shape(b)[-3]):
         return k, v, False
     heads, kv_heads = shape(q)[-3], shape(a)[-3]
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
@@ -151,7 +151,7 @@ def _before_repeat(x: Node) -> Node | None:
     ):
         return None
     source = grown.args[0]
-    if rank(source) != 4 or rank(grown) != 5:
+    if rank(source) != 4 or rank(grown) != 5 or sum(map(is_tensor, grown.all_input_nodes)) > 1:  # it may pick keys by an index
         return None
     batch, heads, length, width = shape(source)
     inner = shape(expanded)
@@ -369,7 +369,7 @@ def _filled(
         return Reject("masked scores are set to {}, which does not hide them", effective)
     if logits.floor or logits.bounded_only:
         return Reject("a mask is applied before the scores are clamped")
-    if mask.target is operator.invert:
+    if mask.target is operator.invert and not logits.context.analysis.is_written(mask.args[0]):
         mask, masks = mask.args[0], inverse
     masks.append(mask)
     logits.fills.append(effective)
@@ -535,7 +535,7 @@ def _hides_again(logits: Logits, user: Node, probabilities: Node) -> bool:
     if user.target is not torch.masked_fill or user.args[0] is not probabilities or user.args[2] != 0:
         return False
     mask, known = user.args[1], logits.disallowed
-    if mask.target is operator.invert:
+    if mask.target is operator.invert and not logits.context.analysis.is_written(mask.args[0]):
         mask, known = mask.args[0], logits.allowed
     hidden = [*logits.allowed, *logits.disallowed]
     if len(hidden) != 1 or logits.fills != [-math.inf] or not all(is_bounded(b) for b, _ in logits.bias):
@@ -582,7 +582,7 @@ def capture_chain(context: Context, node: Node) -> Candidate | Reject | None:
             k, k_transposed = k.args[0], False  # type: ignore[union-attr]
     gqa = False
     if not k_transposed and dims >= 4:
-        k, v, gqa = _without_repeats(q, k, v)  # type: ignore[arg-type]
+        k, v, gqa = _without_repeats(context, q, k, v)  # type: ignore[arg-type]
     captured = AttentionCapture(
         q,  # type: ignore[arg-type]
         k,  # type: ignore[arg-type]

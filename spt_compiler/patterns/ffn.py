@@ -284,8 +284,9 @@ def _real(x: Any) -> Any:
 _NAMES = ("relu", "silu", "gelu", "gelu_tanh")
 
 # Agreement at these points to a relative 1e-7 is what makes two spellings one function: models round their constants
-# (0.79788456) at about 1e-8, while exact and tanh GELU differ by 5e-4.
-_POINTS = (*(i * 0.173 for i in range(-70, 71)), 1e-4, -1e-4, 25.0, -25.0)
+# (0.79788456) at about 1e-8, while exact and tanh GELU differ by 5e-4. The large ones tell a function from one that is clipped.
+_LARGE = (1e-4, 25.0, 80.0, 1e3, 1e4, 1e5, 1e10, 1e30)
+_POINTS = (*(i * 0.173 for i in range(-70, 71)), *_LARGE, *(-x for x in _LARGE))
 _AGREEMENT = 1e-7
 
 
@@ -769,6 +770,7 @@ class _Reader:
     dropout_p: float = 0.0
     memo: dict[Node, Expression] = field(default_factory=dict)
     dropped: Node | None = None
+    behind_dropout: set[Node] = field(default_factory=set)
 
     def read(self, node: Any, factor: bool = True) -> Any:
         """The expression of a node. `factor`: it multiplies the hidden activation, so that dropout may move to the end."""
@@ -779,8 +781,10 @@ class _Reader:
         if not is_tensor(node) and number(node) is not None:
             return number(node)
         if node in self.memo:
+            if node in self.behind_dropout:  # which has moved to the end, where it acts once
+                raise _Refused(Reject("dropout inside of the activation"))
             return self.memo[node]
-        state = self.found.get(node)
+        state, dropped = self.found.get(node), self.dropped
         if isinstance(state, Branch):
             state = state.own
         if isinstance(state, Projection):
@@ -791,6 +795,8 @@ class _Reader:
         else:
             return self.parameter(node)
         self.memo[node] = result
+        if self.dropped is not dropped:
+            self.behind_dropout.add(node)
         return result
 
     def pre_activation(self, state: Projection) -> Expression:
@@ -820,6 +826,8 @@ class _Reader:
         for a in (*node.args, *node.kwargs.values()):
             if isinstance(a, Node) and a in self.found and not same_shape(shape(a), shape(node)):
                 raise _Refused(Reject("{} broadcasts the hidden activation", describe(node)))
+        if node.target in (F.prelu, torch.prelu) and rank(node) > 2 and shape(node.args[1]) not in ((), (1,)):
+            raise _Refused(Reject("prelu scales the channels of dim 1, which are not the hidden units"))
         multiplies = factor and node.target is operator.mul
         args = [self.read(a, multiplies) for a in node.args]
         kwargs = {k: self.read(a, False) for k, a in node.kwargs.items()}
