@@ -118,6 +118,12 @@ class Editor:
                 return False  # reading at another moment, or through another alias, could show
         return True
 
+    def sweep(self) -> None:
+        """Erases what nobody reads (Dynamo leaves it in the graph), as far as it is known to be pure."""
+        for node in reversed(self.graph.nodes):
+            if not node.users and node.target in PURE and node.op in ("call_function", "call_method"):
+                self.graph.erase_node(node)
+
     def erase(self, node: fx.Node) -> None:
         """Erases a node without users, then what only it used, as far as those are known to be pure."""
         stack = [node]
