@@ -196,12 +196,15 @@ def belongs_to_one_site(context: Context, c: Candidate) -> Reject | None:
 def unused_elsewhere(context: Context, c: Candidate) -> Reject | None:
     """Values inside the site are read inside the site only; its output is the one way out."""
     inside = set(c.nodes)
+    broken = getattr(getattr(context.module, "compile_subgraph_reason", None), "graph_break", False)
+    # A local variable that is still alive at a graph break leaves the graph, whether anybody reads it or not.
+    how = "kept across a graph break (TORCH_LOGS=graph_breaks)" if broken else "returned"
     for node in c.nodes:
         if node is c.output:
             continue
         for user in node.users:
             if user.op == "output":
-                return Reject("the result of {} ({}) is also returned", describe(node), node.name)
+                return Reject("the result of {} ({}) is also {}", describe(node), node.name, how)
             if user not in inside:
                 return Reject("the result of {} ({}) is also used by {}", describe(node), node.name, describe(user))
     return None

@@ -191,7 +191,7 @@ def _plan_attention(match: Match, scope: Scope, config: SPTConfig) -> Plan | Rej
             return Reject("batch sizes of queries {} and {} {} differ", sizes_q[lead], label, sizes[lead])
     n_q, n_k = sizes_q[-2], sizes_k[-2]
     if statically_known_true(n_q == 1):
-        return Reject("queries of length 1 (decoding) stay dense")
+        return Reject("queries of length 1 stay dense (decoding, or one query for a whole input)")
     if statically_known_true(n_q == 0) or statically_known_true(n_k == 0) or statically_known_true(q.numel() == 0):
         return Reject("empty input")
     minimum = 0 if config.exact else MIN_KEYS.get(q.device.type, 0) if options.min_keys is None else options.min_keys

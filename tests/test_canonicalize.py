@@ -459,6 +459,17 @@ def test_writes_that_nobody_else_sees_become_functional(function):
     )
 
 
+def test_what_nobody_reads_goes_unless_it_writes():
+    def function(x):
+        (x * 3.0).mean(-1)[..., None].expand(2, 3, 5, 4)
+        y = torch.zeros_like(x)
+        torch.add(x, 1.0, out=y)
+        return y * 2.0
+
+    names = calls(canonical(function, Q))
+    assert "add" in names and not {"mean", "expand"} & set(names), names
+
+
 def through_a_view(x: Tensor) -> Tensor:
     y = x * 2.0
     view = y.view(-1)

@@ -17,6 +17,7 @@ import torch
 from spt_compiler import cli
 from spt_compiler.cli import compare, console, doctor, models, training, workers
 from spt_compiler.cli.console import Console, format_table
+from spt_compiler.cli.coverage import REMARKS
 from spt_compiler.errors import SPTError, StateError
 
 transformers = pytest.importorskip("transformers")
@@ -124,13 +125,16 @@ def test_explain(capsys, tmp_path):
 
 def test_coverage_counts_and_compares(capsys, tmp_path):
     table = tmp_path / "docs" / "coverage.md"
+    table.parent.mkdir()
+    table.write_text(f"| an old table |\n\n## Remarks\n\n{REMARKS[0]}\nbert rounds.\n\nSo it does.\n{REMARKS[1]}\n")
     arguments = ["coverage", "--types", "bert,gemma7", "--attention", "eager", "--seq", "24", "--out", str(table)]
     assert cli.main(arguments) == 1  # one of them is no architecture, which is a row and a failure
     out = capsys.readouterr().out
     assert "attention 2/2, ffn 2/2" in out and "SPTError: 'gemma7' is neither" in out
     text = table.read_text()
     assert "| bert | eager | 2 | 2 | 2 | 2 | " in text and torch.__version__ in text and transformers.__version__ in text
-    assert "agrees with eager in 1 of 1" in text
+    assert "agrees with eager in 1 of 1" in text and "`spt coverage --types bert,gemma7 --out " in text
+    assert "old table" not in text and text.endswith(f"{REMARKS[0]}\nbert rounds.\n\nSo it does.\n{REMARKS[1]}\n")
 
 
 @pytest.mark.parametrize("name", ["gptj", "gpt_neo", "xlnet", "deepseek_v3"])

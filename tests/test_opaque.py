@@ -66,6 +66,21 @@ def test_attention_weights_that_are_read_keep_their_site_dense():
     assert site.status == "skipped" and "also used by" in site.reason, site
 
 
+def test_attention_weights_that_are_made_ready_for_nobody_are_no_reader():
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+        def forward(self, x):
+            out, weights = self.attention(x, x, x)
+            weights[:, None].broadcast_to(2, 4, LENGTH, LENGTH)
+            weights.mean(1)
+            return out
+
+    check(Attend(), (1, 0), batch())
+
+
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_encoder_layer(norm_first, training):
@@ -239,6 +254,32 @@ def test_a_graph_break_inside_of_an_attention_is_the_reason(where, reason):
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_a_graph_break_beside_an_attention_costs_no_site(where):
     check(Attend(where), (1, 0), batch())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "excluded, reason",
+    [
+        (lambda scores, v: torch.softmax(scores, -1) @ v, "excluded from compilation"),
+        (lambda scores, v: torch.softmax(scores, -1), "excluded from compilation"),
+        (None, ""),  # what is excluded takes the result of the attention
+    ],
+)
+def test_attention_in_a_function_that_is_excluded_from_compilation(excluded, reason):
+    hidden = torch.compiler.disable(excluded or (lambda out: out * 2.0))
+
+    class Excluding(Attend):
+        def forward(self, x):
+            q, k, v = self.qkv(x).view(2, -1, 3, 4, WIDTH // 4).permute(2, 0, 3, 1, 4).unbind(0)
+            scores = q @ k.mT * 0.25
+            if not reason:
+                return hidden(torch.softmax(scores, -1) @ v)
+            out = hidden(scores, v)
+            return out if out.shape[-1] == v.shape[-1] else out @ v
+
+    found = spt_compiler.explain(Excluding(""), batch(), options=SPARSE)
+    (site,) = found.sites
+    assert site.kind == "attention" and site.status == ("skipped" if reason else "replaced") and reason in site.reason, site
 
 
 NO_CUT_ATTENTION = {

@@ -242,6 +242,9 @@ def test_dropout_moves_to_the_end_of_the_activation():
     assert only(lambda m, x: m.down(F.dropout(F.gelu(m.up(x)), 0.3))).dropout_p == 0.3
     assert only(lambda m, x: m.down(F.dropout(F.silu(m.gate(x)), 0.3) * m.up(x))).dropout_p == 0.3
     assert only(lambda m, x: m.down(nn.Dropout(0.0)(F.gelu(m.up(x))))).dropout_p == 0.0
+    c = only(lambda m, x: m.down(F.relu(F.dropout(m.up(x), 0.3))))  # ReLU hands a factor that is not negative on
+    assert c.dropout_p == 0.3 and c.act == "relu(x0)"
+    assert only(lambda m, x: m.down(-F.leaky_relu(F.dropout(m.up(x), 0.3)))).dropout_p == 0.3
 
 
 def test_shared_weights_are_one_site_per_execution():
@@ -331,13 +334,17 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: m.down(F.gelu(F.dropout(m.up(x), 0.5))),
         "dropout inside of the activation",
     ),
-    "dropout inside of a formula": (
+    "a dropout that is squared": (
+        lambda m, x: m.down((h := F.relu(F.dropout(m.up(x), 0.5))) * h),
+        "read twice inside of the activation",
+    ),
+    "a dropout in a gate as well": (
         lambda m, x: m.down((h := F.dropout(m.up(x), 0.5)) * torch.sigmoid(h)),
-        "dropout inside of the activation",
+        "read twice inside of the activation",
     ),
     "one dropout in both factors": (
         lambda m, x: m.down((h := F.dropout(F.relu(m.up(x)), 0.5)) * h),
-        "dropout inside of the activation",
+        "read twice inside of the activation",
     ),
     "prelu with slopes of tokens": (lambda m, x: m.down(F.prelu(m.up(x[:, :1].expand(-1, HIDDEN, -1)), m.beta)), "prelu scales"),
     "two dropouts": (
@@ -473,6 +480,24 @@ def _picking_experts(m: Experts, x: Tensor) -> Tensor:
     return torch.bmm(F.gelu(torch.bmm(x, m.up[best].mT)), m.down[best].mT)
 
 
+def _picking_for_vectors(m: Experts, x: Tensor) -> Tensor:
+    """The weights of each token to the left of it, a bias added in place."""
+    x = x.flatten(0, 1)
+    best = x.argmax(-1) % 3
+    h = torch.bmm(m.up[best], x.unsqueeze(-1)).squeeze(-1)
+    h.add_(m.bias[best])
+    return torch.bmm(m.down[best], F.gelu(h).unsqueeze(-1)).squeeze(-1)
+
+
+def _one_after_the_other(m: Experts, x: Tensor) -> Tensor:
+    """Each expert takes its share of the sorted rows."""
+
+    def experts(x: Tensor, w: Tensor) -> Tensor:
+        return torch.cat([F.linear(rows, w[i]) for i, rows in enumerate(x.split([7, 3, 5]))])
+
+    return experts(F.gelu(experts(x.flatten(0, 1), m.up)), m.down)
+
+
 def _experts_by_group(m: Experts, x: Tensor) -> Tensor:
     """Gate and value interleaved and a bias added in place, as some experts have them."""
     up, down = (F.pad(w, (0, -w.shape[2] % 8, 0, -w.shape[1] % 16)).bfloat16().mT for w in (m.up, m.down))
@@ -505,6 +530,8 @@ def _one_picked_expert(m: Experts, x: Tensor) -> Tensor:
     [
         (_all_experts, "stacked by expert in one batched product"),
         (_picking_experts, "each token picks the weights"),
+        (_picking_for_vectors, "each token picks the weights"),
+        (_one_after_the_other, "one by one, each with its share of the rows"),
         (_experts_by_group, "grouped_mm"),
         (_experts_in_halves, "grouped_mm"),
         (_one_picked_expert, "picked by an index"),

@@ -43,6 +43,7 @@ def canonicalize(module: fx.GraphModule) -> None:
             that they replace, and their own example value.
     """
     editor = Editor(module)
+    editor.sweep()
     expand_opaque(editor)
     functionalize(editor)
     for _ in range(MAX_PASSES):

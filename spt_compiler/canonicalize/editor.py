@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..graph import Analysis, dtype, rank, same_shape, shape, storage, value
+from ..graph import Analysis, dtype, mutated_arguments, rank, same_shape, shape, storage, value
 
 Rule = Callable[["Editor", fx.Node], "fx.Node | None"]
 RULES: dict[Any, list[Rule]] = {}
@@ -117,6 +117,13 @@ class Editor:
             if None in self._written or touched & self._written:
                 return False  # reading at another moment, or through another alias, could show
         return True
+
+    def sweep(self) -> None:
+        """Erases what nobody reads (Dynamo leaves it in the graph), as far as it is known to be pure."""
+        for node in reversed(self.graph.nodes):
+            is_pure = node.op in ("call_function", "call_method") and node.target in PURE and not mutated_arguments(node)
+            if is_pure and not node.users:
+                self.graph.erase_node(node)
 
     def erase(self, node: fx.Node) -> None:
         """Erases a node without users, then what only it used, as far as those are known to be pure."""

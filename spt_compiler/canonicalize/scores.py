@@ -376,7 +376,7 @@ def fill_to_bias(e: Editor, node: fx.Node) -> fx.Node | None:
     if not same_shape(shape(x), shape(node)):
         return None
     after = _toward_softmax(node)
-    if after is None:
+    if after is None or not all(map(_keeps_sign, [node, *after], after)):
         return None
     before: list[fx.Node] = []
     terms: list[fx.Node] = []
@@ -401,6 +401,16 @@ def fill_to_bias(e: Editor, node: fx.Node) -> fx.Node | None:
         return None  # two additions of that size would be -inf
     rest = x.args[1] if x.args[0] is masks[0] else x.args[0]
     return e.call(operator.add, rest, e.call(torch.masked_fill, masks[0], masked, fill))
+
+
+def _keeps_sign(x: fx.Node, step: fx.Node) -> bool:
+    """Whether `step` of scores `x` leaves what is very low very low."""
+    if step.target is operator.neg or (step.target is operator.sub and step.args[1] is x):
+        return False
+    if step.target not in (operator.mul, operator.truediv):
+        return True
+    other = step.args[1] if step.args[0] is x else step.args[0]
+    return isinstance(other, (int, float)) and other > 0
 
 
 @rule(operator.add)

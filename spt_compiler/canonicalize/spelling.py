@@ -369,7 +369,7 @@ PURE |= {
     ),
     *(torch.reshape, torch.permute, torch.t, torch.unsqueeze, "to", "contiguous", "view", "reshape", "max", "amax"),
     *_EXPANDS,
-    *(torch.logsumexp, "logsumexp", "unsqueeze"),
+    *(torch.logsumexp, "logsumexp", "unsqueeze", "mean", torch.mean, "sum", torch.sum),
     *(torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
 }
 

@@ -23,7 +23,9 @@ ARCHITECTURES = (
     *("t5", "umt5", "bart", "mbart", "marian", "pegasus", "blenderbot"),
     *("vit", "beit", "dinov2", "ijepa", "pvt", "segformer", "mobilevit", "poolformer", "vit_mae", "yolos"),
 )
-_SIZES = {"vocab_size": 192, "image_size": 64, "patch_size": 8, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4}
+# What stands between these lines is written by hand and kept.
+REMARKS = ("<!-- remarks: kept when the page is written anew -->", "<!-- end of remarks -->")
+_SIZES = {"vocab_size": 192, "image_size": 64, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4}
 # Everything selected and no size too small: coverage is about forms, not about what pays.
 _EXACT = {"exact": True, "inner": "eager"}
 
@@ -46,8 +48,10 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.write((json.dumps(row) if args.json else _line(row)) + "\n")
             sys.stdout.flush()
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(markdown(rows, args.seq, not args.no_check))
+        page = Path(args.out)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        command = f"spt coverage{f' --types {args.types}' if args.types else ''} --out {args.out}"
+        page.write_text(markdown(rows, args.seq, not args.no_check, command, _remarks(page)))
     failed = [r for r in rows if "error" in r and not r.get("unsupported")]
     return 1 if failed or any(r.get("agrees") is False for r in rows) else 0
 
@@ -141,8 +145,15 @@ def _line(row: dict[str, Any]) -> str:
     return f"{head} {counts}{agrees}" + "".join(f"\n    {n} x {reason}" for reason, n in row["skipped"].items())
 
 
-def markdown(rows: list[dict[str, Any]], length: int, checked: bool) -> str:
-    """The table as a document, with the date and the versions it was measured with."""
+def _remarks(page: Path) -> str:
+    """The remarks of a page that is there already."""
+    text = page.read_text() if page.exists() else ""
+    start, end = map(text.find, REMARKS)
+    return text[start + len(REMARKS[0]) : end].strip() if 0 <= start < end else ""
+
+
+def markdown(rows: list[dict[str, Any]], length: int, checked: bool, command: str, remarks: str) -> str:
+    """The table as a document, with the command, date and versions it was measured with, and what was remarked by hand."""
     import torch
     import transformers
 
@@ -152,7 +163,7 @@ def markdown(rows: list[dict[str, Any]], length: int, checked: bool) -> str:
     lines = [
         "# Coverage",
         "",
-        f"Written by `spt coverage --out docs/coverage.md` on {datetime.date.today()}: torch {torch.__version__}, transformers",
+        f"Written by `{command}` on {datetime.date.today()}: torch {torch.__version__}, transformers",
         f"{transformers.__version__}, Python {platform.python_version()}; models of two layers with random weights, batch 2,",
         f"texts of {length} tokens with padding, train mode, no size thresholds. Sites are the",
         "candidates that the pass saw: replaced, or left dense with a reason.",
@@ -187,4 +198,5 @@ def markdown(rows: list[dict[str, Any]], length: int, checked: bool) -> str:
     absent = sorted({f"{r['architecture']} ({r['attention']})" for r in rows if r.get("unsupported")})
     if absent:
         lines += ["", f"Without such an implementation in transformers: {', '.join(absent)}."]
+    lines += ["", "## Remarks", "", REMARKS[0], *([remarks] if remarks else []), REMARKS[1]]
     return "\n".join(lines) + "\n"

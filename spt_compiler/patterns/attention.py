@@ -405,7 +405,8 @@ def _clamp(logits: Logits, node: Node) -> Node | Reject:
     wide = all(b is None or (isinstance(b, (int, float)) and b * sign >= FAR) for b, sign in ((low, -1), (high, 1)))
     if not wide or logits.factor <= 0:
         return Reject("the scores are clamped to [{}, {}]", low, high)
-    if high is None and not (logits.bounded_only or logits.softcap or logits.bias or logits.fills or logits.scale_nodes):
+    lowest = high is None and low is not None and low <= torch.finfo(dtype(node)).min  # type: ignore[arg-type]
+    if lowest and not (logits.bounded_only or logits.softcap or logits.bias or logits.fills or logits.scale_nodes):
         # Only -inf, or a sum of two masks, lies below: a fully masked row becomes uniform, nothing else changes.
         logits.floor = True
     elif logits.floor:
@@ -650,6 +651,25 @@ def _is_returned(node: Node) -> bool:
     return any(u.op == "output" or (u.target in _AFTER and _is_returned(u)) for u in node.users)
 
 
+DISABLED = "a function that is excluded from compilation (torch.compiler.disable) takes its scores"
+
+
+def capture_disabled(context: Context, node: Node) -> Reject | None:
+    """q @ kT, scaled and masked or not, that leaves the graph for a function that Dynamo may not look into."""
+    cause = getattr(context.module, "compile_subgraph_reason", None)
+    if not getattr(cause, "graph_break", False) or "torch.compiler.disable" not in cause.reason or not _is_product(node):
+        return None
+    if node.args[1].target not in (torch.permute, torch.t) or not is_float(node):  # type: ignore[union-attr]
+        return None  # probabilities times values, say
+    current = node
+    while not any(u.op == "output" for u in current.users):
+        following = [u for u in current.users if u.target in STEPS and same_shape(shape(u), shape(node))]
+        if len(following) != 1:
+            return None
+        current = following[0]
+    return Reject(DISABLED)
+
+
 CALL = Pattern(
     name="sdpa",
     kind="attention",
@@ -681,4 +701,12 @@ CUT = Pattern(
     capture=capture_cut,
 )
 
-PATTERNS = (CALL, CHAIN, FLEX, CUT)
+OUTSIDE = Pattern(
+    name="attention-disabled",
+    kind="attention",
+    equation="q @ kT for a function that is excluded from compilation stays",
+    anchors=(torch.matmul,),
+    capture=capture_disabled,
+)
+
+PATTERNS = (CALL, CHAIN, FLEX, CUT, OUTSIDE)

@@ -391,9 +391,13 @@ class Hidden:
 
 State = Projection | Parts | Branch | Hidden
 
+# Calls whose result takes a factor >= 0 of their argument as its own.
+_HOMOGENEOUS = {operator.mul, operator.neg, F.relu, F.leaky_relu}
+
 # Steps that hand a hidden activation on unchanged, position by position.
 _TRANSPARENT = {F.dropout, "to", "contiguous"}
 _SPLITS = {"chunk", "split", "tensor_split", "unbind", torch.chunk, torch.split, torch.tensor_split, torch.unbind}
+_SQUEEZES = {"squeeze", "unsqueeze", torch.squeeze, torch.unsqueeze}
 _NORMS = {F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.normalize, torch.rms_norm}
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 _REDUCTIONS = {
@@ -430,6 +434,22 @@ def _stacked(node: Node) -> Reject | None:
     return None
 
 
+def _one_by_one(node: Node) -> Node | None:
+    """The rows of all experts if `node` joins, row by row, what each made of its share: cat([linear(x[i], w[i]) ...])."""
+    if node.target not in (torch.cat, torch.concat) or Arguments(node, "tensors", ("dim", 0))["dim"] != 0:
+        return None
+    products = node.args[0] if node.args else None
+    if not isinstance(products, (tuple, list)) or len(products) < 2 or any(p.target is not F.linear for p in products):
+        return None
+    weights = [p.args[1] for p in products]
+    stacks = {w.args[0] if w.target is operator.getitem and is_weight(w) else None for w in weights}
+    shares = [p.args[0] for p in products]
+    if len(stacks) > 1 or rank(stacks.pop()) != 3 or any(x.target is not operator.getitem for x in shares):
+        return None
+    pieces = shares[0].args[0]
+    return pieces if is_tensor(pieces) else pieces.args[0]
+
+
 def _is_picked(weight: Any) -> bool:
     """Whether the rows or matrices of a parameter are chosen by a tensor of the graph."""
     while isinstance(weight, Node) and weight.op in ("call_function", "call_method") and weight.args:
@@ -462,8 +482,11 @@ def _read_by(source: Node) -> Any:
         arguments = source.args
     elif source.target is torch.ops.higher_order.autograd_function_apply:
         arguments = source.args[2:]  # behind the two bodies
+    elif source.target in (torch.cat, torch.concat):
+        return _one_by_one(source)
     else:
-        return source.args[0]
+        weight_first = source.target is torch.matmul and is_weight(source.args[0])
+        return source.args[1 if weight_first else 0]
     inputs = [a for a in arguments if isinstance(a, Node) and is_float(a) and rank(a) > 1 and not is_weight(a)]
     return inputs[0] if len(inputs) == 1 else None
 
@@ -492,6 +515,9 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
     target = node.target
     if target is F.linear:
         return _linear_state(node, found)
+    if _one_by_one(node) is not None:
+        reason = Reject("its experts are multiplied one by one, each with its share of the rows (mixture of experts)")
+        return Projection(node, nodes=(node,), refused=reason)
     stacked = _stacked(node)
     if stacked is not None:
         return Projection(node, nodes=(node,), refused=stacked)
@@ -643,8 +669,8 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
     is_piece = node.target in _SPLITS or (node.target is operator.getitem and not is_tensor(node.args[0]))
     if not is_tensor(node) and node.target not in _SPLITS:
         return None
-    if not merged.nonlinear and merged.refused is not None and (is_piece or _selects_features(node)):
-        return merged  # pieces of what is no projection to begin with: experts with a bias
+    if not merged.nonlinear and merged.refused is not None and (is_piece or _selects_features(node) or node.target in _SQUEEZES):
+        return merged  # pieces of what is no projection to begin with: experts, with a bias or as vectors
     if not is_tensor(node) or (not merged.nonlinear and not telling and node.target is not torch.permute):
         return None
     if how:
@@ -769,11 +795,10 @@ class _Reader:
     nodes: dict[Node, None] = field(default_factory=dict)
     dropout_p: float = 0.0
     memo: dict[Node, Expression] = field(default_factory=dict)
-    dropped: Node | None = None
-    behind_dropout: set[Node] = field(default_factory=set)
+    dropped: dict[Node, None] = field(default_factory=dict)  # the dropout, and what was read of its result
 
     def read(self, node: Any, factor: bool = True) -> Any:
-        """The expression of a node. `factor`: it multiplies the hidden activation, so that dropout may move to the end."""
+        """The expression of a node. `factor`: a factor of it is one of the hidden activation, so dropout may move to the end."""
         if not isinstance(node, Node):
             if node is None or isinstance(node, (bool, int, float, str)):
                 return node
@@ -781,12 +806,13 @@ class _Reader:
         if not is_tensor(node) and number(node) is not None:
             return number(node)
         if node in self.memo:
-            if node in self.behind_dropout:  # which has moved to the end, where it acts once
-                raise _Refused(Reject("dropout inside of the activation"))
+            if node in self.dropped:
+                raise _Refused(Reject("the result of a dropout is read twice inside of the activation"))
             return self.memo[node]
-        state, dropped = self.found.get(node), self.dropped
+        state = self.found.get(node)
         if isinstance(state, Branch):
             state = state.own
+        before = len(self.dropped)
         if isinstance(state, Projection):
             self.nodes.update(dict.fromkeys(state.nodes))
             result: Any = self.pre_activation(state)
@@ -795,8 +821,8 @@ class _Reader:
         else:
             return self.parameter(node)
         self.memo[node] = result
-        if self.dropped is not dropped:
-            self.behind_dropout.add(node)
+        if len(self.dropped) > before:
+            self.dropped[node] = None
         return result
 
     def pre_activation(self, state: Projection) -> Expression:
@@ -812,10 +838,13 @@ class _Reader:
         self.nodes[node] = None
         if node.target is F.dropout:
             p, training = number(node.args[1]), node.args[2]
-            if p is None or not isinstance(training, bool) or not factor or self.dropped is not None:
+            if p is None or not isinstance(training, bool) or not factor or self.dropped:
                 raise _Refused(Reject("dropout inside of the activation"))
-            self.dropped, self.dropout_p = node, float(p) if training else 0.0
-            return self.read(node.args[0], factor)
+            result = self.read(node.args[0], factor)
+            if training and p:
+                self.dropout_p = float(p)
+                self.dropped[node] = None
+            return result
         if node.target in _TRANSPARENT or node.target is torch.reshape:
             return self.read(node.args[0], factor)
         if node.target is F.glu:
@@ -828,7 +857,8 @@ class _Reader:
                 raise _Refused(Reject("{} broadcasts the hidden activation", describe(node)))
         if node.target in (F.prelu, torch.prelu) and rank(node) > 2 and shape(node.args[1]) not in ((), (1,)):
             raise _Refused(Reject("prelu scales the channels of dim 1, which are not the hidden units"))
-        multiplies = factor and node.target is operator.mul
+        # relu(c * h) = c * relu(h) for c >= 0, as leaky_relu does: dropout may stand on either side of them.
+        multiplies = factor and node.target in _HOMOGENEOUS
         args = [self.read(a, multiplies) for a in node.args]
         kwargs = {k: self.read(a, False) for k, a in node.kwargs.items()}
         try:
@@ -905,7 +935,7 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
     if not is_weight(w_out):
         return Reject("the out-projection's weight is no parameter ({})", describe(w_out))
     if any(_is_picked(w) for w in (w_out, *(s.args[1] for s in hidden.sources))):
-        return Reject("its weights are picked by an index that the graph computes (mixture of experts)")
+        return Reject("its weights are picked by an index that is not fixed in the graph (mixture of experts)")
     tail = _branches_below(node, found)
     if isinstance(tail, Reject):
         return tail
@@ -1121,7 +1151,10 @@ EXPERTS = Pattern(
     name="experts",
     kind="ffn",
     equation="grouped(act(grouped(x, w_in)), w_out) stays",
-    anchors=(torch.matmul, "*grouped_mm*", *_CONVOLUTIONS, torch.ops.higher_order.autograd_function_apply, CUSTOM),
+    anchors=(
+        *(torch.matmul, "*grouped_mm*", torch.cat, torch.concat, *_CONVOLUTIONS),
+        *(torch.ops.higher_order.autograd_function_apply, CUSTOM),
+    ),
     capture=capture_block,
 )
 CUT = Pattern(
