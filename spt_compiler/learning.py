@@ -187,17 +187,19 @@ def _route(
     scaled = w_out * scale.unsqueeze(1)
     paper, gate = (False, "hard") if settings is None else (settings.preset == "paper", settings.ffn.gate)
     permutation, weight, bias = t["permutation"], t["router_weight"].detach(), t["router_bias"].detach()
-    if first and router == "static":
-        permutation = routing.by_energy(h, w_out)
+    if router == "static":
+        energy = routing.unit_energy(h, w_out)
+        permutation = energy.argsort(descending=True, stable=True).int() if first else permutation
+        blocks = [part.sum() for part in energy[permutation.long()].split(-(-len(energy) // n_blocks))]
+        blocks += [energy.new_zeros(())] * (n_blocks - len(blocks))
+        weight, bias = routing.static_router(torch.stack(blocks)[None], x.shape[1])
     elif first and not paper:  # the paper's blocks lie as the units do
         profiles = h[:: -(-h.shape[0] // CLUSTER_ROWS)].abs().mul_(scaled.norm(dim=0))
         permutation = routing.cluster(profiles.T, n_blocks, seed, n_keep=n_keep)
         del profiles
-    if router == "static":
-        weight, bias = routing.static_router(routing.block_norms(h, w_out, permutation, n_blocks), x.shape[1])
-    elif router == "random":
+    if router == "random":
         weight, bias = routing.random_router(n_blocks, x.shape[1], seed) if first else (weight, bias)
-    elif not state.parameters_taken:
+    elif router == "learned" and not state.parameters_taken:
         target = routing.block_norms(h, scaled, permutation, n_blocks)
         if gate == "spt":
             weight, bias = routing.fit_to_gate(*routing.fit_router(x, target), x, n_keep)

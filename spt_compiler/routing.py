@@ -84,17 +84,16 @@ def cluster(profiles: Tensor, n_blocks: int, seed: int, *, n_keep: int | None = 
     return block.argsort(stable=True).int()
 
 
-def by_energy(h: Tensor, w_out: Tensor) -> Tensor:
-    """Order of the units of a static router, those of largest output energy first: its blocks are then a slice of the best units.
+def unit_energy(h: Tensor, w_out: Tensor) -> Tensor:
+    """Mean squared norm of what each hidden unit adds to the output: h [S, F], w_out [E, F] -> [F]; 0 without tokens.
 
-    Clusters would spread a few units that fire rarely but hugely (pretrained encoders have them) over blocks of small mean, which a
-    static choice drops; the model does not survive that (cosine of MiniLM's last hidden states: .56).
-
-    Args: h: [S, F] hidden units.  w_out: [E, F].
-    Returns: permutation [F] int32; units of equal energy stay in their order.
+    The blocks of a static router lie in its order: they are then a slice of the best units. Clusters would spread a few units that
+    fire rarely but hugely (pretrained encoders have them) over blocks of small mean, which a static choice drops, and the model
+    does not survive that (cosine of MiniLM's last hidden states: .56).
     """
-    energy = _finite(h).square().mean(0) * _finite(w_out).square().sum(0) if h.shape[0] else h.new_zeros(h.shape[1])
-    return energy.argsort(descending=True, stable=True).int()
+    if not h.shape[0]:
+        return h.new_zeros(h.shape[1])
+    return _finite(h).square_().mean(0) * _finite(w_out).square().sum(0)
 
 
 def _sum_by_block(values: Tensor, block: Tensor, n_blocks: int) -> Tensor:
@@ -277,7 +276,7 @@ def fit_to_gate(weight: Tensor, bias: Tensor, x: Tensor, n_keep: int) -> tuple[T
 
 
 def static_router(target: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The baseline that keeps the same blocks for every token, by mean norm: weight [G, E] of zeros, bias [G]."""
+    """A router that keeps the blocks of largest mean for every token: target [S, G] -> weight [G, E] of zeros, bias [G]."""
     return target.new_zeros(target.shape[1], width, dtype=torch.float32), _finite(target).mean(0)
 
 
