@@ -114,7 +114,13 @@ def _figures() -> dict:
     units = {
         "selection.a": {"name": "a", "rules": rules},
         "ffn.minilm.50": {"routers": {"learned": {"token_cosine": 0.91, "cosine": 0.95}}},
-        "guard": {"interval": 4, "false_alarms": 0, "checks": 8, "spoiled": {"x/ffn/0": {"steps": 3, "others": {}}}},
+        "guard": {
+            **{"interval": 4, "margin": 1.5, "false_alarms": 0, "checks": 8, "clean": {"x/ffn/0": 0.1, "y/ffn/0": 0.1}},
+            "spoiled": {
+                "x/ffn/0": {"error": 0.5, "steps": 3, "others": {}},
+                "y/ffn/0": {"error": 0.14, "steps": None, "others": {}},  # not harmed
+            },
+        },
         **{f"parity.llama.full.{name}.0": dict(run) for name in ("dense", "balanced", "static")},
     }
     return {name: {"value": value} for name, value in units.items()}
@@ -137,6 +143,7 @@ def test_verdicts():
     assert len(broken("selection.a", "rules", "pq tile", "0.0625", value=[0.489, 0.1])) == 1
     assert len(broken("ffn.minilm.50", "routers", "learned", "token_cosine", value=0.89)) == 1
     assert len(broken("guard", "spoiled", "x/ffn/0", "steps", value=None)) == 1
+    assert len(broken("guard", "spoiled", "y/ffn/0", "error", value=0.16)) == 1
     assert len(broken("guard", "spoiled", "x/ffn/0", "others", value={"y/ffn/0": 0.5})) == 1
     assert len(broken("parity.llama.full.balanced.0", "heldout", value=[[2, 1.011]])) == 2
     assert len(broken("parity.llama.full.balanced.0", "heldout", value=[[2, 1.001]])) == 1

@@ -115,8 +115,10 @@ def _guard(units: dict[str, Any]) -> tuple[str, str, str]:
     if "guard" not in units:
         return goal, "not measured", "open"
     value = units["guard"]["value"]
-    found = value["spoiled"].values()
-    timely = sum(f["steps"] is not None and f["steps"] <= value["interval"] + 1 for f in found)
-    alone = sum(not f["others"] for f in found)
-    text = f"{timely} of {len(found)} sites found in time; no other site made denser in {alone} of {len(found)} runs"
-    return goal, text, _verdict(timely == alone == len(found))
+    spoiled = value["spoiled"]
+    harmed = [f for site, f in spoiled.items() if f["steps"] is not None or f["error"] > value["margin"] * value["clean"][site]]
+    timely = sum(f["steps"] is not None and f["steps"] <= value["interval"] + 1 for f in harmed)
+    alone = sum(not f["others"] for f in spoiled.values())
+    text = f"{timely} of {len(harmed)} sites beyond their limits found in time ({len(spoiled)} spoiled); "
+    text += f"no other site made denser in {alone} of {len(spoiled)} runs"
+    return goal, text, _verdict(timely == len(harmed) > 0 and alone == len(spoiled))

@@ -18,7 +18,11 @@ from spt_compiler.state import STORE
 from .tuning import VARIANTS, Recipe, Tuning
 
 INTERVAL = 8
-_SPOILED = ("codebook", "router_weight", "router_bias", "always_on")
+# What is spoiled, and what an update in between would fit to it.
+_SPOILED = (
+    *("codebook", "router_weight", "router_bias", "always_on"),
+    *("compensation", "correction_in", "correction_shift", "correction_out"),
+)
 MARGIN = 1.5  # limits are so many times the clean error, a mean over intervals
 CLEAN_INTERVALS = 4
 
@@ -29,7 +33,7 @@ def measure(start: Path, recipe: Recipe, log: Callable[[str], None]) -> dict[str
     A spoiled attention site has its codewords zeroed, so that it cannot tell a key from another; a spoiled FFN has a random
     router. Sites are spoiled right after a turn of the guard. Every site's limit is `MARGIN` times its own error before.
     Returns: {"interval", "margin", "clean": {site: error}, "spoiled": {site: {"error", "steps", "others"}}, "false_alarms",
-        "checks"}; error: when it was found; steps: until it was denser, None if it was not within two intervals; others:
+        "checks"}; error: the last that was measured; steps: until it was denser, None if it was not within two intervals; others:
         {site: error} of those made denser as well; false_alarms: how many of `checks` judgements of clean sites, before any
         was spoiled, found one.
     """
@@ -54,12 +58,13 @@ def measure(start: Path, recipe: Recipe, log: Callable[[str], None]) -> dict[str
     for site, state in states.items():
         whole = {name: value.detach().clone() for name, value in state.tensors.items() if name in _SPOILED}
         _spoil(state)
-        steps = error = None
+        steps = None
         for step in range(1, 2 * INTERVAL + 1):
             _quiet_steps(tuning, 1)
             if state.counter("densified"):
-                steps, error = step, state.metrics["rel_error"]
+                steps = step
                 break
+        error = state.metrics["rel_error"]
         others = {n: s.metrics["rel_error"] for n, s in states.items() if s is not state and s.counter("densified")}
         spoiled[site] = {"error": error, "steps": steps, "others": others}
         log(f"guard, {site}: {spoiled[site]}")

@@ -161,11 +161,11 @@ def _guard(units: dict[str, Any]) -> str:
     value = units["guard"]["value"]
     rows = []
     for site, found in value["spoiled"].items():
-        error = "-" if found["error"] is None else f"{found['error']:.2f}"
         steps = "not found" if found["steps"] is None else found["steps"]
         others = ", ".join(f"`{name}` ({other:.2f})" for name, other in found["others"].items()) or "none"
-        rows.append((f"`{site}`", f"{value['clean'][site]:.3f}", error, steps, others))
-    columns = ("site", "error before", "error when found", "steps until denser", "other sites made denser")
+        clean = value["clean"][site]
+        rows.append((f"`{site}`", f"{clean:.3f}", f"{value['margin'] * clean:.3f}", f"{found['error']:.3f}", steps, others))
+    columns = ("site", "error before", "limit", "error spoiled", "steps until denser", "other sites made denser")
     alarms = f"{value['false_alarms']} false alarms in {value['checks']} judgements of clean sites"
     return f"Judged every {value['interval']} steps; {alarms}.\n\n" + table(columns, rows)
 
@@ -394,7 +394,7 @@ keeps what was learned at the first steps."""
 _GUARD = """\
 The same fine-tuning; each site's limit is 1.5 times its own error before (mean of four intervals). In turn one site is
 spoiled, right after a turn of the guard (an attention site gets codewords of zero, an FFN a random router), and put back when
-it was found."""
+it was found. A site whose error stays within its limit even so has not been harmed, and is not to be found."""
 
 _PARITY = """\
 From the code model to English: the same batches, optimizer and steps for every variant; the rate falls to zero. All sparse
