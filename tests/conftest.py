@@ -16,8 +16,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
 
+import hypothesis
 import pytest
 import torch
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
 
 # A run of the suite must not depend on what the caller's shell sets; the kernel cache is no option and may stay.
 _KEPT_VARIABLES = ("SPT_CACHE_DIR",)

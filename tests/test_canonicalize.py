@@ -668,7 +668,7 @@ STEPS: list[Callable[[Tensor, Tensor], Tensor]] = [
 ]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.integers(0, len(STEPS) - 1), min_size=2, max_size=8), st.booleans())
 def test_random_programs_keep_their_values(program, keep):
     """Any sequence of steps, writes included, computes the same afterwards; `keep` also returns a value on the way."""

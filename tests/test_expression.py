@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spt_compiler import expression as ex
@@ -456,7 +456,7 @@ def by_torch(expr, env):
     return tensor(eval(str(expr), {**wrapped, **env}))  # our own text, and a test
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(expressions)
 def test_random_expressions(expr):
     assert ex.parse(str(expr)) == expr
@@ -478,7 +478,7 @@ def test_random_expressions(expr):
         torch.testing.assert_close(g[finite], e[finite], rtol=1e-7, atol=1e-7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(conditions)
 def test_random_masks(condition):
     assert ex.parse(str(condition)) == condition
@@ -500,7 +500,7 @@ def test_random_masks(condition):
                     assert bool(mask[b, h, q, k]) == by_hand(condition, b, h, q, k)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(alphabet="xkq01t .[](),+-*/<=>!&|~'\"_einfa\n\\{}@#;", max_size=40))
 def test_random_text_parses_or_is_refused(text):
     try:

@@ -757,7 +757,7 @@ ENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(st.integers(0, len(STEPS) - 1), max_size=5),
     st.sampled_from([-1, -1, -1, -2, -3]),
