@@ -18,9 +18,9 @@ from spt_compiler.state import STORE
 from .tuning import VARIANTS, Recipe, Tuning
 
 INTERVAL = 8
-# What is spoiled, and what an update in between would fit to it.
-_SPOILED = (
-    *("codebook", "router_weight", "router_bias", "always_on"),
+# What is spoiled, and what an update in between fits to it, at that site and at others that read what it makes.
+_LEARNED = (
+    *("codebook", "key_mean", "query_moment", "permutation", "router_weight", "router_bias", "always_on"),
     *("compensation", "correction_in", "correction_shift", "correction_out"),
 )
 MARGIN = 1.5  # limits are so many times the clean error, a mean over intervals
@@ -28,7 +28,7 @@ CLEAN_INTERVALS = 4
 
 
 def measure(start: Path, recipe: Recipe, log: Callable[[str], None]) -> dict[str, Any]:
-    """Spoils each site of one fine-tuning in turn, and puts it back when it was found.
+    """Spoils each site of one fine-tuning in turn, and puts all sites back when it was found.
 
     A spoiled attention site has its codewords zeroed, so that it cannot tell a key from another; a spoiled FFN has a random
     router. Sites are spoiled right after a turn of the guard. Every site's limit is `MARGIN` times its own error before.
@@ -56,7 +56,7 @@ def measure(start: Path, recipe: Recipe, log: Callable[[str], None]) -> dict[str
         _forgive(states)
     spoiled = {}
     for site, state in states.items():
-        whole = {name: value.detach().clone() for name, value in state.tensors.items() if name in _SPOILED}
+        whole = {name: _learned(s) for name, s in states.items()}
         _spoil(state)
         steps = None
         for step in range(1, 2 * INTERVAL + 1):
@@ -68,7 +68,9 @@ def measure(start: Path, recipe: Recipe, log: Callable[[str], None]) -> dict[str
         others = {n: s.metrics["rel_error"] for n, s in states.items() if s is not state and s.counter("densified")}
         spoiled[site] = {"error": error, "steps": steps, "others": others}
         log(f"guard, {site}: {spoiled[site]}")
-        state.assign(**whole)
+        for name, (tensors, fitted_keep) in whole.items():
+            states[name].assign(**tensors)
+            states[name].set_counter("fitted_keep", fitted_keep)
         _forgive(states)
         _quiet_steps(tuning, INTERVAL)  # an interval with every site whole
         _forgive(states)
@@ -88,6 +90,12 @@ def measure(start: Path, recipe: Recipe, log: Callable[[str], None]) -> dict[str
 def _limited(state: Any, limit: float) -> Any:
     part = dataclasses.replace(getattr(state.settings, state.kind), max_rel_error=limit)
     return dataclasses.replace(state.settings, **{state.kind: part})
+
+
+def _learned(state: Any) -> tuple[dict[str, torch.Tensor], int]:
+    """A copy of what a site has learned, and for how many blocks."""
+    tensors = {name: value.detach().clone() for name, value in state.tensors.items() if name in _LEARNED}
+    return tensors, state.counter("fitted_keep")
 
 
 def _forgive(states: dict[str, Any]) -> None:
