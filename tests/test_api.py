@@ -69,7 +69,7 @@ def test_finalize_can_stay_sparse():
 def test_distilled_recovery_closes_the_gap(inference):
     model, data = trained(), batches(4)
     report = spt_compiler.finalize(
-        model, data[0], inference=inference, recover="distill", batches=data, steps=60, lr=1e-3
+        model, data[0], inference=inference, recover="distill", batches=data, steps=200, lr=1e-3
     )
     assert report["gap_recovered"] < 0.7 * report["gap"]
     out = model(**data[0])["out"]

@@ -60,12 +60,12 @@ def spoil(state) -> None:
 @pytest.mark.parametrize("site", ["blocks.0.qkv/attention/0", "blocks.1.fc1/ffn/0"])
 def test_the_guard_finds_a_spoiled_site_within_one_interval_and_densifies_just_that_one(site):
     interval, kind = 5, site.split("/")[1]
-    # Attention that looks somewhere: runs of few kinds of tokens, each of which looks for its like.
-    kinds = torch.randint(0, 12, (1, 64), generator=torch.Generator().manual_seed(1))
-    model, data = Stack(2), torch.randn(12, 48)[kinds].repeat_interleave(16, 1) + 0.1 * batch(1024, size=1, seed=2)
+    # Attention that looks somewhere, and far: runs of some kinds of tokens, each of which looks for its like.
+    kinds = torch.randint(0, 24, (1, 64), generator=torch.Generator().manual_seed(1))
+    model, data = Stack(2), torch.randn(24, 48)[kinds].repeat_interleave(16, 1) + 0.1 * batch(1024, size=1, seed=2)
     with torch.no_grad():
         for block in model.blocks:
-            block.qkv.weight[:48] *= 4
+            block.qkv.weight[:48] *= 6
             block.qkv.weight[48:96] = block.qkv.weight[:48]
     start = copy.deepcopy(model.state_dict())
     clean = compiled(model, **{"guard.interval": interval})

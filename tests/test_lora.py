@@ -123,14 +123,16 @@ def test_adapters_through_inductor():
     model, kwargs = adapted(lora_dropout=0.1), inputs()
     run = torch.compile(model, backend="spt", options={k: v for k, v in SPARSE.items() if k != "inner"})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
+    losses, target = [], None
     for _ in range(12):
-        loss = run(**kwargs).last_hidden_state.square().mean()
+        hidden = run(**kwargs).last_hidden_state
+        target = torch.randn_like(hidden) if target is None else target
+        loss = (hidden - target).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss))
-    assert losses[-1] < losses[0], losses
+    assert losses[-1] < 0.95 * losses[0], losses
     assert all(f["steps"] >= 11 for f in spt_compiler.metrics(model).values())
 
 

@@ -140,7 +140,7 @@ def test_experts_called_one_by_one_have_states_of_their_own(stacked, names):
     assert list(found) == list(spt_compiler.metrics(model)) == names
     first, second = (found[n].tensors for n in names)
     assert not {t.data_ptr() for t in first.values()} & {t.data_ptr() for t in second.values()}
-    assert not torch.equal(first["router_weight"], second["router_weight"])
+    assert not torch.equal(first["correction_out"], second["correction_out"])
 
     # A step of the second alone moves its own state and nobody else's, and the order of the calls does not matter.
     def steps():
@@ -180,7 +180,7 @@ def test_state_tensors_keep_their_storage_while_they_learn():
     after = spt_compiler.state_dict(model)
     assert {n: {k: t.data_ptr() for k, t in s.tensors.items()} for n, s in states(model).items()} == pointers
     assert not torch.equal(before["blocks.0.qkv/attention/0.codebook"], after["blocks.0.qkv/attention/0.codebook"])
-    assert not torch.equal(before["blocks.0.fc1/ffn/0.router_weight"], after["blocks.0.fc1/ffn/0.router_weight"])
+    assert not torch.equal(before["blocks.0.fc1/ffn/0.correction_out"], after["blocks.0.fc1/ffn/0.correction_out"])
 
 
 def test_resume_is_bit_exact(tmp_path):
