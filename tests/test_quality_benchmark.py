@@ -115,10 +115,10 @@ def _figures() -> dict:
         "selection.a": {"name": "a", "rules": rules},
         "ffn.minilm.50": {"routers": {"learned": {"token_cosine": 0.91, "cosine": 0.95}}},
         "guard": {
-            **{"interval": 4, "margin": 1.5, "false_alarms": 0, "checks": 8, "clean": {"x/ffn/0": 0.1, "y/ffn/0": 0.1}},
+            **{"interval": 4, "margin": 1.5, "false_alarms": 0, "checks": 8},
             "spoiled": {
-                "x/ffn/0": {"error": 0.5, "steps": 3, "others": {}},
-                "y/ffn/0": {"error": 0.14, "steps": None, "others": {}},  # not harmed
+                "x/ffn/0": {"before": 0.1, "error": 0.5, "steps": 3, "others": {}},
+                "y/ffn/0": {"before": 0.1, "error": 0.14, "steps": None, "others": {}},  # not harmed
             },
         },
         **{f"parity.llama.full.{name}.0": dict(run) for name in ("dense", "balanced", "static")},

@@ -116,7 +116,7 @@ def _guard(units: dict[str, Any]) -> tuple[str, str, str]:
         return goal, "not measured", "open"
     value = units["guard"]["value"]
     spoiled = value["spoiled"]
-    harmed = [f for site, f in spoiled.items() if f["steps"] is not None or f["error"] > value["margin"] * value["clean"][site]]
+    harmed = [f for f in spoiled.values() if f["steps"] is not None or f["error"] > value["margin"] * f["before"]]
     timely = sum(f["steps"] is not None and f["steps"] <= value["interval"] + 1 for f in harmed)
     alone = sum(not f["others"] for f in spoiled.values())
     text = f"{timely} of {len(harmed)} sites beyond their limits found in time ({len(spoiled)} spoiled); "

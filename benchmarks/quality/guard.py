@@ -32,23 +32,16 @@ def measure(start: Path, recipe: Recipe, log: Callable[[str], None]) -> dict[str
 
     A spoiled attention site has its codewords zeroed, so that it cannot tell a key from another; a spoiled FFN has a random
     router. Sites are spoiled right after a turn of the guard. Every site's limit is `MARGIN` times its own error before.
-    Returns: {"interval", "margin", "clean": {site: error}, "spoiled": {site: {"error", "steps", "others"}}, "false_alarms",
-        "checks"}; error: the last that was measured; steps: until it was denser, None if it was not within two intervals; others:
-        {site: error} of those made denser as well; false_alarms: how many of `checks` judgements of clean sites, before any
-        was spoiled, found one.
+    Returns: {"interval", "margin", "spoiled": {site: {"before", "error", "steps", "others"}}, "false_alarms", "checks"}; before:
+        relative error before, a mean over intervals; error: the last that was measured; steps: until it was denser, None if it was
+        not within two intervals; others: {site: error} of those made denser as well; false_alarms: how many of `checks` judgements
+        of clean sites, before any was spoiled, found one.
     """
     torch.manual_seed(0)
     tuning = _train(start, recipe)
     states = dict(STORE.named_states(tuning.model))
-    errors: dict[str, list[float]] = {site: [] for site in states}
-    for _ in range(CLEAN_INTERVALS):
-        _quiet_steps(tuning, INTERVAL)
-        for site, figures in spt_compiler.metrics(tuning.model).items():
-            errors[site].append(figures["rel_error"])
-    clean = {site: statistics.fmean(values) for site, values in errors.items()}
     settings = {site: state.settings for site, state in states.items()}
-    for site, state in states.items():
-        state.settings = _limited(state, MARGIN * clean[site])
+    _set_limits(states, settings, _errors(tuning, states, CLEAN_INTERVALS))
     alarms = 0
     for _ in range(CLEAN_INTERVALS):
         _quiet_steps(tuning, INTERVAL)
@@ -56,6 +49,8 @@ def measure(start: Path, recipe: Recipe, log: Callable[[str], None]) -> dict[str
         _forgive(states)
     spoiled = {}
     for site, state in states.items():
+        before = _errors(tuning, states, CLEAN_INTERVALS // 2)  # anew: training goes on, and errors with it
+        _set_limits(states, settings, before)
         whole = {name: _learned(s) for name, s in states.items()}
         _spoil(state)
         steps = None
@@ -66,7 +61,7 @@ def measure(start: Path, recipe: Recipe, log: Callable[[str], None]) -> dict[str
                 break
         error = state.metrics["rel_error"]
         others = {n: s.metrics["rel_error"] for n, s in states.items() if s is not state and s.counter("densified")}
-        spoiled[site] = {"error": error, "steps": steps, "others": others}
+        spoiled[site] = {"before": before[site], "error": error, "steps": steps, "others": others}
         log(f"guard, {site}: {spoiled[site]}")
         for name, (tensors, fitted_keep) in whole.items():
             states[name].assign(**tensors)
@@ -77,19 +72,24 @@ def measure(start: Path, recipe: Recipe, log: Callable[[str], None]) -> dict[str
     for site, state in states.items():
         state.settings = settings[site]
     checks = CLEAN_INTERVALS * len(states)
-    return {
-        "interval": INTERVAL,
-        "margin": MARGIN,
-        "clean": clean,
-        "spoiled": spoiled,
-        "false_alarms": alarms,
-        "checks": checks,
-    }
+    return {"interval": INTERVAL, "margin": MARGIN, "spoiled": spoiled, "false_alarms": alarms, "checks": checks}
 
 
-def _limited(state: Any, limit: float) -> Any:
-    part = dataclasses.replace(getattr(state.settings, state.kind), max_rel_error=limit)
-    return dataclasses.replace(state.settings, **{state.kind: part})
+def _errors(tuning: Tuning, states: dict[str, Any], intervals: int) -> dict[str, float]:
+    """{site: relative error}, a mean over intervals of training in which no site is made denser for good."""
+    errors: dict[str, list[float]] = {site: [] for site in states}
+    for _ in range(intervals):
+        _quiet_steps(tuning, INTERVAL)
+        _forgive(states)
+        for site, figures in spt_compiler.metrics(tuning.model).items():
+            errors[site].append(figures["rel_error"])
+    return {site: statistics.fmean(values) for site, values in errors.items()}
+
+
+def _set_limits(states: dict[str, Any], settings: dict[str, Any], errors: dict[str, float]) -> None:
+    for site, state in states.items():
+        part = dataclasses.replace(getattr(settings[site], state.kind), max_rel_error=MARGIN * errors[site])
+        state.settings = dataclasses.replace(settings[site], **{state.kind: part})
 
 
 def _learned(state: Any) -> tuple[dict[str, torch.Tensor], int]:

@@ -163,8 +163,8 @@ def _guard(units: dict[str, Any]) -> str:
     for site, found in value["spoiled"].items():
         steps = "not found" if found["steps"] is None else found["steps"]
         others = ", ".join(f"`{name}` ({other:.2f})" for name, other in found["others"].items()) or "none"
-        clean = value["clean"][site]
-        rows.append((f"`{site}`", f"{clean:.3f}", f"{value['margin'] * clean:.3f}", f"{found['error']:.3f}", steps, others))
+        figures = (found["before"], value["margin"] * found["before"], found["error"])
+        rows.append((f"`{site}`", *(f"{x:.3f}" for x in figures), steps, others))
     columns = ("site", "error before", "limit", "error spoiled", "steps until denser", "other sites made denser")
     alarms = f"{value['false_alarms']} false alarms in {value['checks']} judgements of clean sites"
     return f"Judged every {value['interval']} steps; {alarms}.\n\n" + table(columns, rows)
@@ -392,7 +392,7 @@ The LLaMA-like model, fine-tuned from code to English in all weights with the ba
 keeps what was learned at the first steps."""
 
 _GUARD = """\
-The same fine-tuning; each site's limit is 1.5 times its own error before (mean of four intervals). In turn one site is
+The same fine-tuning; each site's limit is 1.5 times its own error before (mean of two intervals). In turn one site is
 spoiled, right after a turn of the guard (an attention site gets codewords of zero, an FFN a random router), and put back when
 it was found. A site whose error stays within its limit even so has not been harmed, and is not to be found."""
 
