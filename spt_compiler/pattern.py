@@ -55,6 +55,12 @@ class Context:
             self._facts[derive] = derive(self)
         return self._facts[derive]
 
+    @property
+    def graph_break(self) -> str | None:
+        """Dynamo's reason for the graph break that ends this graph; None where none does."""
+        cause = getattr(self.module, "compile_subgraph_reason", None)
+        return getattr(cause, "reason", "") if getattr(cause, "graph_break", False) else None
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -196,9 +202,8 @@ def belongs_to_one_site(context: Context, c: Candidate) -> Reject | None:
 def unused_elsewhere(context: Context, c: Candidate) -> Reject | None:
     """Values inside the site are read inside the site only; its output is the one way out."""
     inside = set(c.nodes)
-    broken = getattr(getattr(context.module, "compile_subgraph_reason", None), "graph_break", False)
     # A local variable that is still alive at a graph break leaves the graph, whether anybody reads it or not.
-    how = "kept across a graph break (TORCH_LOGS=graph_breaks)" if broken else "returned"
+    how = "returned" if context.graph_break is None else "kept across a graph break (TORCH_LOGS=graph_breaks)"
     for node in c.nodes:
         if node is c.output:
             continue

@@ -630,9 +630,8 @@ def capture_cut(context: Context, node: Node) -> Reject | None:
     scores = node.args[0] if node.args else None
     if not isinstance(scores, Node) or rank(node) < 3 or node.kwargs.get("dim") != -1:
         return None
-    cause = getattr(context.module, "compile_subgraph_reason", None)
     if context.fact(_score_levels).get(scores):
-        broken = getattr(cause, "graph_break", False)
+        broken = context.graph_break is not None
         return Reject(CUT_AFTER) if broken and _is_returned(node) and not _leads_to_product(node) else None
     while scores.op != "placeholder":
         above = [a for a in scores.args if isinstance(a, Node) and is_float(a) and same_shape(shape(a), shape(node))]
@@ -640,6 +639,7 @@ def capture_cut(context: Context, node: Node) -> Reject | None:
             return None
         scores = above[0]
     # What Dynamo compiles after a break has a name of its own; the scores of a caller are no part of an attention.
+    cause = getattr(context.module, "compile_subgraph_reason", None)
     resumed = any(f.name.startswith(_RESUMED) for f in getattr(cause, "user_stack", ()))
     if not resumed or is_weight(scores) or not same_shape(shape(scores), shape(node)):
         return None
@@ -656,8 +656,7 @@ DISABLED = "a function that is excluded from compilation (torch.compiler.disable
 
 def capture_disabled(context: Context, node: Node) -> Reject | None:
     """q @ kT, scaled and masked or not, that leaves the graph for a function that Dynamo may not look into."""
-    cause = getattr(context.module, "compile_subgraph_reason", None)
-    if not getattr(cause, "graph_break", False) or "torch.compiler.disable" not in cause.reason or not _is_product(node):
+    if "torch.compiler.disable" not in (context.graph_break or "") or not _is_product(node):
         return None
     if node.args[1].target not in (torch.permute, torch.t) or not is_float(node):  # type: ignore[union-attr]
         return None  # probabilities times values, say

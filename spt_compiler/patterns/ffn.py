@@ -1100,8 +1100,7 @@ def capture_cut(context: Context, node: Node) -> Reject | None:
         if isinstance(above, Node) and "___stack" in getattr(getattr(above, "_dynamo_source", None), "name", ""):
             return Reject("a graph break cuts it: its pre-activation comes from another graph (TORCH_LOGS=graph_breaks)")
         return None
-    cause = getattr(context.module, "compile_subgraph_reason", None)
-    if isinstance(found[node], Hidden) and getattr(cause, "graph_break", False) and _is_returned(node):
+    if isinstance(found[node], Hidden) and context.graph_break is not None and _is_returned(node):
         ddp = torch.distributed.is_available() and torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
         if ddp and torch._dynamo.config.optimize_ddp:
             return Reject(SPLIT_BY_DDP)
@@ -1124,8 +1123,7 @@ def _is_returned(node: Node) -> bool:
 
 def capture_expert_loop(context: Context, node: Node) -> Reject | None:
     """one_hot of the chosen experts, and which of them were hit, leaving the graph for a loop over nonzero()."""
-    cause = getattr(context.module, "compile_subgraph_reason", None)
-    if not getattr(cause, "graph_break", False) or "nonzero" not in getattr(cause, "reason", ""):
+    if "nonzero" not in (context.graph_break or ""):
         return None
     below: set[Node] = set()
     stack = [node]
