@@ -5,11 +5,11 @@
 
 Every case is a process of its own in which both variants take turns, step by step, so that whatever else the machine does meets
 both alike; reported are medians, quartiles, and the median of the step-by-step ratios. Selection, code updates, routing and
-state look-up are inside every figure. Blocks take steps of fine-tuning: what is timed in turns are steps after the first rounds of
-learning; what one later round and the looks of the guard take beyond a plain step is timed apart, and its share of every step
-(one round in 32, one interval in 64) is added to each of them. Memory comes from one process per variant (VmHWM), bytes kept for
-backward from saved-tensor hooks. Quality at the same settings stands beside: kept attention mass and relative FFN error on the
-inputs of the benchmark, which are random with a little structure; they are no substitute for a trained model (see
+state look-up are inside every figure. Blocks and FFNs take steps of fine-tuning: what is timed in turns are steps after the
+first rounds of learning; what one later round and the looks of the guard take beyond a plain step is timed apart, and its share
+of every step (one round in 32, one interval in 64) is added to each of them. Memory comes from one process per variant (VmHWM),
+bytes kept for backward from saved-tensor hooks. Quality at the same settings stands beside: kept attention mass and relative FFN
+error on the inputs of the benchmark, which are random with a little structure; they are no substitute for a trained model (see
 benchmarks/quality).
 Results are written after every case; `--resume` measures only what the file lacks, `--report` writes the tables of a document
 anew from the file (`--no-run`: without measuring anything).
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from .saved import saved_bytes
 
 GROUPS = ("attention", "masks", "ffn", "block", "skipped", "memory", "compile", "threads", "break-even", "density")
-STEADY = "after learning"  # how blocks are timed; results of another way are not shown, and `--resume` measures them anew
+STEADY = "after learning"  # how blocks and FFNs are timed; results of another way are not shown, and `--resume` measures them anew
 LOOKED = 4  # the last calls of an interval of the guard that are timed
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 600  # seconds of one measurement; what takes longer hangs
@@ -78,7 +78,7 @@ class Case:
     @property
     def method(self) -> str | None:
         """How it is timed, where that is not by its first steps."""
-        return STEADY if self.group == "block" else None
+        return STEADY if self.group in ("block", "ffn") else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,11 +400,14 @@ def _status(field: str) -> int:
 
 
 def _compile(case: Case, variant: str) -> dict[str, Any]:
-    """Seconds until the first step is done, and those of our own stages."""
+    """Seconds from `model.compile()` until the first step is done, and those of our own stages.
+
+    The call belongs to it: with Inductor named as the backend, it imports Inductor; with another one the first step does.
+    """
     from spt_compiler import debug
 
-    side = Side(case, variant)
     start = time.perf_counter()
+    side = Side(case, variant)
     side.step()
     stages = debug.timings()
     own = sum(seconds for stage, seconds in stages.items() if stage != "inner")

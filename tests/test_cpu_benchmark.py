@@ -151,5 +151,6 @@ def test_one_type_alone(results, monkeypatch, dtype, names):
     assert measured == names
 
 
-def test_blocks_with_a_goal_are_steady_and_nothing_else_is():
-    assert {(c.group == "block", c.method) for c in cpu.cases(False)} == {(True, cpu.STEADY), (False, None)}
+def test_blocks_and_ffns_with_a_goal_are_steady_and_nothing_else_is():
+    steady = {(c.group in ("block", "ffn"), c.method) for c in cpu.cases(False)}
+    assert steady == {(True, cpu.STEADY), (False, None)}

@@ -107,6 +107,24 @@ def test_runs_resumes_and_reports(smoke):
     assert "We tried this." in pages[0].read_text(), "remarks survive a rewrite"
 
 
+def test_a_budget_becomes_a_plan_once_and_a_run_keeps_to_it(tmp_path, monkeypatch):
+    asked = []
+
+    def step_seconds(size):
+        asked.append(size)
+        return 1.0
+
+    monkeypatch.setattr(parts.language_models, "step_seconds", step_seconds)
+    share = parts.share_for(tmp_path, 180)
+    assert share == int(100 * 180 * 60 / parts.FULL_STEPS) / 100 and 0 < share < 1
+    assert parts.share_for(tmp_path, None) == parts.share_for(tmp_path, 180) == share and len(asked) == 1
+    with pytest.raises(ValueError, match="holds a run for 180 minutes.*asks for 45.*--out"):
+        parts.share_for(tmp_path, 45)
+    short, full = parts.Plan.of_share(share), parts.Plan.of_share(1.0)
+    assert full == parts.Plan(heldout=8, minilm=8) and short.code_steps == round(4000 * share) and short.size == full.size
+    assert parts.share_for(tmp_path / "long", 10**6) == 1.0
+
+
 def _figures() -> dict:
     """Figures that reach every goal."""
     rules = {rule: {f"{d:.4f}": [0.5, 0.1] for d in attention.DENSITIES} for rule in attention.RULES}

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import report, subjects
-from .parts import FULL_MINUTES, PARTS, Bench, Plan, collect
+from .parts import FULL_MINUTES, PARTS, Bench, Plan, collect, share_for
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     result.add_argument("--quick", action="store_true", help="small models and few steps: at most ten minutes")
     result.add_argument("--smoke", action="store_true", help="seconds: shows that every part runs")
-    result.add_argument("--budget", type=float, default=FULL_MINUTES, metavar="MINUTES", help=f"for it all ({FULL_MINUTES})")
+    result.add_argument("--budget", type=float, metavar="MINUTES", help=f"for it all, when a run begins ({FULL_MINUTES})")
     result.add_argument("--only", choices=PARTS, action="append", help="run this part alone (may be repeated)")
     result.add_argument("--match", default="", metavar="TEXT", help="run only units whose name contains it")
     result.add_argument("--out", metavar="DIR", help="where to write and to go on (out/quality, or out/quality_quick)")
@@ -37,9 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="torch")
     if args.threads:
         torch.set_num_threads(args.threads)
-    plan = Plan.smoke() if args.smoke else Plan.quick() if args.quick else Plan.for_budget(args.budget)
     kind = "_smoke" if args.smoke else "_quick" if args.quick else ""
     out = Path(args.out or f"out/quality{kind}")  # figures of different plans do not mix
+    try:
+        plan = Plan.smoke() if args.smoke else Plan.quick() if args.quick else Plan.of_share(share_for(out, args.budget))
+    except ValueError as error:
+        print(f"benchmarks.quality: {error}", file=sys.stderr)
+        return 2
     minilm = subjects.find_minilm(args.minilm)
     began = time.perf_counter()
 

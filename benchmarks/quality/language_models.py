@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,22 @@ def train(architecture: str, domain: str, size: Size, steps: int, folder: Path, 
         "heldout": losses,
         "mixed_precision": mixed,
     }
+
+
+def step_seconds(size: Size, rounds: int = 5) -> float:
+    """Seconds that a training step of the LLaMA-like model takes on this machine when idle: processor time of the median step by
+    the number of threads, so that other load does not shorten a plan."""
+    model = build("llama", size)
+    times = []
+    for round_ in range(rounds + 1):
+        began = time.process_time()
+        for length in LENGTHS:
+            shape = (TOKENS_PER_STEP // length, length)
+            batch = torch.randint(256, shape, generator=torch.Generator().manual_seed(round_))
+            with torch.autocast("cpu", torch.bfloat16, enabled=_mixed_precision()):
+                model(input_ids=batch, labels=batch).loss.backward()
+        times.append((time.process_time() - began) / len(LENGTHS) / torch.get_num_threads())
+    return statistics.median(times[1:])
 
 
 @torch.no_grad()

@@ -25,12 +25,14 @@ from .tuning import Recipe
 
 PARTS = ("models", "selection", "ffn", "drift", "guard", "parity", "speed")
 FULL_MINUTES = 180
+# What the full plan takes, in training steps of the LLaMA-like model: 11000 train, some 8000 fine-tune, 1000 are for the rest.
+FULL_STEPS = 20_000
 _TUNING_KINDS = {"full": 0, "lora": 8}  # -> LoRA rank
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run. `full` is meant for three hours on two cores; a budget shortens training, not the models."""
+    """Sizes of a run. The full plan is the default; a budget of time shortens training, not the models (`share_for`)."""
 
     size: Size = Size()
     code_steps: int = 4000
@@ -49,10 +51,9 @@ class Plan:
     inner: str = "inductor"  # of the step times
 
     @staticmethod
-    def for_budget(minutes: float) -> Plan:
-        """The full plan, or one with fewer training steps that takes about so many minutes on two idle cores."""
-        share = min(1.0, minutes / FULL_MINUTES)
-        few = share < 0.6
+    def of_share(share: float) -> Plan:
+        """The full plan with this share of its training steps, and fewer sequences measured where it is a small one."""
+        few = share < 0.5
         return Plan(
             code_steps=max(200, round(4000 * share)),
             english_steps=max(60, round(1000 * share)),
@@ -60,7 +61,6 @@ class Plan:
             minilm=2 if few else 8,
             tune=Recipe(steps=max(40, round(200 * share))),
             drift_steps=max(40, round(200 * share)),
-            parity_architectures=("llama",) if few else language_models.ARCHITECTURES,
         )
 
     @staticmethod
@@ -81,6 +81,30 @@ class Plan:
             parity_architectures=("llama",), tune=Recipe(steps=2, shape=(1, 128), heldout=1, evaluations=1), drift_steps=8,
             speed_rounds=1, inner="eager",
         )  # fmt: skip
+
+
+def share_for(out: Path, minutes: float | None) -> float:
+    """The share of the full plan that fits a budget on this machine, decided when a run begins and kept for when it goes on.
+
+    Args:
+        out: folder of the run; its `plan.json` holds the decision.  minutes: the budget; None: that of the run, or FULL_MINUTES.
+    Raises: ValueError if the run in `out` was begun with another budget: its figures and new ones would not compare.
+    """
+    path = out / "plan.json"
+    if path.exists():
+        begun = json.loads(path.read_text())
+        if minutes not in (None, begun["minutes"]):
+            raise ValueError(
+                f"{out} holds a run for {begun['minutes']:g} minutes, and --budget asks for {minutes:g}: "
+                "go on without --budget, or begin another run with --out"
+            )
+        return begun["share"]
+    seconds = language_models.step_seconds(Plan().size)
+    minutes = FULL_MINUTES if minutes is None else minutes
+    share = min(1.0, max(1, int(100 * minutes * 60 / (FULL_STEPS * seconds))) / 100)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"minutes": minutes, "step_seconds": seconds, "share": share})
+    return share
 
 
 class Bench:
