@@ -225,6 +225,20 @@ def test_chunks_and_threads_change_nothing(monkeypatch, two_threads):
     assert all(cases.error(x, y) < 1e-5 for x, y in zip(second[10:15], first[10:15], strict=True))
 
 
+@pytest.mark.parametrize("mask", ["padding", "causal padding", "window", "bool"])
+def test_keys_that_nobody_may_see_may_hold_anything(mask):
+    """NaN of padding, behind a layer whose empty rows are NaN, chooses no tiles of other keys."""
+    case = cases.make(mask, dtype=torch.float32, tile_q=24, tile_k=7)
+    if mask == "window":
+        case.expr, case.expr_in = case.expr + " & t0[b, k]", [torch.arange(100).expand(2, 100) < 60]
+    if mask == "bool":
+        case.bias[..., 40:80] = False
+    expected = cpu_selection.select_tiles(*case.select_tiles_args(rule="mean"))
+    case.k[~case.allowed()[:, :1].any(2).expand(2, 2, 100)] = torch.nan
+    actual = cpu_selection.select_tiles(*case.select_tiles_args(rule="mean"))
+    assert case.k.isnan().any() and all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("rule", ["pq", "mean", "pq keys", "pq-match"])
 def test_nobody_influences_whom_it_must_not(rule):
     """Through the lowerings: later query tiles, masked keys and other batch rows leave bits alone."""
