@@ -442,6 +442,7 @@ def test_codes_and_decoded_keys(nan_empty):
     _, k, _ = qkv(n_k=45, dim=24)
     codebook, mean = codebook_for(k)
     codebook[:, :, 3] = codebook[:, :, 7]  # ties go to the lower code
+    k[0, 0, 5, 2] = torch.nan  # in one slice of one key
     codes, decoded, pooled = triton_selection.pq_assign(
         codebook, k, mean, codes=True, decoded=torch.float32, pooled=torch.float32, tile_k=8
     )
