@@ -423,13 +423,15 @@ def test_select_tiles(nan_empty, mask, rule, extra):
         ("causal", "pq-match", {}),
         ("bool", "pq-match", {"density": 0.05}),
         ("none", "pq", {"density": -1.0}),
+        ("padded", "pq", {"codebook": False, "softcap": 2.0}),
     ],
 )
 def test_select_keys(nan_empty, mask, rule, extra):
     q, k, _ = qkv(7, 19, heads=2, groups=1, dim=16)
     bias, expr, expr_in = MASKS[mask](q.shape[2], k.shape[2])
     bias = bias if bias is None or bias.shape[1] == 1 else bias[:, :2]
-    args = (q, k, bias, expr, expr_in, *codebook_for(k), torch.tensor([extra.get("density", 0.3)]), 0.4)
+    codebook = codebook_for(k) if extra.get("codebook", True) else (None, None)
+    args = (q, k, bias, expr, expr_in, *codebook, torch.tensor([extra.get("density", 0.3)]), 0.4)
     args = (*args, 0.3, extra.get("softcap"), rule, 0)
     assert triton_selection.supports_select_keys(*args) is None
     for got, exact in zip(triton_selection.select_keys(*args), reference.select_keys(*args), strict=True):
@@ -440,6 +442,7 @@ def test_codes_and_decoded_keys(nan_empty):
     _, k, _ = qkv(n_k=45, dim=24)
     codebook, mean = codebook_for(k)
     codebook[:, :, 3] = codebook[:, :, 7]  # ties go to the lower code
+    k[0, 0, 5, 2] = torch.nan  # in one slice of one key
     codes, decoded, pooled = triton_selection.pq_assign(
         codebook, k, mean, codes=True, decoded=torch.float32, pooled=torch.float32, tile_k=8
     )

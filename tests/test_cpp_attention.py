@@ -169,6 +169,14 @@ def test_threads_change_nothing_and_calls_may_overlap(three_threads):
         assert all(cases.error(x, y) < 1e-6 for x, y in zip(other[5:], first[5:], strict=True))
 
 
+def test_keys_that_nobody_may_see_may_hold_anything():
+    case = cases.make("causal padding", dtype=torch.float32)
+    expected = cpp_attention.select_tiles(*case.select_tiles_args(rule="mean"))
+    case.k[~case.allowed()[:, :1].any(2).expand(2, 2, 100)] = torch.nan
+    actual = cpp_attention.select_tiles(*case.select_tiles_args(rule="mean"))
+    assert case.k.isnan().any() and all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
 def test_a_nan_stays_where_it_is():
     case = cases.make("causal", dtype=torch.float32, heads=2, groups=2)
     lists = reference.select_tiles(*case.select_tiles_args())

@@ -173,8 +173,23 @@ def test_empty_batch_and_empty_keys():
     assert cpu_key_attention.key_attention(*case.attend_args(keys, counts, False))[0].shape == (0, 4, 100, 20)
     case = cases.make("none", dtype=torch.float32, n_k=16)
     case.k, case.v = case.k[:, :, :0], case.v[:, :, :0]
-    index, counts = cpu_selection.select_tiles(*case.select_tiles_args())
-    assert (cpu_attention.tile_attention(*case.attend_args(index, counts))[0] == 0).all()
+    for case.empty in ("zero", "uniform", "nan"):  # as the definition, and torch's own attention, have it
+        index, counts = cpu_selection.select_tiles(*case.select_tiles_args())
+        assert (cpu_attention.tile_attention(*case.attend_args(index, counts))[0] == 0).all()
+        keys, counts = cpu_selection.select_keys(*case.select_keys_args())
+        assert (cpu_key_attention.key_attention(*case.attend_args(keys, counts, False))[0] == 0).all()
+
+
+@pytest.mark.parametrize("mask", ["none", "bool"])
+def test_no_queries_disable_no_lowering(mask):
+    case = cases.make(mask, dtype=torch.float32, n_q=16)
+    case.q = case.q[:, :, :0]
+    case.bias = None if case.bias is None else case.bias[:, :, :0]
+    lists = registry.dispatch("select_tiles_v1", "cpu", *case.select_tiles_args())
+    args = case.attend_args(*lists)
+    out, lse = registry.dispatch("tile_attention_v1", "cpu", *args)
+    grads = registry.dispatch("tile_attention_backward_v1", "cpu", out, *args[:4], out, lse, *args[4:], [True] * 4)
+    assert out.shape == (2, 4, 0, 20) and all((g == 0).all() for g in grads) and registry.failures() == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,6 +238,20 @@ def test_chunks_and_threads_change_nothing(monkeypatch, two_threads):
     second = run()
     assert all(torch.equal(x, y) for x, y in zip(second[:10], first[:10], strict=True))  # lists, and attention over tiles
     assert all(cases.error(x, y) < 1e-5 for x, y in zip(second[10:15], first[10:15], strict=True))
+
+
+@pytest.mark.parametrize("mask", ["padding", "causal padding", "window", "bool"])
+def test_keys_that_nobody_may_see_may_hold_anything(mask):
+    """NaN of padding, behind a layer whose empty rows are NaN, chooses no tiles of other keys."""
+    case = cases.make(mask, dtype=torch.float32, tile_q=24, tile_k=7)
+    if mask == "window":
+        case.expr, case.expr_in = case.expr + " & t0[b, k]", [torch.arange(100).expand(2, 100) < 60]
+    if mask == "bool":
+        case.bias[..., 40:80] = False
+    expected = cpu_selection.select_tiles(*case.select_tiles_args(rule="mean"))
+    case.k[~case.allowed()[:, :1].any(2).expand(2, 2, 100)] = torch.nan
+    actual = cpu_selection.select_tiles(*case.select_tiles_args(rule="mean"))
+    assert case.k.isnan().any() and all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("rule", ["pq", "mean", "pq keys", "pq-match"])

@@ -149,6 +149,20 @@ def test_strides_of_gradients_and_of_tokens():
     torch.testing.assert_close(lowered(c, torch.ones(21, 63).t())["w_in0"], expected["w_in0"])
 
 
+@pytest.mark.parametrize("act", ["gelu(x0)", "silu(x0) * x1"])
+def test_strides_of_biases(act):
+    c = case(dtype=torch.float32, act=act, ordered=True, compensation=True)
+    spread = [torch.full((50, 2), torch.nan) for _ in c.b_in]
+    for s, b in zip(spread, c.b_in, strict=True):
+        s[:, 0] = b
+    for strided in ([s[:, 0] for s in spread], [b[:1].expand(50) for b in c.b_in]):  # every other value; one value for all
+        one = c.b_out[:1].expand(21)
+        got = lowered(replace(c, b_in=strided, b_out=one), torch.ones(63, 21))
+        expected = lowered(replace(c, b_in=[b.clone() for b in strided], b_out=one.clone()), torch.ones(63, 21))
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), name
+
+
 class Products(TorchDispatchMode):
     """Counts matrix products, and notes the largest tensor made."""
 

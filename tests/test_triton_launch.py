@@ -165,6 +165,12 @@ class Kernel:
             raise self.error
 
 
+class OfAnotherDevice(torch.Tensor):
+    """A tensor without storage that says it lies elsewhere."""
+
+    device = torch.device("xpu", 1)
+
+
 @pytest.fixture
 def device(monkeypatch):
     """Launches kernels of the test on tensors without storage."""
@@ -173,9 +179,11 @@ def device(monkeypatch):
         module = types.SimpleNamespace(__name__=f"module_{id(kernel)}", some_kernel=kernel)
         monkeypatch.setattr(render, "load", lambda *_: module)
 
-        def launch(dim=64, grid=(1,), alternatives=SETTINGS[1:], memory=3):
+        def launch(dim=64, grid=(1,), alternatives=SETTINGS[1:], memory=3, index=0):
             # What a kernel does not have (it shares the arguments of its op) is left out: Triton would not take it.
-            args = {"x_ptr": torch.empty(memory, device="meta", dtype=torch.float16)[:3], "of_another_kernel": 1}
+            x = torch.empty(memory, device="meta", dtype=torch.float16)[:3]
+            x = x if index == 0 else x.as_subclass(OfAnotherDevice)
+            args = {"x_ptr": x, "of_another_kernel": 1}
             constants = {"HEAD_DIM": dim, "BLOCK_N": 64}
             triton_common.launch("template", {}, "some_kernel", grid, args, constants, alternatives=alternatives)
 
@@ -193,6 +201,9 @@ def test_a_device_with_too_little_for_the_first_setting_runs_another(device):
     assert kernel.launches[3:] == [(8, 2, 64)]
     launch(grid=(0,))
     assert len(kernel.launches) == 4
+    kernel.able = (4,)
+    launch(index=1)  # another device, which has enough for the first
+    assert kernel.launches[4:] == [(4, 2, 64)]
 
 
 def test_a_result_of_another_process_decides_the_launch(device, monkeypatch):
@@ -224,6 +235,7 @@ def test_a_launch_that_no_setting_serves_is_named_and_not_tried_again(device):
     assert str(second.value) == str(first.value) and len(kernel.launches) == tried
     kernel.able = (4,)
     launch(dim=32)  # another configuration
+    launch(index=1)  # another device
 
 
 def test_a_launch_that_ran_goes_straight_to_the_compiled_kernel(device):

@@ -68,12 +68,12 @@ def _segment_memory(buffers: Buffers, shape: Shape, segment: Segment) -> tuple[T
 
 
 def _supports_tile_attention(*args) -> bool:
-    """Whether no pseudo-keys are asked for: those are left to the reference."""
-    return not any(args[15:])  # `compensate`, where it is given
+    """Whether there are queries, and no pseudo-keys are asked for: all else is left to the reference."""
+    return args[0].shape[2] > 0 and not any(args[15:])  # `compensate`, where it is given
 
 
 def _supports_tile_attention_backward(*args) -> bool:
-    return not any(args[19:])
+    return args[1].shape[2] > 0 and not any(args[19:])
 
 
 @register("tile_attention_v1", "cpu", "cpu", supports=_supports_tile_attention)

@@ -16,7 +16,7 @@ _ROWS = 256  # treated together
 
 def _empty_rows(lse: Tensor, masks: Masks, empty: str) -> tuple[Tensor, ...] | None:
     """Indices (b, h, q) of rows in which nothing at all is allowed; None where there are none or they simply are zero."""
-    if empty == "zero":
+    if empty == "zero" or masks.shape[3] == 0:  # a sum over no keys is zero, whatever stands for a masked row
         return None
     dead = lse == -torch.inf
     if not bool(dead.any()):

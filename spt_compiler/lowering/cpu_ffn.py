@@ -413,7 +413,8 @@ class _Inputs:
     def __init__(self, work: _Work, x, w_in, b_in, lora_a_out, lora_b, act_expr: str, act_in, p: float):
         self.work, self.x = work, x
         self.w_in = [work.arrange(w) for w in w_in]
-        self.b_in = [work.arrange(b) for b in b_in] or [None] * len(w_in)
+        # Generated code reads them by address.
+        self.b_in = [work.arrange(b).contiguous() for b in b_in] or [None] * len(w_in)
         self.lora = [
             (a.to(x.dtype), work.arrange(b).to(x.dtype)) if b.shape[1] else None for a, b in zip(lora_a_out, lora_b, strict=True)
         ] or [None] * len(w_in)

@@ -66,7 +66,10 @@ class _Scorer:
             return self.keys.mean(3)
         weight = torch.where(self.visible.unsqueeze(-1), self.key.softmax(-1), 0)
         keys = self.keys if weight.shape[1] == 1 else self.keys.repeat_interleave(self.group, dim=1)
-        return (weight.unsqueeze(-2) @ keys).squeeze(-2)
+        means = (weight.unsqueeze(-2) @ keys).squeeze(-2)
+        if bool(means.isnan().any()):  # perhaps of a key that weighs nothing, which may hold anything
+            means = (weight.unsqueeze(-2) @ keys.masked_fill(weight.unsqueeze(-1) == 0, 0)).squeeze(-2)
+        return means
 
     def _prefixes(self) -> tuple[Tensor, Tensor]:
         """Weights and level of the tile on a query's diagonal, of which a causal mask shows only the beginning.
@@ -94,7 +97,7 @@ class _Scorer:
         keys = self.keys[:, :, first : first + n_own]
         keys = keys if self.group == 1 else keys.repeat_interleave(self.group, dim=1)
         weight, level = (x if x.shape[2] == 1 else x[:, :, first : first + n_own] for x in (self.own_weight, self.own_level))
-        logit = (queries @ keys.transpose(-1, -2)).mul_(weight).sum(-1).mul_(self.scale)
+        logit = _weighted_sum(queries @ keys.transpose(-1, -2), weight).mul_(self.scale)
         logit = self._capped(logit).add_(level)
         level = level.expand(-1, -1, n_own, -1)
         return logit.flatten(2)[:, :, :n], (level > -torch.inf).flatten(2)[:, :, :n]
@@ -168,8 +171,8 @@ class _Scorer:
             keys = self.keys[:, :, mixed].flatten(2, 3)  # [B, Hkv, mixed * tile_k, D]
             stacked = queries.reshape(self.batch, self.n_groups, -1, queries.shape[3])
             similarity = (stacked @ keys.transpose(-1, -2)).view(*queries.shape[:3], mixed.numel(), self.tile_k)
-            logit[..., mixed] = self._capped((similarity * weight).sum(-1).mul_(self.scale))
-        logit.add_(level)
+            logit[..., mixed] = self._capped(_weighted_sum(similarity, weight).mul_(self.scale))
+        logit.add_(level).masked_fill_(~sees, -torch.inf)  # also where the mean of hidden keys is NaN
         return sees
 
     def _reduce(self, logit: Tensor, sees: Tensor, n_row_tiles: int) -> tuple[Tensor, Tensor]:
@@ -195,6 +198,12 @@ class _Scorer:
         visible = visible.expand(batch, self.n_groups, -1, -1)
         beyond = (0, self.n_tiles - n_seen)
         return (F.pad(mass, beyond), F.pad(visible, beyond)) if beyond[1] else (mass, visible)
+
+
+def _weighted_sum(values: Tensor, weight: Tensor) -> Tensor:
+    """Sum of values * weight along the last dimension, in the memory of values; one that weighs nothing may be anything."""
+    total = values.mul_(weight).sum(-1)
+    return values.masked_fill_(weight == 0, 0).sum(-1) if bool(total.isnan().any()) else total
 
 
 def _blocks(batch: int, n_groups: int, group: int) -> list[tuple[slice, slice, slice]]:

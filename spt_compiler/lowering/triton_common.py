@@ -210,8 +210,8 @@ _compiled: dict[Any, Any] = {}
 _ready: dict[Any, tuple[Any, list[Any]]] = {}
 # Parameters of a kernel that are no constants, and where they stand.
 _runtime: dict[Any, tuple[tuple[int, str], ...]] = {}
-# Launches that no setting could serve, with the arguments of their `KernelError` (an error that was raised holds the frames that it
-# passed, and their tensors), and those that needed another than the first.
+# Launches on a device that no setting could serve, with the arguments of their `KernelError` (an error that was raised holds the
+# frames that it passed, and their tensors), and those that needed another than the first.
 _failed: dict[Any, tuple[str, str, str]] = {}
 _preferred: dict[Any, Setting] = {}
 
@@ -295,7 +295,7 @@ def _run(key: Any, settings: Sequence[Setting], run: Callable[[Setting], None]) 
         if known is None and setting != settings[0]:
             _preferred[key] = setting
         return setting
-    _, kernel, constants, types = key
+    _, kernel, constants, types, _ = key
     configuration = ", ".join([*types, *(f"{name} {value}" for name, value in sorted(constants))])
     _failed[key] = kernel, configuration, causes[0]
     raise KernelError(*_failed[key])
@@ -399,7 +399,7 @@ def _prepare(
     if device.type == "cpu":  # the interpreter
         run(settings[0])
         return None
-    key = (module.__name__, kernel, tuple(constants.items()), tuple([_TYPE_NAMES[x.dtype] for x in tensors]))
+    key = (module.__name__, kernel, tuple(constants.items()), tuple([_TYPE_NAMES[x.dtype] for x in tensors]), device)
     if key in _failed:
         raise KernelError(*_failed[key])
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

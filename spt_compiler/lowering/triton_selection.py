@@ -367,7 +367,6 @@ def select_keys(
     """`spt::select_keys_v1`: quantise, score, top-L; few heads at a time, so that the scores fit a bounded scratch."""
     reference.check_selection(q, k, bias, codebook, key_mean, budget)
     chosen = reference.check_rule(rule, "token", codebook)
-    assert codebook is not None
     batch, n_heads, n_q, dim = q.shape
     n_k = k.shape[2]
     width = max_keys(n_k, max_density)
@@ -388,11 +387,15 @@ def select_keys(
         "n_q": n_q,
         "n_k": n_k,
     }
+    n_subspaces = 0
     if match:
+        assert codebook is not None
+        n_subspaces = codebook.shape[1]
         args["q_codes_ptr"] = pq_assign(codebook, q, None, codes=True)[0]
         args["k_codes_ptr"] = pq_assign(codebook, k, key_mean, codes=True)[0]
     else:
-        decoded = pq_assign(codebook, k, key_mean, decoded=dtype)[1]
+        # Without a codebook (a site without state) the keys are scored as they are.
+        decoded = k if codebook is None else pq_assign(codebook, k, key_mean, decoded=dtype)[1]
         assert decoded is not None
         args |= {"q_ptr": q, "k_ptr": decoded, **strides("q", q, "bhtd"), **strides("k", decoded, "bhtd")}
         args |= {"scale": float(scale), **({} if softcap is None else {"softcap": float(softcap)})}
@@ -417,7 +420,7 @@ def select_keys(
             {
                 "GROUP": n_heads // k.shape[1],
                 "HEAD_DIM": dim,
-                "N_SUBSPACES": codebook.shape[1],
+                "N_SUBSPACES": n_subspaces,
                 "BLOCK_M": block_m,
                 "BLOCK_N": block_n,
                 "BLOCK_D": block_d,
