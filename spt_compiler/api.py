@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import numbers
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from . import calibrate, debug, runtime, state
-from .config import DerivedGlob, SPTConfig, glob_matches
+from .config import DerivedGlob, SPTConfig, glob_matches, is_disabled
 from .errors import OptionError, SPTError
 from .state import STORE, SiteState
 
 # The grid of densities that `tune` tries, per kind.
 _GRID = {"attention": (1 / 16, 1 / 8, 1 / 4, 1 / 2), "ffn": (1 / 4, 3 / 8, 1 / 2, 3 / 4)}
+# In a trial of three steps the density itself is in force at once and stays so, whatever training is to do with it.
+_TRIAL: dict[str, Any] = {
+    **{"inner": "eager", "inner_options": {}, "guard.interval": 1, "dense_steps": 0, "dense_layers": [0, 0]},
+    **{f"{kind}.{name}": None for kind in _GRID for name in ("schedule", "max_rel_error")},
+}
 
 
 def compile(model: nn.Module, **options: Any) -> nn.Module:
@@ -31,8 +37,13 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
 
     Args:
         options: as `torch.compile(options=...)` takes them, dots written as double underscores or through `**{"a.b": v}`.
-    Raises: OptionError. Warns about a `sites` glob that matches no module of the model.
+    Raises: OptionError; SPTError if `model` is no plain module. Warns about a `sites` glob that matches no module of the model.
     """
+    if not isinstance(model, nn.Module) or _plain(model) is not model:
+        got = "what torch.compile returned" if isinstance(model, nn.Module) else f"a {type(model).__name__}"
+        raise SPTError(f"expected a plain module, got {got}; compile the module itself, or use torch.compile(..., backend='spt')")
+    if isinstance(options.get("options"), Mapping):
+        raise OptionError(f"options are keywords here: write spt_compiler.compile(model, **{options['options']!r})")
     given = {key.replace("__", "."): value for key, value in options.items()}
     SPTConfig.from_options(given)
     sites = given.pop("sites", None) or {}
@@ -40,6 +51,9 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     if not blocks:
         model.compile(backend="spt", options={**given, **({"sites": sites} if sites else {})} or None)
         return model
+    for name, outer in model.named_modules():  # compiled before, with other options: it would take its blocks along
+        if any(not name or block.startswith(f"{name}.") for block, _ in blocks):
+            outer._compiled_call_impl = None
     used = set()
     for name, block in blocks:
         relative = {}
@@ -119,11 +133,11 @@ def prepare(model: nn.Module, *batch: Any, **kwargs: Any) -> nn.Module:
     """Creates and initialises the state of a compiled model from one batch, before training; returns the model.
 
     Args: batch, kwargs: what the model is called with. The forward runs without gradients.
-    Raises: SPTError if the model has no replaced site (is it compiled with backend "spt"?).
+    Raises: SPTError if the model has no replaced site (is it compiled with backend "spt"?), unless `SPT_DISABLE` is set.
     """
     for _ in range(2):  # the first call observes, the second initialises from what it saw
         model(*batch, **kwargs)
-    if not _states(model):
+    if not _states(model) and not is_disabled():
         raise SPTError(
             'prepare found no replaced site: compile the model with backend="spt" first, see explain(model, *batch)'
         )
@@ -134,9 +148,12 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     """Trainable parameters of the model's state, for the user's optimizer: routers, unless ffn.gate is "hard", and codebooks
     under preset "paper". From then on the backend's maintenance does not step them.
 
+    Returns: none under `SPT_DISABLE`.
     Raises: SPTError before state exists (call `prepare`), or if nothing is trainable by gradients.
     """
     states = [s for _, s in _states(model)]
+    if not states and is_disabled():
+        return []
     if not states:
         raise SPTError("parameters(model) needs state: call spt_compiler.prepare(model, *batch) first")
     found = runtime.take_parameters(states)
@@ -150,10 +167,12 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 def auxiliary_loss(model: nn.Module) -> Tensor:
     """The paper's PQ loss of the model's last step, summed over sites; differentiable until that step's graph is freed.
 
-    Add `1e-2 * auxiliary_loss(model)` to the loss, as the paper does; the backend never adds it by itself.
+    Add `1e-2 * auxiliary_loss(model)` to the loss, as the paper does; the backend never adds it by itself. 0 under `SPT_DISABLE`.
     Raises: SPTError if the graphs do not compute it (preset "paper" only) or no step with gradients has run.
     """
     losses = [s.auxiliary_loss for _, s in _states(model) if s.auxiliary_loss is not None]
+    if not losses and is_disabled():
+        return torch.zeros((), device=next((p.device for p in model.parameters()), None))
     if not losses:
         raise SPTError(
             'no auxiliary loss: compile with options={"preset": "paper"} and run a step with gradients first'
@@ -206,7 +225,8 @@ def tune(
     """Searches, per site, the smallest density whose relative output error stays within `max_rel_error`.
 
     Each density of a small grid is run on the batch with an eager inner compiler, sparse against dense, on learned state of
-    its own; the model, its compilation and its learned state stay as they are.
+    its own; the model, its compilation and its learned state stay as they are. Where `options` has `sites` with densities, these
+    are what is tried there.
 
     Args:
         batch: one input: a tensor, a tuple of positional or a dict of keyword arguments. Sites learn from the first half of its
@@ -216,20 +236,22 @@ def tune(
             takes any saving.
         path: where to write the result as JSON. options: further options to tune under.
     Returns: a dict that `options` accepts: {**options, "sites": {site name: {key: density}}}.
-    Raises: OptionError on a bad target or limit.
+    Raises: OptionError on a bad target, limit or option, and under `exact`.
     """
     if target not in ("speed", "memory"):
         raise OptionError(f"target: expected 'speed' or 'memory', got {target!r}")
-    if not 0 < max_rel_error:
+    if isinstance(max_rel_error, bool) or not isinstance(max_rel_error, numbers.Real) or not 0 < max_rel_error:
         raise OptionError(f"max_rel_error: expected a positive number, got {max_rel_error!r}")
+    if SPTConfig.from_options(options).exact:
+        raise OptionError("tune searches densities, of which `exact` leaves none to choose; leave it out of options")
     base = dict(options or {})
     errors: dict[str, dict[float, float]] = {}
     for attention, ffn in zip(_GRID["attention"], _GRID["ffn"], strict=True):
-        trial = {**base, "attention.density": attention, "ffn.density": ffn, "inner": "eager", "guard.interval": 1}
+        trial = {**base, "attention.density": attention, "ffn.density": ffn, **_TRIAL}
         for site in _trial(model, batch, trial):
             if "rel_error" in site.metrics:
-                density = attention if site.kind == "attention" else ffn
-                errors.setdefault(f"{site.path}/{site.kind}", {})[density] = site.metrics["rel_error"]
+                part = site.settings.attention if site.kind == "attention" else site.settings.ffn
+                errors.setdefault(f"{site.path}/{site.kind}", {})[part.density] = site.metrics["rel_error"]
     sites: dict[str, dict[str, float]] = {}
     for name, by_density in errors.items():
         good = [
@@ -308,7 +330,7 @@ def finalize(
     _check_finalize(inference, recover, batches, steps, lr)
     plain = _plain(model)
     report: dict[str, float] = {"sites": len(_states(model))}
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         kept, left = ("dense", "sparse") if inference == "dense" else ("sparse", "dense")
@@ -330,7 +352,8 @@ def finalize(
                 if value is not None:
                     report["loss_recovered"] = float(value)
     finally:
-        model.train(training)
+        for module, training in modes:  # parts of a model may have been in another mode than the whole
+            module.training = training
     if inference == "dense":
         for module in plain.modules():
             if getattr(module, "_compiled_call_impl", None) is not None:
@@ -347,6 +370,9 @@ def _check_finalize(inference: str, recover: str | None, batches: Any, steps: in
     if recover not in (None, "dense", "distill"):
         raise OptionError(f"recover: expected 'dense', 'distill' or None, got {recover!r}")
     if recover is not None:
+        if batches is not None and (not hasattr(batches, "__getitem__") or isinstance(batches, Mapping)):
+            remedy = "write list(loader), or [batch] for a single one"
+            raise OptionError(f"batches: expected a list of inputs, got a {type(batches).__name__}; {remedy}")
         if not batches:
             raise OptionError(f"recover={recover!r} needs batches: a list of inputs to train on")
         if steps < 1 or not lr > 0:

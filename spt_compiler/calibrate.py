@@ -87,7 +87,8 @@ def _maintain(state: SiteState, weights: Callable[[], Any], after_backward: bool
     next_step = steps + 1
     # The first sparse step is measured, then one in every `guard.interval`.
     measure = state.initialised and (
-        _is_looked_at(state, next_step, interval) or (interval > 0 and state.counter("measured_at") == 0)
+        _is_looked_at(state, next_step, interval)
+        or (interval > 0 and state.counter("measured_at") == 0 and steps >= config.dense_steps)  # type: ignore[union-attr]
     )
     collect = learns and (not state.initialised or learning.is_due(next_step) or not learning.ring_is_full(state))
     state.set_probe(

@@ -734,6 +734,16 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
             f"attention.select {select!r} needs attention.granularity {partner!r} ({reason}), got {granularity!r}; "
             f"set attention.granularity to {partner!r} or attention.select to 'pq'{note}"
         )
+    if values["attention.compensation"] and granularity == "token":
+        raise OptionError(
+            "attention.compensation needs attention.granularity 'tile' (a pseudo-key stands for a tile), got 'token'; "
+            "set attention.granularity to 'tile' or attention.compensation to false"
+        )
+    if values["inner_options"] and values["inner"] != "inductor":
+        raise OptionError(
+            f"inner_options are for Inductor, and inner is {values['inner']!r}, which takes none; leave them out or set inner to "
+            "'inductor'"
+        )
 
 
 def replace(config: SPTConfig, **dotted: Any) -> SPTConfig:

@@ -189,6 +189,8 @@ class CompiledGraph:
         if bound.pinned is None:
             bound.pinned = self._pinned(bound)
         for state, binding, pinned in zip(bound.states, self.bindings, bound.pinned, strict=True):
+            if state.settings is None:  # a site that `sites` makes exact: nothing learns there
+                continue
             weights = functools.partial(learning.evaluate_weights, binding.weights, arguments)
             try:
                 calibrate.maintain(state, weights, after_backward=after_backward, pinned=pinned)
@@ -202,7 +204,7 @@ class CompiledGraph:
                         f"the site keeps what it has learned",
                         stacklevel=2,
                     )
-        bound.first_use = any(not s.initialised for s in bound.states)
+        bound.first_use = any(not s.initialised for s in bound.states if s.settings is not None)
 
     def _pinned(self, bound: _Bound) -> list[bool]:
         first, last = self.config.dense_layers
@@ -274,6 +276,7 @@ def judge() -> None:
     misses = sorted({f"{r.name} ({r.where}): {r.reason}" for g in graphs for r in g.reports if r.status == "skipped"})
     nearest = "; ".join(misses[:5]) if misses else "no candidate was seen"
     if replaced < required:
+        _local.unjudged = True  # the next call fails as well
         raise SPTError(f"{replaced} site(s) replaced, require_matches = {required}; skipped: {nearest}", stage="match")
     warnings.warn(
         f"spt_compiler replaced nothing: the model runs dense. Nearest misses: {nearest}. "

@@ -242,9 +242,10 @@ class StateStore:
         waiting = self._pending.get(anchor) or self._of_shard(anchor)
         if waiting:
             ordinal = sum(kind == spec.kind for kind, _ in self._sites.get(anchor, {}))
-            saved = waiting.pop((spec.kind, ordinal), None)
+            saved = waiting.get((spec.kind, ordinal))
             if saved is not None:
                 _fill(state, saved, path or spec.kind)
+                del waiting[spec.kind, ordinal]  # what does not fit goes on waiting: for the options that it was learned with
         return state
 
     def _of_shard(self, anchor: Tensor) -> dict | None:
@@ -297,7 +298,8 @@ class StateStore:
         grouped: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             site, dot, tensor = key.rpartition(".")
-            if not dot or site.count("/") < 2 or not isinstance(value, Tensor):
+            _, kind, ordinal = ["", "", *site.split("/")][-3:]
+            if not dot or kind not in ("attention", "ffn") or not ordinal.isdecimal() or not isinstance(value, Tensor):
                 raise StateError(
                     f"key {key!r} is not '<module>/<kind>/<ordinal>.<tensor>'; is this an spt_compiler state?"
                 )
@@ -384,13 +386,13 @@ def _check(state: SiteState, saved: Mapping[str, Tensor], site: str) -> None:
                 f"other options (blocks, codewords, subspaces) or for another model",
                 site=site,
             )
+    missing = state.tensors.keys() - saved.keys()
+    if missing:
+        raise StateError(f"state lacks the tensor(s) {sorted(missing)}", site=site)
 
 
 def _fill(state: SiteState, saved: Mapping[str, Tensor], site: str) -> None:
     _check(state, saved, site)
-    missing = state.tensors.keys() - saved.keys()
-    if missing:
-        raise StateError(f"state lacks the tensor(s) {sorted(missing)}", site=site)
     state.assign(**saved)
     state.settled = False
     if state.ledger is not None:
@@ -405,6 +407,8 @@ def save(state: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     from safetensors.torch import save_file
 
     path = Path(path)
+    if path.is_dir():
+        raise StateError(f"cannot write {path}: it is a folder; name a file in it, such as {path / 'spt_state.safetensors'}")
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)

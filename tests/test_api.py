@@ -110,12 +110,22 @@ def test_recovery_moves_only_what_may_move():
         spt_compiler.finalize(model, data[0], recover="dense", batches=data, steps=3)
 
 
+def test_finalize_leaves_every_module_in_its_mode():
+    model = trained()
+    model.stack.blocks[0].eval()
+    spt_compiler.finalize(model, batches(1)[0], recover="distill", batches=batches(1), steps=1)
+    assert model.training and model.stack.blocks[1].training
+    assert not any(m.training for m in model.stack.blocks[0].modules())
+
+
 @pytest.mark.parametrize(
     "bad, match",
     [
         ({"inference": "spare"}, "inference"),
         ({"recover": "yes"}, "recover"),
         ({"recover": "dense"}, "batches"),
+        ({"recover": "dense", "batches": torch.utils.data.DataLoader([1])}, r"DataLoader; write list\(loader\)"),
+        ({"recover": "dense", "batches": {"x": 1}}, r"\[batch\]"),
         ({"recover": "distill", "batches": [1], "steps": 0}, "steps"),
         ({"recover": "distill", "batches": [1], "lr": 0.0}, "lr"),
     ],
@@ -195,7 +205,68 @@ def test_tune_finds_every_site_however_much_was_compiled_before():
         assert len(debug.reports()) == graphs
 
 
+@pytest.mark.parametrize(
+    "later", [{"dense_steps": 100}, {"ffn.schedule": [1.0, 100]}, {"ffn.max_rel_error": 1e-9}], ids=lambda o: next(iter(o))
+)
+def test_tune_tries_the_densities_that_training_arrives_at(later):
+    """Whatever keeps a site denser at first, or moves it, says nothing of what a density costs."""
+    torch.manual_seed(0)
+    model, x = Stack(1), torch.randn(2, 100, 48)
+    options = {"attention.min_keys": 0, "ffn.min_width": 0}
+    expected = spt_compiler.tune(model, x, max_rel_error=0.3, target="memory", options=options)["sites"]
+    assert expected["blocks.0/ffn"] != {"ffn.density": 0.25}
+    assert spt_compiler.tune(model, x, max_rel_error=0.3, target="memory", options=options | later)["sites"] == expected
+
+
+def test_tune_tries_the_densities_of_sites_where_these_are_given():
+    torch.manual_seed(0)
+    options = {"attention.min_keys": 0, "ffn.min_width": 0, "sites": {"*": {"ffn.density": 0.75, "attention.density": 1.0}}}
+    tuned = spt_compiler.tune(Stack(1), torch.randn(2, 100, 48), max_rel_error=10.0, target="memory", options=options)
+    assert tuned["sites"]["blocks.0/ffn"] == {"ffn.density": 0.75}
+    assert tuned["sites"]["blocks.0/attention"] == {"attention.density": 1.0}
+
+
 def test_tune_refuses_bad_arguments():
-    for bad in ({"target": "fun"}, {"max_rel_error": 0}):
+    limits = ({"max_rel_error": limit} for limit in (0, "0.1", None))
+    for bad in ({"target": "fun"}, *limits, {"options": {"ffn.densty": 1}}, {"options": {"preset": "exact"}}):
         with pytest.raises(spt_compiler.OptionError):
             spt_compiler.tune(Stack(1), torch.randn(1, 8, 48), **{"max_rel_error": 0.1, **bad})
+
+
+# ---- compile ------------------------------------------------------------------------------------------------------
+
+
+def densities(model) -> list[float]:
+    for _ in range(3):
+        model(torch.randn(2, 100, 48)).square().mean().backward()
+    return [m["density"] for m in spt_compiler.metrics(model).values()]
+
+
+def test_the_last_compilation_is_in_force():
+    model = Stack(2)
+    model.compile(backend="spt", options=SPARSE)
+    assert densities(model) == [0.25, 0.5] * 2
+    spt_compiler.compile(model, **SPARSE | {"attention.density": 0.5})
+    assert densities(model) == [0.5, 0.5] * 2
+    model.compile(backend="spt", options={**SPARSE, "ffn.density": 0.25})
+    assert densities(model) == [0.25, 0.25] * 2
+
+
+def test_compile_says_what_it_wants():
+    with pytest.raises(spt_compiler.OptionError, match=r"compile\(model, \*\*\{'seed': 1\}\)"):
+        spt_compiler.compile(Stack(1), options={"seed": 1})
+    for bad, word in ((torch.relu, "a builtin"), (torch.compile(Stack(1)), "what torch.compile returned")):
+        with pytest.raises(spt_compiler.SPTError, match=f"plain module, got {word}"):
+            spt_compiler.compile(bad)
+
+
+def test_what_was_written_for_sparse_training_runs_switched_off(monkeypatch):
+    monkeypatch.setenv("SPT_DISABLE", "1")
+    model = Stack(1)
+    model.compile(backend="spt", options={**SPARSE, "preset": "paper", "require_matches": 2})
+    assert spt_compiler.prepare(model, torch.randn(2, 100, 48)) is model
+    assert spt_compiler.parameters(model) == []
+    out = model(torch.randn(2, 100, 48))
+    assert spt_compiler.auxiliary_loss(model).item() == 0
+    (out.sum() + spt_compiler.auxiliary_loss(model)).backward()
+    assert spt_compiler.metrics(model) == {}

@@ -132,6 +132,9 @@ def test_precedence_is_options_then_environment_then_preset():
         ({"attention.select": "mean", "attention.granularity": "token"}, ["'mean' needs", "'tile'", "'pq'"]),
         ({"attention.select": "pq-match"}, ["needs attention.granularity 'token'", "'pq'"]),
         ({"preset": "paper", "attention.granularity": "tile"}, ["preset 'paper'"]),
+        ({"attention.compensation": True, "attention.granularity": "token"}, ["granularity 'tile'", "got 'token'"]),
+        ({"sites": {"*": {"attention.granularity": "token"}}, "attention.compensation": True}, ["sites['*']", "'tile'"]),
+        ({"inner": "aot_eager", "inner_options": {"max_autotune": True}}, ["inner_options", "'aot_eager'", "'inductor'"]),
     ],
 )
 def test_wrong_options_say_what_was_expected(options, words):

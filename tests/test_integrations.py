@@ -56,7 +56,7 @@ def trainer(folder, model, callbacks=(), **arguments):
     }
     settings.update(arguments)
     arguments = transformers.TrainingArguments(**settings)
-    return transformers.Trainer(model=model, args=arguments, train_dataset=Words(), callbacks=list(callbacks))
+    return transformers.Trainer(model, arguments, train_dataset=Words(), eval_dataset=Words(), callbacks=list(callbacks))
 
 
 # ---- accelerate ---------------------------------------------------------------------------------------------------
@@ -153,6 +153,31 @@ def test_callback_leaves_a_compiled_model_alone_and_checks_options(tmp_path):
     call = model._compiled_call_impl
     trainer(tmp_path, model, [SptCallback(EAGER)], max_steps=1, save_strategy="no").train()
     assert model._compiled_call_impl is call and not spt_compiler.metrics(model)
+
+
+def test_the_best_model_comes_with_its_state(tmp_path):
+    """Evaluated again, it is as good as when it was found best."""
+    model = tiny_gpt2()
+    run = trainer(
+        tmp_path, model, [SptCallback(EAGER)], max_steps=8, save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    run.train()
+    assert not run.state.best_model_checkpoint.endswith("-8")
+    expected = spt_compiler.state.load(f"{run.state.best_model_checkpoint}/{STATE_FILE}")
+    assert all(torch.equal(expected[name], value) for name, value in spt_compiler.state_dict(model).items())
+    assert run.evaluate()["eval_loss"] == run.state.best_metric
+
+
+def test_options_that_the_callback_does_not_use_are_named(tmp_path, caplog):
+    model = spt_compiler.compile(tiny_gpt2(), **EAGER)
+    trainer(tmp_path, model, [SptCallback({"ffn.density": 0.25})], max_steps=1, save_strategy="no").train()
+    assert "options of SptCallback are not used" in caplog.text
+    caplog.clear()
+    run = trainer(tmp_path, tiny_gpt2(), [SptCallback(EAGER)], max_steps=1, save_strategy="no")
+    run.train()
+    run.train()
+    assert "not used" not in caplog.text
 
 
 def test_callback_adds_the_auxiliary_loss(tmp_path):

@@ -269,6 +269,27 @@ def test_dense_steps_and_dense_layers_are_data():
     assert by_name["blocks.1.qkv/attention/0"] == 0.25 and by_name["blocks.1.fc1/ffn/0"] == 0.5
 
 
+def test_what_ran_dense_is_not_taken_for_the_error_of_the_sparse_site():
+    model, x = Stack(1), batch(300)
+    run = compiled(model, dense_steps=3)
+    for _ in range(7):
+        run(x).square().mean().backward()
+        error = spt_compiler.metrics(model)["blocks.0.qkv/attention/0"].get("rel_error")
+        assert error is None or error > 0.01
+    assert error is not None
+
+
+def test_a_site_made_exact_learns_nothing_and_disturbs_nobody():
+    model, x = Stack(2), batch()
+    run = compiled(model, sites={"blocks.0*": {"exact": True}})
+    for _ in range(3):
+        run(x).square().mean().backward()
+    rows = spt_compiler.metrics(model)
+    assert all(row["density"] == 1 and not row["updates"] for name, row in rows.items() if name.startswith("blocks.0"))
+    assert all(row["updates"] for name, row in rows.items() if name.startswith("blocks.1"))
+    assert relative(run(x), model(x)) > 1e-3
+
+
 def test_metrics_measure_every_site():
     model, x = Stack(2), batch(300)
     run = compiled(model, **{"guard.interval": 1})

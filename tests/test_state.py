@@ -239,11 +239,31 @@ def test_another_shape_changes_nothing():
     bad["blocks.0.qkv/attention/0.key_mean"] = torch.full_like(before["blocks.0.qkv/attention/0.key_mean"], 7.0)
     with pytest.raises(StateError, match=r"router_weight.*\(3, 48\).*expected \(8, 48\)"):
         spt_compiler.load_state_dict(model, bad)
+    del bad["blocks.0.fc1/ffn/0.router_weight"]
+    with pytest.raises(StateError, match=r"lacks.*router_weight"):
+        spt_compiler.load_state_dict(model, bad)
     after = spt_compiler.state_dict(model)
     assert all(torch.equal(after[k], before[k]) for k in before)
 
 
-@pytest.mark.parametrize("key", ["nonsense", "a.b.weight", "a/ffn.x"])
+def test_state_that_does_not_fit_the_options_waits_for_those_that_it_fits():
+    model = Stack(1)
+    train_steps(model, compiled(model), [batch(seed=i) for i in range(3)])
+    saved = spt_compiler.state_dict(model)
+    torch._dynamo.reset()
+    fresh = Stack(1)
+    spt_compiler.load_state_dict(fresh, saved)
+    run = torch.compile(fresh, backend="spt", options={**SPARSE, "ffn.blocks": 4})
+    for _ in range(2):
+        with pytest.raises(StateError, match="other options"):
+            run(batch())
+    with torch.no_grad():
+        compiled(fresh)(batch())
+    got = spt_compiler.state_dict(fresh)
+    assert torch.equal(got["blocks.0.fc1/ffn/0.router_weight"], saved["blocks.0.fc1/ffn/0.router_weight"])
+
+
+@pytest.mark.parametrize("key", ["nonsense", "a.b.weight", "a/ffn.x", "a/ffn/x.y", "a/router/0.x"])
 def test_malformed_keys_are_refused(key):
     with pytest.raises(StateError, match="spt_compiler state"):
         spt_compiler.load_state_dict(Stack(1), {key: torch.zeros(1)})
@@ -284,6 +304,9 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_an_unwritable_folder_is_named(tmp_path):
     with pytest.raises(StateError, match="cannot write .*missing"):
         spt_compiler.save_state(Stack(1), tmp_path / "missing" / "state")
+    with pytest.raises(StateError, match="is a folder; name a file in it"):
+        spt_compiler.save_state(Stack(1), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def _spec(width: int = 3) -> StateSpec:

@@ -33,7 +33,8 @@ class SptCallback(TrainerCallback):
             Choose False to leave that to `model.compile(backend="spt")` or `TrainingArguments`.
         auxiliary_weight: adds this much of `spt_compiler.auxiliary_loss` to the training loss (preset "paper", whose
             authors take 1e-2). It needs `compile=True`: a loss inside a graph compiled by others cannot be added to.
-        save: write `spt_state.safetensors` into each checkpoint, and read it back when training resumes from one.
+        save: write `spt_state.safetensors` into each checkpoint, and read it back when training resumes from one, or ends with
+            the weights of the best one (`load_best_model_at_end`).
 
     Raises: OptionError for bad options, ValueError for an auxiliary weight without `compile`.
     """
@@ -55,11 +56,17 @@ class SptCallback(TrainerCallback):
         self.save = save
         self._hook: Any = None
         self._reported = False
+        self._has_compiled = False
+        self._has_warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.compile and not _is_compiled(model):
             spt_compiler.compile(model, **self.options)
+            self._has_compiled = True
+        elif self.options and not self._has_compiled:
+            log.warning("the options of SptCallback are not used: the model is compiled already, or compile=False")
         if self.auxiliary_weight:
+            self._remove_hook()  # of a training that failed
             self._hook = model.register_forward_hook(self._add_auxiliary_loss)
         if self.save and state.global_step:
             # The trainer does not tell callbacks which folder it resumes from; nearly always it is this one.
@@ -94,7 +101,15 @@ class SptCallback(TrainerCallback):
         if self.save and state.is_world_process_zero and folder.is_dir() and spt_compiler.metrics(model):
             spt_compiler.save_state(model, folder / STATE_FILE)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._remove_hook()
+        if self.save and args.load_best_model_at_end and state.best_model_checkpoint:
+            path = Path(state.best_model_checkpoint) / STATE_FILE  # the weights are those of this checkpoint again
+            if path.exists():
+                spt_compiler.load_state(model, path)
+                log.info("learned state of the best model read from %s", path)
+
+    def _remove_hook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -108,7 +123,9 @@ class SptCallback(TrainerCallback):
         try:
             auxiliary = spt_compiler.auxiliary_loss(model)
         except SPTError as error:
-            log.warning("no auxiliary loss in this step: %s", error)
+            if not self._has_warned:
+                self._has_warned = True
+                log.warning("no auxiliary loss is added: %s", error)
             return output
         output["loss"] = loss + self.auxiliary_weight * auxiliary.to(loss.device)
         return output
