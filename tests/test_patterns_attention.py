@@ -787,6 +787,19 @@ def test_whatever_is_rewritten_computes_the_same(program, dim, end):
     assert len(taken) <= (end in ("", "a gate", "probabilities are masked"))
 
 
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("lead", [(2, 1), (1, 3), (1, 1), (2, 3)])
+def test_keys_and_values_that_several_leading_dims_share(lead, library):
+    """Windows, or frames, with keys of their own or of all: broadcasting widens either leading dim."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v, m):
+            return F.scaled_dot_product_attention(q, k, v) if library else torch.softmax((q @ k.mT).masked_fill(m, -1e9), -1) @ v
+
+    q, k, v = numbers(2, 3, 4, 6, 8), numbers(*lead, 4, 6, 8, seed=1), numbers(*lead, 4, 6, 5, seed=2)
+    assert blocks.assert_exact_is_eager(Attention(), q, k, v, PADDING[0, 0, 0] < 0) == ["attention"]
+
+
 LEFT = torch.zeros(2, 1, 1, 6, dtype=torch.float64)
 LEFT[1, ..., :2] = LOW
 
