@@ -548,6 +548,21 @@ def test_multihead_attention_is_opened(weights, masked):
     assert ("softmax" in names) if weights else ("scaled_dot_product_attention" in names)
 
 
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "add_zero_attn": True}])
+def test_multihead_attention_of_symbolic_sizes_is_opened(weights, options):
+    """Any training with batches of other sizes comes to this."""
+    torch.manual_seed(0)
+
+    class Call(Attention):
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=weights)[0]
+
+    names = calls(canonical(Call(**options), numbers(2, 5, 8), dynamic=True))
+    assert "multi_head_attention_forward" not in names
+    assert ("softmax" in names) if weights else ("scaled_dot_product_attention" in names)
+
+
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_the_inference_only_encoder_layer_is_opened(norm_first, activation):

@@ -800,6 +800,38 @@ def test_keys_and_values_that_several_leading_dims_share(lead, library):
     assert blocks.assert_exact_is_eager(Attention(), q, k, v, PADDING[0, 0, 0] < 0) == ["attention"]
 
 
+def test_a_fill_that_is_an_attribute_of_the_model():
+    """With dynamic shapes Dynamo makes a symbol of it."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low = -1e9
+
+        def forward(self, q, k, v):
+            return torch.softmax((q @ k.mT).masked_fill(~torch.ones(q.shape[2], 6).bool().tril(), self.low), -1) @ v
+
+    model = Attention()
+    q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0)) for x in (Q, K, V))
+    for x in (q, k, v):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        torch._dynamo.mark_static(x, 1)
+    assert only(model, q, k, v, dynamic=True).empty == "uniform"
+
+
+def test_heads_in_the_batch_of_symbolic_sizes():
+    """Products of batch * heads, scaled, split for the mask and folded back: sizes that rules read are no readers of scores."""
+
+    def function(x, keys):
+        b, t, _ = x.shape
+        q, k, v = (x.view(b, t, 4, 8).transpose(1, 2).reshape(b * 4, t, 8) * i for i in (1.0, 2.0, 3.0))
+        s = (torch.bmm(q, k.transpose(1, 2)) / 3.0).view(b, 4, t, t).masked_fill(~keys[:, None, None], -math.inf)
+        return torch.bmm(torch.softmax(s.view(b * 4, t, t), -1), v).view(b, 4, t, 8)
+
+    c = only(function, numbers(2, 6, 32), torch.arange(6) < torch.tensor([[6], [4]]), dynamic=True)
+    assert c.scale == pytest.approx(1 / 3) and len(c.allowed) == 1
+
+
 LEFT = torch.zeros(2, 1, 1, 6, dtype=torch.float64)
 LEFT[1, ..., :2] = LOW
 

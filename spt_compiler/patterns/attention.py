@@ -354,17 +354,16 @@ def _plus(logits: Logits, node: Node) -> Node | Reject:
     return x
 
 
-def _filled(
-    logits: Logits, node: Node, x: Any, mask: Any, fill: Any, masks: list[Node], inverse: list[Node]
-) -> Node | Reject:
-    if not isinstance(fill, (int, float)) or isinstance(fill, bool):
+def _filled(logits: Logits, node: Node, x: Any, mask: Any, fill: Any, masks: list[Node], inverse: list[Node]) -> Node | Reject:
+    value = number(fill)
+    if value is None:
         return Reject("masked scores are taken from a tensor ({})", describe(fill))
     if not isinstance(x, Node) or not same_shape(shape(x), shape(node)):
         return Reject("a mask widens the scores")
     refused = logits.sealed("a mask is applied")
     if refused is not None:
         return refused
-    effective = float(fill) * logits.factor
+    effective = float(value) * logits.factor
     if math.isnan(effective) or effective > HIDDEN:
         return Reject("masked scores are set to {}, which does not hide them", effective)
     if logits.floor or logits.bounded_only:
