@@ -406,6 +406,8 @@ class Rewriter:
             term = node if factor == 1.0 else self.emit(torch.mul, node, factor)
             term = self._mask_dims(term, value_of(node), c.q, rank)
             total = term if total is None else self.emit(torch.add, total, term)
+        if total is not None and mask.lowest is not None:
+            total = self.emit(torch.clamp, total, min=mask.lowest)
         allowed: fx.Node | None = None
         for node in (*mask.allowed, *mask.disallowed):
             term = self.emit(torch.logical_not, node) if node in mask.disallowed else node

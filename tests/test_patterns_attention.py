@@ -42,7 +42,8 @@ def attend(c: AttentionCapture, values: dict[Any, Any]) -> Tensor:
     if c.softcap is not None:
         logits = c.softcap * torch.tanh(logits / c.softcap)
     for node, factor in c.bias:
-        logits = logits + values[node] * factor
+        bias = values[node] * factor
+        logits = logits + (bias if c.lowest is None else bias.clamp(min=c.lowest))
     allowed = torch.ones_like(logits, dtype=torch.bool)
     for node in c.allowed:
         allowed = allowed & values[node]

@@ -58,6 +58,7 @@ class AttentionCapture:
         bias: float tensors added to the logits, each with the number that later scaling gives it.
         allowed: bool masks, True = may attend. disallowed: bool masks, True = masked out.
         causal: key index <= query index, aligned top left.
+        lowest: the bias is at least this number, whatever the tensor says (the scores are clamped there); None: no bound.
         softcap: c of c * tanh(logits / c), applied before bias and masks.
         dropout_p: of the probabilities. empty: what a row without any allowed key gives ("zero", "nan", or the "uniform"
             mean of all values). enable_gqa: a key head serves H / Hkv consecutive query heads.
@@ -73,6 +74,7 @@ class AttentionCapture:
     allowed: tuple[Node, ...] = ()
     disallowed: tuple[Node, ...] = ()
     causal: bool = False
+    lowest: float | None = None
     softcap: float | None = None
     dropout_p: float = 0.0
     empty: str = "nan"
@@ -251,7 +253,7 @@ class Logits:
     disallowed: list[Node] = field(default_factory=list)
     fills: list[float] = field(default_factory=list)
     bias_over_fill: bool = False  # a bias was added to filled scores (it was read before them)
-    floor: bool = False
+    floor: float | None = None  # the scores are clamped at the lowest number of their dtype
     bounded_only: bool = False  # the scores are clamped far out: above that no mask may stand
     softcap: float | None = None
 
@@ -366,7 +368,7 @@ def _filled(logits: Logits, node: Node, x: Any, mask: Any, fill: Any, masks: lis
     effective = float(value) * logits.factor
     if math.isnan(effective) or effective > HIDDEN:
         return Reject("masked scores are set to {}, which does not hide them", effective)
-    if logits.floor or logits.bounded_only:
+    if logits.floor is not None or logits.bounded_only:
         return Reject("a mask is applied before the scores are clamped")
     if mask.target is operator.invert and not logits.context.analysis.is_written(mask.args[0]):
         mask, masks = mask.args[0], inverse
@@ -407,8 +409,8 @@ def _clamp(logits: Logits, node: Node) -> Node | Reject:
     lowest = high is None and low is not None and low <= torch.finfo(dtype(node)).min  # type: ignore[arg-type]
     if lowest and not (logits.bounded_only or logits.softcap or logits.bias or logits.fills or logits.scale_nodes):
         # Only -inf, or a sum of two masks, lies below: a fully masked row becomes uniform, nothing else changes.
-        logits.floor = True
-    elif logits.floor:
+        logits.floor = float(low) * logits.factor  # type: ignore[arg-type]
+    elif logits.floor is not None:
         return Reject("the scores are clamped twice, at last to [{}, {}]", low, high)
     else:
         # A guard against overflow, beyond any score: it changes nothing unless it caught a mask.
@@ -454,7 +456,7 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
 
 def _empty_rows(logits: Logits) -> str | Reject:
     """What a row without any allowed key gives."""
-    if logits.floor:
+    if logits.floor is not None:
         if len(logits.bias) > 1:
             return Reject("several additive masks are clamped")
         return "uniform"
@@ -593,6 +595,7 @@ def capture_chain(context: Context, node: Node) -> Candidate | Reject | None:
         tuple(logits.bias),
         tuple(logits.allowed),
         tuple(logits.disallowed),
+        lowest=logits.floor,
         softcap=logits.softcap,
         dropout_p=float(below.dropout_p),
         empty=empty,
