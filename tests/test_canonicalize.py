@@ -412,6 +412,13 @@ def test_a_fill_beside_an_additive_mask_is_an_addition():
         tolerance=1e-6,
     )
     assert calls(module)[-4:] == ["masked_fill", "add", "softmax", "matmul"]
+    # Also where that one is subtracted: the distances of ALiBi.
+    module = canonical(
+        lambda q, k, p: F.softmax((q @ k.mT - p * -1.0).masked_fill(torch.ones(6, 6).triu(0).bool(), low), -1) @ k,
+        *(q, k, padding),
+        tolerance=1e-6,
+    )
+    assert calls(module)[-4:] == ["masked_fill", "add", "softmax", "matmul"]
     # Alone, it stays a mask.
     module = canonical(
         lambda q, k: F.softmax((q @ k.mT).masked_fill(torch.ones(6, 6).triu(1).bool(), low), -1) @ k,

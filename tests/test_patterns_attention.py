@@ -410,6 +410,68 @@ def test_a_maximum_that_is_subtracted_is_softmax_s_own_business(shift):
     assert only(function, Q, K, V).scale == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    "softmax",
+    [
+        lambda s: F.log_softmax(s, -1).exp(),
+        lambda s: torch.exp(s.log_softmax(dim=3)),
+        lambda s: (s - s.logsumexp(-1, keepdim=True)).exp(),
+        lambda s: (lambda e: e / e.sum(-1, keepdim=True))(torch.exp(s - s.max(-1, keepdim=True)[0])),
+        lambda s: (lambda e: e / torch.sum(e, dim=3, keepdim=True))((s - s.amax(-1, keepdim=True).detach()).exp()),
+    ],
+)
+def test_a_softmax_by_hand(softmax):
+    c = only(lambda q, k, v: softmax((q @ k.mT * 0.3).masked_fill(~CAUSAL, -math.inf)) @ v, Q, K, V)
+    assert c.scale == pytest.approx(0.3) and len(c.allowed) == 1
+
+
+def test_a_softmax_by_hand_that_divides_the_values():
+    def function(q, k, v):
+        e = torch.exp((s := q @ k.mT) - s.amax(-1, keepdim=True))
+        return (e @ v) / e.sum(-1, keepdim=True)
+
+    assert only(function, Q, K, V).scale == 1.0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: torch.exp(q @ k.mT - (q @ k.mT).amax(-1, keepdim=True)).sum(-1, keepdim=True) * v,
+        lambda q, k, v: (e := torch.exp(q @ k.mT - 1.0)) / e.sum(-1, keepdim=True) @ v,  # it may overflow
+        lambda q, k, v: (e := torch.exp((s := q @ k.mT) - s.amax(-1, keepdim=True))) / (1 + e.sum(-1, keepdim=True)) @ v,
+        lambda q, k, v: (e := torch.exp((s := q @ k.mT) - s.amax(-1, keepdim=True))) / e.sum(-2, keepdim=True) @ v,
+        lambda q, k, v: ((s := q @ k.mT) - s.logsumexp(-2, keepdim=True)).exp() @ v,
+    ],
+)
+def test_exponentials_that_are_no_softmax_over_the_keys(function):
+    assert not sites(function, Q, K, V)[0]
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (lambda q, k, v, w: torch.softmax(F.linear((q @ k.mT).permute(0, 2, 3, 1), w).permute(0, 3, 1, 2), -1) @ v, "permute"),
+        (lambda q, k, v, w: torch.softmax(torch.einsum("bhqk,hg->bgqk", q @ k.mT, w), -1) @ v, "permute"),
+        (lambda q, k, v, w: torch.softmax(F.conv2d(q @ k.mT, w[..., None, None]), -1) @ v, "conv2d"),
+        (lambda q, k, v, w: F.conv2d(torch.softmax(q @ k.mT, -1), w[..., None, None]) @ v, "conv2d"),
+        (lambda q, k, v, w: torch.softmax((q @ k.mT).detach(), -1) @ v, "detach between the scores"),
+        (lambda q, k, v, w: torch.softmax(q @ k.mT, -1).detach() @ v, "detach between the softmax"),
+        (lambda q, k, v, w: torch.softmax(w @ v.mT, -1) @ v, "ranks of q, k, v and scores are 2, 4, 4, 4"),
+    ],
+    ids=["talking heads", "by einsum", "by convolution", "after softmax", "detached scores", "detached probabilities", "queries"],
+)
+def test_near_misses_are_named(function, reason):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(numbers(4, 4))
+
+        def forward(self, q, k, v):
+            return function(q, k, v, self.weight)
+
+    assert reason in refused(Mixed(), Q, K, V[..., :4] if "ranks" in reason else V)
+
+
 def test_two_modalities_that_attend_by_one_product():
     def function(q, k, a, b):
         s = torch.clamp((s := q @ k.mT) - s.max(), min=-5e4, max=5e4)

@@ -186,6 +186,7 @@ _REARRANGES = {
     ),
     *("gather", "index_select", "expand", "repeat", "unsqueeze", "squeeze", "chunk", "split", "unbind", "flip", "roll"),
     *("tril", "triu", "unfold", "narrow", "select", "scatter", "masked_scatter", "as_strided", "new_zeros", "clone"),
+    *("detach", torch.detach),
     *(
         torch.clone,
         torch.tril,
@@ -205,8 +206,17 @@ _NOTHING, _LOOSE, _PLAIN = 0, 1, 2
 
 
 def _is_product(node: Any) -> bool:
-    """A product of two activations."""
-    return isinstance(node, Node) and node.target is torch.matmul and not any(map(is_weight, node.args))
+    """A product of two activations; the left one may be a parameter: queries that are learned, without a projection."""
+    return isinstance(node, Node) and node.target is torch.matmul and not is_weight(node.args[1])
+
+
+def _mixes_heads(node: Node) -> bool:
+    """A linear layer, or a 1x1 convolution, over the heads of scores (talking heads): seen only to name a near miss."""
+    if node.target is F.linear:
+        x = node.args[0]
+        order = x.args[1] if isinstance(x, Node) and x.target is torch.permute else (0,)
+        return rank(node) > 3 and order[-1] not in (len(order) - 1, len(order) - 2)  # type: ignore[index, arg-type]
+    return node.target in (F.conv2d, torch.conv2d)
 
 
 def _score_levels(context: Context) -> dict[Node, int]:
@@ -227,7 +237,7 @@ def _score_levels(context: Context) -> dict[Node, int]:
                 levels[node] = _PLAIN
             continue
         known = node.target in STEPS
-        if not known and node.target not in _REARRANGES:
+        if not known and node.target not in _REARRANGES and not _mixes_heads(node):
             continue
         above = max((levels.get(i, _NOTHING) for i in node.all_input_nodes), default=_NOTHING)
         if above:
@@ -484,7 +494,8 @@ def _leads_to_product(start: Node) -> bool:
         for user in stack.pop().users:
             if _is_product(user):
                 return True
-            if user not in seen and (user.target in STEPS or user.target in _REARRANGES or user.target in _AFTER):
+            follows = user.target in STEPS or user.target in _REARRANGES or user.target in _AFTER or _mixes_heads(user)
+            if user not in seen and follows:
                 seen.add(user)
                 stack.append(user)
     return False
