@@ -112,7 +112,7 @@ def is_bounded(node: Any, limit: float = 1e4) -> bool:
             seen.add(current)
             if current.target in _KEEP_SIZE or (is_tensor(current) and not is_float(current)):
                 continue
-            if current.op not in ("call_function", "call_method") or len(seen) > 64:
+            if current.op not in ("call_function", "call_method") or current.target in _FROM_ZERO or len(seen) > 64:
                 return False
             stack.extend((*current.args, *current.kwargs.values()))
     return True
@@ -123,6 +123,8 @@ _KEEP_SIZE = {
     *(torch.matmul, torch.nn.functional.linear, torch.nn.functional.embedding, torch.nn.functional.layer_norm),
     *(torch.nn.functional.softmax, torch.tanh, torch.sigmoid, torch.sin, torch.cos),
 }
+# Calls that make an infinity of 0, which a mask of zeros and ones has (canonical spellings, and methods without one).
+_FROM_ZERO = {torch.log, torch.reciprocal, torch.rsqrt, *("log2", "log10"), torch.log2, torch.log10}
 
 
 def is_one_element(node: Any) -> bool:

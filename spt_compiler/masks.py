@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from .expression import Expression, call, conjuncts, const, parse, var
-from .graph import dtype, is_tensor, needs_grad, rank, same_size, settled, shape
+from .graph import dtype, is_bounded, is_tensor, needs_grad, rank, same_size, settled, shape
 from .lifting import Index, Lifter, NotLifted, renamed
 from .scope import Scope
 
@@ -41,7 +41,8 @@ class LiftedMask:
         expr: the expression in force ("" if there is none): bool (True = allowed), or float (added to the logits).
         tensors: what it reads as t0, t1, ..., each with the graph that computes it.
         allowed, disallowed: bool masks that are still read (True = allowed, True = masked out). bias: float masks that are
-        still added, with their factors. empty: what a row with nothing allowed does.
+        still added, with their factors. lowest: the sum of those is clamped there from below (None: it is not).
+        empty: what a row with nothing allowed does.
     """
 
     expr: str
@@ -50,6 +51,7 @@ class LiftedMask:
     disallowed: tuple[fx.Node, ...]
     bias: tuple[tuple[fx.Node, float], ...]
     empty: str
+    lowest: float | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -64,7 +66,7 @@ def lift(capture: Any, scope: Scope, scores: tuple[Any, ...]) -> LiftedMask:
     """
     site = _Site(scope, tuple(map(settled, scores)))
     conditions = [_CAUSAL] if capture.causal else []
-    added: list[Expression] = []
+    added: list[tuple[fx.Node, Expression]] = []
     allowed: list[fx.Node] = []
     disallowed: list[fx.Node] = []
     bias: list[tuple[fx.Node, float]] = []
@@ -74,10 +76,12 @@ def lift(capture: Any, scope: Scope, scores: tuple[Any, ...]) -> LiftedMask:
             bias.append((_without_expansion(scope, node), factor))
         elif found == const(0.0):
             continue  # it allows everything
-        elif _hides(found) and (found.args[2].value == float("-inf") or all(map(_keeps_itself, site.rows(found.args[0])))):
-            conditions.append(found.args[0])  # a finite fill is as good as -inf where every row allows something
+        elif _hides(found) and found.args[2].value == float("-inf"):
+            conditions.append(found.args[0])
+        elif capture.lowest is not None and not (_hides(found) and found.args[2].value >= capture.lowest):
+            added.append((node, site.lifter.build.make("max", found, capture.lowest)))
         else:
-            added.append(found)
+            added.append((node, found))
     for given, kept, inverse in ((capture.allowed, allowed, False), (capture.disallowed, disallowed, True)):
         for node in given:
             for part in [node] if inverse else _conjuncts(scope, node):
@@ -86,11 +90,19 @@ def lift(capture: Any, scope: Scope, scores: tuple[Any, ...]) -> LiftedMask:
                     kept.append(_without_expansion(scope, part))
                 else:
                     conditions.append(site.lifter.build.make("not", condition) if inverse else condition)
+    # A finite fill is as good as -inf where every row keeps its own key, whatever the other masks hide. Elsewhere a row that
+    # another mask empties would attend to what the fill hides, as it does where the fill is a number.
+    fills = [(n, e) for n, e in added if _hides(e) and all(map(_keeps_itself, site.rows(e.args[0])))]
+    others = [*(n for n, _ in bias), *(n for n, e in added if (n, e) not in fills)]
+    hidden = [*allowed, *disallowed, *(c for condition in conditions for c in site.rows(condition) if not _keeps_itself(c))]
+    if not hidden and all(is_bounded(n, -_MASKED_OUT) for n in others):
+        conditions = [*(e.args[0] for _, e in fills), *conditions]
+        added = [pair for pair in added if pair not in fills]
     parts = _ordered(c for condition in conditions for c in conjuncts(condition))
-    exprs, tensors = renamed(site.lifter, [*parts, *added])
-    return LiftedMask(
-        _joined(exprs[: len(parts)], exprs[len(parts) :]), tensors, tuple(allowed), tuple(disallowed), tuple(bias), capture.empty
-    )
+    exprs, tensors = renamed(site.lifter, [*parts, *(e for _, e in added)])
+    expr = _joined(exprs[: len(parts)], exprs[len(parts) :])
+    lowest = capture.lowest if bias else None
+    return LiftedMask(expr, tensors, tuple(allowed), tuple(disallowed), tuple(bias), capture.empty, lowest)
 
 
 def _ordered(parts: Iterable[Expression]) -> list[Expression]:

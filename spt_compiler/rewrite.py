@@ -18,7 +18,7 @@ import torch
 import torch._functorch.config
 from torch import fx
 
-from .graph import settled, shape
+from .graph import same_size, settled, shape
 from .masks import LiftedMask
 from .patterns import AttentionCapture, FFNCapture, Weight
 from .plan import Plan, value_of
@@ -301,10 +301,11 @@ class Rewriter:
         dtypes = [value_of(n).dtype for n in (c.q, c.k, c.v)]
         common = torch.promote_types(torch.promote_types(dtypes[0], dtypes[1]), dtypes[2])
         q, k, v = (
-            self._four_dims(n if d == common else self.emit(torch.ops.aten.to.dtype, n, common), rank)
+            n if d == common else self.emit(torch.ops.aten.to.dtype, n, common)
             for n, d in zip((q_node, k_node, c.v), dtypes, strict=True)
         )
-        k, v = self._match_batch(c, q, k, v)
+        k, v = self._match_batch(c, k, v)
+        q, k, v = (self._four_dims(n, rank) for n in (q, k, v))
         mask = plan.mask
         assert mask is not None
         bias, expr = self._bias(c, mask, rank), mask.expr
@@ -384,17 +385,19 @@ class Rewriter:
         size = settled(value_of(node).shape[dim])
         return size if isinstance(size, int) else self.emit(torch.ops.aten.sym_size.int, node, dim)
 
-    def _match_batch(self, c: AttentionCapture, q: fx.Node, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """Expands keys and values of batch 1 to the queries' batch, as broadcasting did."""
-        q_lead, k_lead, v_lead = (shape(n)[:1] if value_of(n).dim() >= 3 else () for n in (c.q, c.k, c.v))
+    def _match_batch(self, c: AttentionCapture, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Expands leading dims of size one of keys and values (all but the heads) to the queries', as broadcasting did."""
+        rank = value_of(c.q).dim()
+        lead = 1 if rank == 3 else max(0, rank - 3)
 
-        def widen(node: fx.Node, lead: Sequence[Any]) -> fx.Node:
-            if not lead or not isinstance(lead[0], int) or lead[0] != 1 or q_lead == lead:
+        def widen(node: fx.Node, source: fx.Node) -> fx.Node:
+            ones = [d for d in range(lead) if same_size(shape(source)[d], 1) and not same_size(shape(c.q)[d], 1)]
+            if not ones:
                 return node
-            batch = self.emit(torch.ops.aten.sym_size.int, q, 0)
-            return self.emit(torch.ops.aten.expand.default, node, [batch, -1, -1, -1])
+            sizes = [self._size(c.q, d) if d in ones else -1 for d in range(rank)]
+            return self.emit(torch.ops.aten.expand.default, node, sizes)
 
-        return widen(k, k_lead), widen(v, v_lead)
+        return widen(k, c.k), widen(v, c.v)
 
     def _bias(self, c: AttentionCapture, mask: LiftedMask, rank: int) -> fx.Node | None:
         """What is left of the site's masks as one: None, a bool tensor (True = allowed) or a float tensor that is added."""
@@ -403,6 +406,8 @@ class Rewriter:
             term = node if factor == 1.0 else self.emit(torch.mul, node, factor)
             term = self._mask_dims(term, value_of(node), c.q, rank)
             total = term if total is None else self.emit(torch.add, total, term)
+        if total is not None and mask.lowest is not None:
+            total = self.emit(torch.clamp, total, min=mask.lowest)
         allowed: fx.Node | None = None
         for node in (*mask.allowed, *mask.disallowed):
             term = self.emit(torch.logical_not, node) if node in mask.disallowed else node

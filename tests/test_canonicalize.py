@@ -412,6 +412,13 @@ def test_a_fill_beside_an_additive_mask_is_an_addition():
         tolerance=1e-6,
     )
     assert calls(module)[-4:] == ["masked_fill", "add", "softmax", "matmul"]
+    # Also where that one is subtracted: the distances of ALiBi.
+    module = canonical(
+        lambda q, k, p: F.softmax((q @ k.mT - p * -1.0).masked_fill(torch.ones(6, 6).triu(0).bool(), low), -1) @ k,
+        *(q, k, padding),
+        tolerance=1e-6,
+    )
+    assert calls(module)[-4:] == ["masked_fill", "add", "softmax", "matmul"]
     # Alone, it stays a mask.
     module = canonical(
         lambda q, k: F.softmax((q @ k.mT).masked_fill(torch.ones(6, 6).triu(1).bool(), low), -1) @ k,
@@ -544,6 +551,21 @@ def test_multihead_attention_is_opened(weights, masked):
             return self.inner(x, need_weights=weights, attn_mask=mask)
 
     names = calls(canonical(Call(), numbers(2, 5, 8)))
+    assert "multi_head_attention_forward" not in names
+    assert ("softmax" in names) if weights else ("scaled_dot_product_attention" in names)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "add_zero_attn": True}])
+def test_multihead_attention_of_symbolic_sizes_is_opened(weights, options):
+    """Any training with batches of other sizes comes to this."""
+    torch.manual_seed(0)
+
+    class Call(Attention):
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=weights)[0]
+
+    names = calls(canonical(Call(**options), numbers(2, 5, 8), dynamic=True))
     assert "multi_head_attention_forward" not in names
     assert ("softmax" in names) if weights else ("scaled_dot_product_attention" in names)
 

@@ -131,6 +131,61 @@ def test_what_is_lifted_and_that_it_is_exact(build, text, added, eager):
     assert_same(gradients(model, torch.compile(model, backend="spt", options=EXACT), x, lengths), expected)
 
 
+class TwoMasks(Masked):
+    """A causal mask with the lowest number, and another mask that may hide what it leaves."""
+
+    def forward(self, x, keys):
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, 2, 12).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-1, -2) * 12**-0.5
+        return self.build(scores, torch.full((t, t), LOWEST).triu(1), keys[:, None, None]).softmax(-1) @ v
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def padding(scores, keys, low):
+    return torch.zeros_like(keys, dtype=scores.dtype).masked_fill(~keys, low)
+
+
+@pytest.mark.parametrize(
+    "build, text",
+    [
+        (lambda s, c, keys: (s + c).masked_fill(~keys, -torch.inf), "where(keys[b, k], where(k <= q, 0.0, LOW), -inf)"),
+        (lambda s, c, keys: s + c + padding(s, keys, -torch.inf), "+ where(k <= q, 0.0, LOW)"),
+        (lambda s, c, keys: s + c + padding(s, keys, LOWEST), "+ where(k <= q, 0.0, LOW)"),
+        (lambda s, c, keys: s + c + keys.float().log(), "+ where(k <= q, 0.0, LOW)"),
+        (lambda s, c, keys: s + c + (1.0 - keys.float()) * -50.0, "where(k <= q, "),  # never as low as what the other hides
+    ],
+    ids=["filled", "minus infinity", "lowest", "logarithm", "finite"],
+)
+def test_a_low_number_is_not_minus_infinity_beside_a_mask_that_hides_the_rest(build, text):
+    """Sequences padded on the left: a row that has nothing but padding attends to what comes after it, and is no nan."""
+    keys = torch.arange(40) >= torch.tensor([[0], [7]])
+    model, x = TwoMasks(build), torch.randn(2, 40, 24)
+    (site,) = spt_compiler.explain(model, x, keys, options=SPARSE).sites
+    assert site.status == "replaced" and text.replace("LOW", str(LOWEST)).replace("keys", "l_keys_") in site.mask
+    expected = gradients(model, model, x, keys)
+    assert not expected[0].isnan().any()
+    assert_same(gradients(model, torch.compile(model, backend="spt", options=EXACT), x, keys), expected)
+
+
+@pytest.mark.parametrize("lifted", [True, False])
+def test_a_sum_of_masks_that_is_clamped(lifted):
+    """max(scores + mask, lowest): where both masks hide, their sum is -inf, and the clamp makes it the lowest number again."""
+
+    def build(s, c, keys):
+        mask = padding(s, keys, LOWEST) + (c if lifted else c + torch.rand_like(c) * 0)
+        return torch.max(s + mask, torch.tensor(LOWEST))
+
+    keys = torch.arange(40) >= torch.tensor([[0], [7]])
+    model, x = TwoMasks(build), torch.randn(2, 40, 24)
+    (site,) = spt_compiler.explain(model, x, keys, options=SPARSE).sites
+    assert site.status == "replaced" and site.mask.startswith("max(" if lifted else "tensor")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="spt", options=EXACT)(x, keys), model(x, keys))
+
+
 def copy_written(b, t, lengths):
     mask = padded_causal(b, t, lengths).clone()
     mask[..., 1:3] = False

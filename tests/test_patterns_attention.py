@@ -42,7 +42,8 @@ def attend(c: AttentionCapture, values: dict[Any, Any]) -> Tensor:
     if c.softcap is not None:
         logits = c.softcap * torch.tanh(logits / c.softcap)
     for node, factor in c.bias:
-        logits = logits + values[node] * factor
+        bias = values[node] * factor
+        logits = logits + (bias if c.lowest is None else bias.clamp(min=c.lowest))
     allowed = torch.ones_like(logits, dtype=torch.bool)
     for node in c.allowed:
         allowed = allowed & values[node]
@@ -407,6 +408,68 @@ def test_a_maximum_that_is_subtracted_is_softmax_s_own_business(shift):
         return torch.softmax(shift(q @ k.mT).masked_fill(HIDDEN, LOW), -1) @ v
 
     assert only(function, Q, K, V).scale == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "softmax",
+    [
+        lambda s: F.log_softmax(s, -1).exp(),
+        lambda s: torch.exp(s.log_softmax(dim=3)),
+        lambda s: (s - s.logsumexp(-1, keepdim=True)).exp(),
+        lambda s: (lambda e: e / e.sum(-1, keepdim=True))(torch.exp(s - s.max(-1, keepdim=True)[0])),
+        lambda s: (lambda e: e / torch.sum(e, dim=3, keepdim=True))((s - s.amax(-1, keepdim=True).detach()).exp()),
+    ],
+)
+def test_a_softmax_by_hand(softmax):
+    c = only(lambda q, k, v: softmax((q @ k.mT * 0.3).masked_fill(~CAUSAL, -math.inf)) @ v, Q, K, V)
+    assert c.scale == pytest.approx(0.3) and len(c.allowed) == 1
+
+
+def test_a_softmax_by_hand_that_divides_the_values():
+    def function(q, k, v):
+        e = torch.exp((s := q @ k.mT) - s.amax(-1, keepdim=True))
+        return (e @ v) / e.sum(-1, keepdim=True)
+
+    assert only(function, Q, K, V).scale == 1.0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: torch.exp(q @ k.mT - (q @ k.mT).amax(-1, keepdim=True)).sum(-1, keepdim=True) * v,
+        lambda q, k, v: (e := torch.exp(q @ k.mT - 1.0)) / e.sum(-1, keepdim=True) @ v,  # it may overflow
+        lambda q, k, v: (e := torch.exp((s := q @ k.mT) - s.amax(-1, keepdim=True))) / (1 + e.sum(-1, keepdim=True)) @ v,
+        lambda q, k, v: (e := torch.exp((s := q @ k.mT) - s.amax(-1, keepdim=True))) / e.sum(-2, keepdim=True) @ v,
+        lambda q, k, v: ((s := q @ k.mT) - s.logsumexp(-2, keepdim=True)).exp() @ v,
+    ],
+)
+def test_exponentials_that_are_no_softmax_over_the_keys(function):
+    assert not sites(function, Q, K, V)[0]
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (lambda q, k, v, w: torch.softmax(F.linear((q @ k.mT).permute(0, 2, 3, 1), w).permute(0, 3, 1, 2), -1) @ v, "permute"),
+        (lambda q, k, v, w: torch.softmax(torch.einsum("bhqk,hg->bgqk", q @ k.mT, w), -1) @ v, "permute"),
+        (lambda q, k, v, w: torch.softmax(F.conv2d(q @ k.mT, w[..., None, None]), -1) @ v, "conv2d"),
+        (lambda q, k, v, w: F.conv2d(torch.softmax(q @ k.mT, -1), w[..., None, None]) @ v, "conv2d"),
+        (lambda q, k, v, w: torch.softmax((q @ k.mT).detach(), -1) @ v, "detach between the scores"),
+        (lambda q, k, v, w: torch.softmax(q @ k.mT, -1).detach() @ v, "detach between the softmax"),
+        (lambda q, k, v, w: torch.softmax(w @ v.mT, -1) @ v, "ranks of q, k, v and scores are 2, 4, 4, 4"),
+    ],
+    ids=["talking heads", "by einsum", "by convolution", "after softmax", "detached scores", "detached probabilities", "queries"],
+)
+def test_near_misses_are_named(function, reason):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(numbers(4, 4))
+
+        def forward(self, q, k, v):
+            return function(q, k, v, self.weight)
+
+    assert reason in refused(Mixed(), Q, K, V[..., :4] if "ranks" in reason else V)
 
 
 def test_two_modalities_that_attend_by_one_product():
@@ -785,6 +848,51 @@ def test_whatever_is_rewritten_computes_the_same(program, dim, end):
     taken = blocks.assert_exact_is_eager(model, Q, K, V, PADDING)
     # A gate may be a sink, and probabilities may be masked by what masked the scores; other readers keep the site dense.
     assert len(taken) <= (end in ("", "a gate", "probabilities are masked"))
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("lead", [(2, 1), (1, 3), (1, 1), (2, 3)])
+def test_keys_and_values_that_several_leading_dims_share(lead, library):
+    """Windows, or frames, with keys of their own or of all: broadcasting widens either leading dim."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v, m):
+            return F.scaled_dot_product_attention(q, k, v) if library else torch.softmax((q @ k.mT).masked_fill(m, -1e9), -1) @ v
+
+    q, k, v = numbers(2, 3, 4, 6, 8), numbers(*lead, 4, 6, 8, seed=1), numbers(*lead, 4, 6, 5, seed=2)
+    assert blocks.assert_exact_is_eager(Attention(), q, k, v, PADDING[0, 0, 0] < 0) == ["attention"]
+
+
+def test_a_fill_that_is_an_attribute_of_the_model():
+    """With dynamic shapes Dynamo makes a symbol of it."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low = -1e9
+
+        def forward(self, q, k, v):
+            return torch.softmax((q @ k.mT).masked_fill(~torch.ones(q.shape[2], 6).bool().tril(), self.low), -1) @ v
+
+    model = Attention()
+    q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0)) for x in (Q, K, V))
+    for x in (q, k, v):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        torch._dynamo.mark_static(x, 1)
+    assert only(model, q, k, v, dynamic=True).empty == "uniform"
+
+
+def test_heads_in_the_batch_of_symbolic_sizes():
+    """Products of batch * heads, scaled, split for the mask and folded back: sizes that rules read are no readers of scores."""
+
+    def function(x, keys):
+        b, t, _ = x.shape
+        q, k, v = (x.view(b, t, 4, 8).transpose(1, 2).reshape(b * 4, t, 8) * i for i in (1.0, 2.0, 3.0))
+        s = (torch.bmm(q, k.transpose(1, 2)) / 3.0).view(b, 4, t, t).masked_fill(~keys[:, None, None], -math.inf)
+        return torch.bmm(torch.softmax(s.view(b * 4, t, t), -1), v).view(b, 4, t, 8)
+
+    c = only(function, numbers(2, 6, 32), torch.arange(6) < torch.tensor([[6], [4]]), dynamic=True)
+    assert c.scale == pytest.approx(1 / 3) and len(c.allowed) == 1
 
 
 LEFT = torch.zeros(2, 1, 1, 6, dtype=torch.float64)

@@ -176,6 +176,9 @@ GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
         (lambda h: F.silu(h.narrow(-1, 0, HIDDEN)) * torch.narrow(h, -1, HIDDEN, HIDDEN))(m.fused(x))
     ),
     "fused, stacked": lambda m, x: m.down((lambda h: F.silu(h[..., 0, :]) * h[..., 1, :])(m.fused(x).view(2, 5, 2, -1))),
+    "fused, stacked, without the last slice": lambda m, x: m.down(
+        (lambda h: F.silu(h[:, :, 0]) * h[:, :, 1])(m.fused(x).view(2, 5, 2, -1))
+    ),
     "fused, unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).unflatten(-1, (2, -1)).unbind(-2))),
 }
 

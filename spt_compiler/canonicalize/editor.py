@@ -216,9 +216,18 @@ class Editor:
         return all(r == regions[0] for r in regions)
 
     def size(self, node: fx.Node, dim: int) -> Any:
-        """A size as an argument: the int, or a node that reads the symbolic size."""
+        """A size as an argument: the int, the graph's input that is the symbolic size, or a node that reads it.
+
+        A node that reads it is one more reader of `node`, which then looks used elsewhere.
+        """
         found = shape(node)[dim]
-        return found if isinstance(found, int) else self.call(torch.ops.aten.sym_size.int, node, dim % rank(node))
+        if isinstance(found, int):
+            return found
+        for given in self.graph.find_nodes(op="placeholder"):
+            symbol = given.meta.get("example_value")
+            if isinstance(symbol, torch.SymInt) and symbol.node.expr == found.node.expr:
+                return given
+        return self.call(torch.ops.aten.sym_size.int, node, dim % rank(node))
 
     def constant(self, node: Any) -> float | int | bool | None:
         """The number held by a 0-d tensor that the graph builds from numbers, or None."""

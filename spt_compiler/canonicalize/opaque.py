@@ -14,10 +14,13 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..graph import Analysis, dtype, is_float, is_tensor, same_shape, shape, value
+from ..graph import Analysis, dtype, is_float, is_tensor, same_shape, settled, shape, value
 from .editor import Editor, Unknown
 
 log = logging.getLogger(__name__)
+
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class _Recorder(TorchFunctionMode):
@@ -28,7 +31,10 @@ class _Recorder(TorchFunctionMode):
         self.editor, self.at = editor, at
         self.nodes: dict[int, fx.Node] = {}
         self.kept: list[Any] = []  # an id means something only while its object lives
+        self.symbols: dict[int, fx.Node] = {}
         for node in inputs:
+            if isinstance(node.meta.get("example_value"), _SYMBOLS):
+                self.symbols[id(node.meta["example_value"])] = node
             if is_tensor(node):
                 self.remember(value(node), node)
 
@@ -41,9 +47,36 @@ class _Recorder(TorchFunctionMode):
             if id(item) not in self.nodes:
                 raise Unknown
             return self.nodes[id(item)]
-        if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            raise Unknown  # a symbolic size would have to become a node; such calls stay as they are
+        if id(item) in self.symbols:
+            return self.symbols[id(item)]
+        if isinstance(item, torch.SymInt):
+            return self.size(settled(item), item.node.expr)
+        if isinstance(item, _SYMBOLS):
+            raise Unknown  # it would have to become a node; such calls stay as they are
         return item
+
+    def size(self, known: Any, expr: Any) -> Any:
+        """A symbolic size as an argument: the number it has been settled to, a size of a tensor, sums and products of those."""
+        if isinstance(known, int) or expr.is_Integer:
+            return known if isinstance(known, int) else int(expr)
+        graph = self.editor.graph
+        for tensor in self.kept:
+            for dim, size in enumerate(tensor.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr == expr:
+                    return self.added(graph.call_function(torch.ops.aten.sym_size.int, (self.nodes[id(tensor)], dim)), size)
+        if not (expr.is_Mul or expr.is_Add):
+            raise Unknown
+        combine = operator.mul if expr.is_Mul else operator.add
+        total, *rest = (self.size(None, part) for part in expr.args)
+        for part in rest:
+            outcome = combine(*(x.meta["example_value"] if isinstance(x, fx.Node) else x for x in (total, part)))
+            total = self.added(graph.call_function(combine, (total, part)), outcome)
+        return total
+
+    def added(self, node: fx.Node, outcome: Any) -> fx.Node:
+        self.editor.describe(node, self.at, outcome)
+        self.editor.created.append(node)
+        return node
 
     def __torch_function__(self, func: Any, types_: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -52,24 +85,21 @@ class _Recorder(TorchFunctionMode):
         if not tensors:
             return outcome
         name = getattr(func, "__name__", "")
-        node_args, node_kwargs = tree_map(self.node_of, (tuple(args), dict(kwargs)))
         with self.editor.graph.inserting_before(self.at):
+            node_args, node_kwargs = tree_map(self.node_of, (tuple(args), dict(kwargs)))
             if name == "__get__":
                 node = self.editor.graph.call_function(getattr, (node_args[0], func.__self__.__name__))
             elif getattr(torch.Tensor, name, None) is func:
                 node = self.editor.graph.call_method(name, node_args, node_kwargs)
             else:
                 node = self.editor.graph.call_function(func, node_args, node_kwargs)
-            self.editor.describe(node, self.at, outcome)
-            self.editor.created.append(node)
+            self.added(node, outcome)
             if isinstance(outcome, torch.Tensor):
                 self.remember(outcome, node)
             else:
                 for i, part in enumerate(outcome):
                     item = self.editor.graph.call_function(operator.getitem, (node, i))
-                    self.editor.describe(item, self.at, part)
-                    self.editor.created.append(item)
-                    self.remember(part, item)
+                    self.remember(part, self.added(item, part))
         return outcome
 
 

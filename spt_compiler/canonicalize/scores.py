@@ -50,6 +50,55 @@ def spell_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.retarget(node, F.softmax, (x,), {"dim": dim})
 
 
+_LOG_SOFTMAX = ("log_softmax", torch.log_softmax, F.log_softmax, torch.special.log_softmax)
+
+
+@rule(torch.exp)
+def exp_of_log_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
+    """exp(log_softmax(x)), exp(x - logsumexp(x)) -> softmax(x)."""
+    inner = node.args[0]
+    if not is_tensor(inner) or len(inner.users) != 1 or not e.same_region(node, inner):
+        return None
+    if inner.target in _LOG_SOFTMAX:
+        stacklevel = (("_stacklevel", 3),) if inner.target is F.log_softmax else ()
+        found = Arguments(inner, "input", "dim", *stacklevel, "dtype")
+        x, dim, kind = found.take("input", "dim", "dtype")
+        if not found.valid or not isinstance(dim, int):
+            return None
+        return e.call(F.softmax, x if kind in (None, dtype(x)) else e.call("to", x, kind), dim=dim)
+    if inner.target is not operator.sub or not all(map(is_tensor, inner.args)):
+        return None
+    x, total = inner.args
+    found = Arguments(total, "input", "dim", ("keepdim", False))
+    if total.target not in ("logsumexp", torch.logsumexp) or found["input"] is not x or found["keepdim"] is not True:
+        return None
+    dim = _one_dim(found)
+    return e.call(F.softmax, x, dim=dim) if isinstance(dim, int) and len(total.users) == 1 else None
+
+
+@rule(operator.truediv)
+def softmax_by_hand(e: Editor, node: fx.Node) -> fx.Node | None:
+    """p / p.sum(-1, keepdim=True) with p = exp(x - max(x)) -> softmax(x), and (p @ v) / p.sum(...) -> softmax(x) @ v."""
+    above, total = node.args
+    if not is_tensor(above) or not is_tensor(total) or total.target not in ("sum", torch.sum) or len(total.users) != 1:
+        return None
+    found = Arguments(total, "input", "dim", ("keepdim", False), "dtype")
+    p, product = found["input"], above if above.target is torch.matmul else None
+    if not found.valid or found["dtype"] is not None or found["keepdim"] is not True or (product or node).args[0] is not p:
+        return None
+    if p.target is not torch.exp or _one_dim(found) not in (-1, rank(p) - 1) or set(p.users) != {product or node, total}:
+        return None
+    shifted = p.args[0]
+    if shifted.target is not operator.sub or not is_tensor(shifted.args[0]) or not _is_maximum(shifted.args[1]):
+        return None
+    x, shift = shifted.args
+    if (rank(shift) and shape(shift)[-1] != 1) or not e.same_region(node, total, p, shifted, above):
+        return None
+    if product is None:
+        return e.call(F.softmax, x, dim=-1)
+    return e.call(torch.matmul, e.call(F.softmax, x, dim=-1), product.args[1]) if len(product.users) == 1 else None
+
+
 @rule("masked_fill", torch.masked_fill)
 def spell_masked_fill(e: Editor, node: fx.Node) -> fx.Node | None:
     """x.masked_fill(m, c) -> torch.masked_fill(x, m, c)."""
@@ -397,10 +446,13 @@ def fill_to_bias(e: Editor, node: fx.Node) -> fx.Node | None:
     masked = mask if node.target is torch.masked_fill else e.call(operator.invert, mask)
     if not masks and not any(n.target in (torch.masked_fill, torch.where) for n in before):
         return e.call(operator.add, x, e.call(operator.mul, e.call("to", masked, dtype(x)), fill))
-    if len(masks) != 1 or x.target is not operator.add or masks[0] not in x.args:
+    if len(masks) != 1 or x.target not in (operator.add, operator.sub) or masks[0] not in x.args:
         return None  # two additions of that size would be -inf
+    if x.target is operator.sub and x.args[0] is masks[0]:
+        return None  # mask - scores
     rest = x.args[1] if x.args[0] is masks[0] else x.args[0]
-    return e.call(operator.add, rest, e.call(torch.masked_fill, masks[0], masked, fill))
+    bias = masks[0] if x.target is operator.add else e.call(operator.neg, masks[0])
+    return e.call(operator.add, rest, e.call(torch.masked_fill, bias, masked, fill))
 
 
 def _keeps_sign(x: fx.Node, step: fx.Node) -> bool:

@@ -369,6 +369,7 @@ PURE |= {
     ),
     *(torch.reshape, torch.permute, torch.t, torch.unsqueeze, "to", "contiguous", "view", "reshape", "max", "amax"),
     *_EXPANDS,
+    *("log_softmax", torch.log_softmax, F.log_softmax),
     *(torch.logsumexp, "logsumexp", "unsqueeze", "mean", torch.mean, "sum", torch.sum),
     *(torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
 }

@@ -58,6 +58,7 @@ class AttentionCapture:
         bias: float tensors added to the logits, each with the number that later scaling gives it.
         allowed: bool masks, True = may attend. disallowed: bool masks, True = masked out.
         causal: key index <= query index, aligned top left.
+        lowest: the bias is at least this number, whatever the tensor says (the scores are clamped there); None: no bound.
         softcap: c of c * tanh(logits / c), applied before bias and masks.
         dropout_p: of the probabilities. empty: what a row without any allowed key gives ("zero", "nan", or the "uniform"
             mean of all values). enable_gqa: a key head serves H / Hkv consecutive query heads.
@@ -73,6 +74,7 @@ class AttentionCapture:
     allowed: tuple[Node, ...] = ()
     disallowed: tuple[Node, ...] = ()
     causal: bool = False
+    lowest: float | None = None
     softcap: float | None = None
     dropout_p: float = 0.0
     empty: str = "nan"
@@ -184,6 +186,7 @@ _REARRANGES = {
     ),
     *("gather", "index_select", "expand", "repeat", "unsqueeze", "squeeze", "chunk", "split", "unbind", "flip", "roll"),
     *("tril", "triu", "unfold", "narrow", "select", "scatter", "masked_scatter", "as_strided", "new_zeros", "clone"),
+    *("detach", torch.detach),
     *(
         torch.clone,
         torch.tril,
@@ -203,8 +206,17 @@ _NOTHING, _LOOSE, _PLAIN = 0, 1, 2
 
 
 def _is_product(node: Any) -> bool:
-    """A product of two activations."""
-    return isinstance(node, Node) and node.target is torch.matmul and not any(map(is_weight, node.args))
+    """A product of two activations; the left one may be a parameter: queries that are learned, without a projection."""
+    return isinstance(node, Node) and node.target is torch.matmul and not is_weight(node.args[1])
+
+
+def _mixes_heads(node: Node) -> bool:
+    """A linear layer, or a 1x1 convolution, over the heads of scores (talking heads): seen only to name a near miss."""
+    if node.target is F.linear:
+        x = node.args[0]
+        order = x.args[1] if isinstance(x, Node) and x.target is torch.permute else (0,)
+        return rank(node) > 3 and order[-1] not in (len(order) - 1, len(order) - 2)  # type: ignore[index, arg-type]
+    return node.target in (F.conv2d, torch.conv2d)
 
 
 def _score_levels(context: Context) -> dict[Node, int]:
@@ -225,7 +237,7 @@ def _score_levels(context: Context) -> dict[Node, int]:
                 levels[node] = _PLAIN
             continue
         known = node.target in STEPS
-        if not known and node.target not in _REARRANGES:
+        if not known and node.target not in _REARRANGES and not _mixes_heads(node):
             continue
         above = max((levels.get(i, _NOTHING) for i in node.all_input_nodes), default=_NOTHING)
         if above:
@@ -251,7 +263,7 @@ class Logits:
     disallowed: list[Node] = field(default_factory=list)
     fills: list[float] = field(default_factory=list)
     bias_over_fill: bool = False  # a bias was added to filled scores (it was read before them)
-    floor: bool = False
+    floor: float | None = None  # the scores are clamped at the lowest number of their dtype
     bounded_only: bool = False  # the scores are clamped far out: above that no mask may stand
     softcap: float | None = None
 
@@ -354,20 +366,19 @@ def _plus(logits: Logits, node: Node) -> Node | Reject:
     return x
 
 
-def _filled(
-    logits: Logits, node: Node, x: Any, mask: Any, fill: Any, masks: list[Node], inverse: list[Node]
-) -> Node | Reject:
-    if not isinstance(fill, (int, float)) or isinstance(fill, bool):
+def _filled(logits: Logits, node: Node, x: Any, mask: Any, fill: Any, masks: list[Node], inverse: list[Node]) -> Node | Reject:
+    value = number(fill)
+    if value is None:
         return Reject("masked scores are taken from a tensor ({})", describe(fill))
     if not isinstance(x, Node) or not same_shape(shape(x), shape(node)):
         return Reject("a mask widens the scores")
     refused = logits.sealed("a mask is applied")
     if refused is not None:
         return refused
-    effective = float(fill) * logits.factor
+    effective = float(value) * logits.factor
     if math.isnan(effective) or effective > HIDDEN:
         return Reject("masked scores are set to {}, which does not hide them", effective)
-    if logits.floor or logits.bounded_only:
+    if logits.floor is not None or logits.bounded_only:
         return Reject("a mask is applied before the scores are clamped")
     if mask.target is operator.invert and not logits.context.analysis.is_written(mask.args[0]):
         mask, masks = mask.args[0], inverse
@@ -408,8 +419,8 @@ def _clamp(logits: Logits, node: Node) -> Node | Reject:
     lowest = high is None and low is not None and low <= torch.finfo(dtype(node)).min  # type: ignore[arg-type]
     if lowest and not (logits.bounded_only or logits.softcap or logits.bias or logits.fills or logits.scale_nodes):
         # Only -inf, or a sum of two masks, lies below: a fully masked row becomes uniform, nothing else changes.
-        logits.floor = True
-    elif logits.floor:
+        logits.floor = float(low) * logits.factor  # type: ignore[arg-type]
+    elif logits.floor is not None:
         return Reject("the scores are clamped twice, at last to [{}, {}]", low, high)
     else:
         # A guard against overflow, beyond any score: it changes nothing unless it caught a mask.
@@ -455,7 +466,7 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
 
 def _empty_rows(logits: Logits) -> str | Reject:
     """What a row without any allowed key gives."""
-    if logits.floor:
+    if logits.floor is not None:
         if len(logits.bias) > 1:
             return Reject("several additive masks are clamped")
         return "uniform"
@@ -483,7 +494,8 @@ def _leads_to_product(start: Node) -> bool:
         for user in stack.pop().users:
             if _is_product(user):
                 return True
-            if user not in seen and (user.target in STEPS or user.target in _REARRANGES or user.target in _AFTER):
+            follows = user.target in STEPS or user.target in _REARRANGES or user.target in _AFTER or _mixes_heads(user)
+            if user not in seen and follows:
                 seen.add(user)
                 stack.append(user)
     return False
@@ -594,6 +606,7 @@ def capture_chain(context: Context, node: Node) -> Candidate | Reject | None:
         tuple(logits.bias),
         tuple(logits.allowed),
         tuple(logits.disallowed),
+        lowest=logits.floor,
         softcap=logits.softcap,
         dropout_p=float(below.dropout_p),
         empty=empty,

@@ -734,13 +734,16 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
 
 
 def _stack_index(node: Node) -> Any:
-    """i of x[..., i, :]."""
+    """i of x[..., i, :], or of x[:, :, i] with all dims before it."""
     if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
         return None
-    *lead, index, final = node.args[1] if len(node.args[1]) > 1 else (None, None)
-    full = slice(None, None, None)
-    covers = lead == [Ellipsis] or (len(lead) == rank(node.args[0]) - 2 and all(i == full for i in lead))
-    return index if covers and final == full else None
+    full, dims, keys = slice(None, None, None), rank(node.args[0]), list(node.args[1])
+    at = next((i for i, k in enumerate(keys) if k is Ellipsis), len(keys))
+    keys[at : at + 1] = [full] * (dims - len([k for k in keys if k is not Ellipsis]))
+    if len(keys) != dims or any(isinstance(k, Node) for k in keys):
+        return None
+    *lead, index, final = keys
+    return index if all(k == full for k in (*lead, final)) else None
 
 
 def _slice(whole: Projection, start: int, stop: int, nodes: tuple[Node, ...]) -> Projection:
