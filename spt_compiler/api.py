@@ -33,7 +33,7 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     """Compiles `model` in place with the backend "spt", per repeated block, and returns it.
 
     Blocks of one class share one compiled graph, so a deep model compiles as fast as one of its layers. A model without
-    repeated blocks is compiled whole.
+    repeated blocks is compiled whole. Modules of torch.nn itself are compiled too, of which `module.compile()` compiles nothing.
 
     Args:
         options: as `torch.compile(options=...)` takes them, dots written as double underscores or through `**{"a.b": v}`.
@@ -49,7 +49,7 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     sites = given.pop("sites", None) or {}
     blocks = repeated_blocks(model)
     if not blocks:
-        model.compile(backend="spt", options={**given, **({"sites": sites} if sites else {})} or None)
+        _compile_in_place(model, {**given, **({"sites": sites} if sites else {})})
         return model
     for name, outer in model.named_modules():  # compiled before, with other options: it would take its blocks along
         if any(not name or block.startswith(f"{name}.") for block, _ in blocks):
@@ -61,10 +61,23 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
             for rest in _below(glob, name, block):
                 relative[rest] = overrides
                 used.add(glob)
-        block.compile(backend="spt", options={**given, **({"sites": relative} if relative else {})} or None)
+        _compile_in_place(block, {**given, **({"sites": relative} if relative else {})})
     for glob in sites.keys() - used:
         warnings.warn(f"spt_compiler: sites[{glob!r}] matches no module inside the compiled blocks", stacklevel=2)
     return model
+
+
+def _compile_in_place(module: nn.Module, options: dict[str, Any]) -> None:
+    if type(module).forward.__module__.startswith("torch.nn."):
+        # Dynamo skips calls that begin in torch's own files: `nn.TransformerEncoderLayer(...).compile()` compiles nothing.
+        compiled = torch.compile(_call_from_here, backend="spt", options=options or None)
+        module._compiled_call_impl = functools.partial(compiled, module)
+    else:
+        module.compile(backend="spt", options=options or None)
+
+
+def _call_from_here(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
 
 
 def _below(glob: str, name: str, block: nn.Module) -> Iterator[DerivedGlob]:

@@ -42,7 +42,11 @@ _local = _Local()
 
 @contextmanager
 def dense() -> Iterator[None]:
-    """Within it, compiled graphs run their original, dense operators (eagerly), and nothing learns."""
+    """Within it, compiled graphs run their original, dense operators (eagerly), and nothing learns.
+
+    It holds for the calls of this thread. Where checkpointing stands outside of a compiled graph, the backward calls the graph
+    again: run it within as well.
+    """
     _local.dense += 1
     try:
         yield

@@ -252,6 +252,22 @@ def test_the_last_compilation_is_in_force():
     assert densities(model) == [0.25, 0.25] * 2
 
 
+@pytest.mark.parametrize("kind", ["encoder", "one layer", "sequential"])
+def test_modules_of_torch_itself_are_compiled(kind):
+    layer = nn.TransformerEncoderLayer(48, 4, 112, dropout=0.0, batch_first=True)
+    feed_forward = nn.Sequential(nn.Linear(48, 112), nn.GELU(), nn.Linear(112, 48))
+    model = {"encoder": nn.TransformerEncoder(layer, 2), "one layer": layer, "sequential": feed_forward}[kind]
+    plain = copy.deepcopy(model)
+    assert spt_compiler.compile(model, **SPARSE) is model
+    expected = {"encoder": [0.25, 0.5] * 2, "one layer": [0.25, 0.5], "sequential": [0.5]}[kind]
+    assert densities(model) == expected
+    x = torch.randn(2, 100, 48)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), plain(x))
+        spt_compiler.finalize(model)
+        assert torch.equal(model(x), plain(x))
+
+
 def test_compile_says_what_it_wants():
     with pytest.raises(spt_compiler.OptionError, match=r"compile\(model, \*\*\{'seed': 1\}\)"):
         spt_compiler.compile(Stack(1), options={"seed": 1})

@@ -70,6 +70,17 @@ def test_wrong_usage(capsys):
         assert caught.value.code == 2
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["explain --model gpt2 --seq 0", "explain --model gpt2 --batch -1", "demo --steps 0", "demo --seq 1", "bench --steps -3",
+     "coverage --seq x", "kernels --jobs 0"],
+)  # fmt: skip
+def test_numbers_that_are_too_small_are_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments.split())
+    assert caught.value.code == 2 and "expected a whole number of at least" in capsys.readouterr().err
+
+
 def test_mistakes_become_one_line(capsys):
     assert cli.main(["explain", "--model", "gpt2", "--option", "attention.densty=1"]) == 1
     error = capsys.readouterr().err
@@ -78,6 +89,22 @@ def test_mistakes_become_one_line(capsys):
     assert "gpt2" in capsys.readouterr().err
     assert cli.main(["finetune", "--model", "gpt2"]) == 1
     assert "--text" in capsys.readouterr().err
+    assert cli.main(["explain", "--model", ""]) == 1
+    assert "'' is neither a folder nor" in capsys.readouterr().err
+    assert cli.main(["explain", "--model", "clip"]) == 1
+    assert "no dummy input" in capsys.readouterr().err
+    assert cli.main(["explain", "--model", "gpt2", "--seq", "2000", "--batch", "1"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot run on input_ids [1, 2000]" in error and "--seq" in error
+
+
+def test_finetune_begins_no_run_that_cannot_go_on(capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 100)
+    for wrong in (["--device", "tpu"], ["--lr", "-1"], ["--lr", "nan"]):
+        arguments = ["--text", str(text), "--model", "gpt2", "--out", str(tmp_path / "out"), *wrong]
+        assert cli.main(["finetune", *arguments]) == 1
+        assert f"{' '.join(wrong)}" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # ---- doctor and explain -------------------------------------------------------------------------------------------

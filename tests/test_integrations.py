@@ -143,6 +143,19 @@ def test_callback_resumes_exactly(tmp_path):
         assert torch.equal(expected, actual), name
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_resuming_from_elsewhere_is_exact_once_the_state_is_read(tmp_path, caplog, loaded):
+    model = tiny_gpt2()
+    trainer(tmp_path / "whole", model, [SptCallback(EAGER)], max_steps=6).train()
+    torch._dynamo.reset()
+    again, checkpoint = tiny_gpt2(), tmp_path / "whole" / "checkpoint-3"
+    if loaded:
+        spt_compiler.load_state(again, checkpoint / STATE_FILE)
+    trainer(tmp_path / "resumed", again, [SptCallback(EAGER)]).train(resume_from_checkpoint=str(checkpoint))
+    assert ("learn anew" in caplog.text) is not loaded
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values())) is loaded
+
+
 def test_callback_leaves_a_compiled_model_alone_and_checks_options(tmp_path):
     with pytest.raises(OptionError, match="attention.density"):
         SptCallback({"attention.densty": 1})

@@ -64,3 +64,9 @@ def test_it_says_what_is_missing(monkeypatch, capsys):
         next(report("sm_90"))
     with pytest.raises(SystemExit):
         main(["kernels", "--target", "sm_12345"])
+
+
+def test_a_filter_that_hits_nothing_is_said(capsys):
+    assert main(["kernels", "--dtype", "bf16", "--filter", "nonsense", "--json"]) == 1
+    out, error = capsys.readouterr()
+    assert not out and "no kernel has 'nonsense'" in error

@@ -221,6 +221,20 @@ def test_loading_before_first_use_waits_for_the_sites():
     assert torch.equal(got["blocks.0.fc1/ffn/0.permutation"], saved["blocks.0.fc1/ffn/0.permutation"])
 
 
+def test_weights_that_are_assigned_take_the_state_once_it_is_loaded_again():
+    model = Stack(1)
+    run = compiled(model)
+    train_steps(model, run, [batch(seed=i) for i in range(3)])
+    saved = spt_compiler.state_dict(model)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    assert spt_compiler.state_dict(model) == {}
+    spt_compiler.load_state_dict(model, saved)
+    with torch.no_grad():
+        run(batch())
+    got = spt_compiler.state_dict(model)
+    assert all(torch.equal(got[name], saved[name]) for name in saved if name.endswith((".codebook", ".router_weight")))
+
+
 def test_left_overs_are_named():
     model = Stack(1)
     compiled(model)(batch())

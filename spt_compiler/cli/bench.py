@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_compiler.cli import compare, demo, training, workers
-from spt_compiler.cli.console import Console, format_bytes, format_seconds, format_table
+from spt_compiler.cli.console import Console, at_least, format_bytes, format_seconds, format_table
 from spt_compiler.cli.doctor import compiler_problem
 from spt_compiler.cli.training import Run
 from spt_compiler.config import SPTConfig, parse_assignments
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words = "measure this part alone (may be repeated); quality takes hours, resumes, and runs only when named"
     parser.add_argument("--only", choices=(*PARTS, "quality"), action="append", help=words)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, no figures to trust")
-    parser.add_argument("--steps", type=int, help="measured steps of the fine-tuning (20)")
-    parser.add_argument("--seq", type=int, help=f"tokens per sequence of the fine-tuning ({demo.LENGTH})")
+    parser.add_argument("--steps", type=at_least(1), help="measured steps of the fine-tuning (20)")
+    parser.add_argument("--seq", type=at_least(2), help=f"tokens per sequence of the fine-tuning ({demo.LENGTH})")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the backend")
     parser.add_argument("--plain", action="store_true", help="plain text, whatever the terminal")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 
@@ -17,6 +18,21 @@ def _rich() -> Any:
     except ImportError:
         return None
     return rich
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """An argparse type: a whole number that is not below `low`."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, got {text!r}")
+        return value
+
+    return convert
 
 
 class Console:

@@ -12,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from spt_compiler.cli.console import at_least
+
 # One architecture for each way to write attention or a feed-forward block that is known to us.
 ARCHITECTURES = (
     *("bert", "roberta", "distilbert", "albert", "electra", "deberta-v2", "mpnet", "mobilebert", "squeezebert", "rembert"),
@@ -33,7 +35,7 @@ _EXACT = {"exact": True, "inner": "eager"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--types", metavar="A,B,...", help="architectures of transformers (default: a list of idioms)")
     parser.add_argument("--attention", default="sdpa,eager", help="attention implementations to look at (sdpa,eager)")
-    parser.add_argument("--seq", type=int, default=48, help="length of text inputs (48)")
+    parser.add_argument("--seq", type=at_least(1), default=48, help="length of text inputs (48)")
     parser.add_argument("--no-check", action="store_true", help="count only; do not compare with the eager model")
     parser.add_argument("--out", metavar="FILE", help="write the table as Markdown")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_compiler.cli import compare, training, workers
-from spt_compiler.cli.console import Console, format_seconds
+from spt_compiler.cli.console import Console, at_least, format_seconds
 from spt_compiler.cli.doctor import compiler_problem
 from spt_compiler.cli.training import Run
 from spt_compiler.config import SPTConfig, parse_assignments
@@ -28,9 +28,9 @@ QUICK_LENGTH, QUICK_STEPS = 256, 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and few steps: seconds, no figures to trust")
     parser.add_argument("--out", default="out/demo", metavar="DIR", help="where to write (out/demo)")
-    parser.add_argument("--steps", type=int, help=f"fine-tuning steps ({STEPS})")
-    parser.add_argument("--pretrain-steps", type=int, help=f"dense steps on English before them ({PRETRAIN_STEPS})")
-    parser.add_argument("--seq", type=int, help=f"tokens (bytes) per sequence ({LENGTH})")
+    parser.add_argument("--steps", type=at_least(1), help=f"fine-tuning steps ({STEPS})")
+    parser.add_argument("--pretrain-steps", type=at_least(1), help=f"dense steps on English before them ({PRETRAIN_STEPS})")
+    parser.add_argument("--seq", type=at_least(2), help=f"tokens (bytes) per sequence ({LENGTH})")
     parser.add_argument("--architecture", default="llama", metavar="TYPE", help="causal LM of transformers (llama)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the backend")
     parser.add_argument("--inner", choices=("inductor", "aot_eager", "eager"), help="compiler of both sides (inductor)")

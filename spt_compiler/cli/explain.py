@@ -6,15 +6,16 @@ import argparse
 import json
 import sys
 
-from spt_compiler.cli.console import Console
+from spt_compiler.cli.console import Console, at_least
 from spt_compiler.config import SPTConfig, parse_assignments
+from spt_compiler.errors import SPTError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="TYPE|DIR", help="architecture of transformers, or a folder")
     parser.add_argument("--full", action="store_true", help="default size of the architecture instead of a tiny one")
-    parser.add_argument("--batch", type=int, default=2, help="batch size of the forward pass (2)")
-    parser.add_argument("--seq", type=int, default=512, help="length of text inputs (512)")
+    parser.add_argument("--batch", type=at_least(1), default=2, help="batch size of the forward pass (2)")
+    parser.add_argument("--seq", type=at_least(1), default=512, help="length of text inputs (512)")
     parser.add_argument("--eval", action="store_true", help="look at the model in eval mode without gradients")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the backend")
     parser.add_argument("--attention", choices=("sdpa", "eager"), help="attention implementation of the model")
@@ -38,7 +39,16 @@ def run(args: argparse.Namespace) -> int:
     model.train(not args.eval)
     inputs = models.dummy_inputs(model, config, batch=args.batch, length=args.seq)
     with torch.set_grad_enabled(not args.eval):
-        explanation = spt_compiler.explain(model, options=options, **inputs)
+        try:
+            explanation = spt_compiler.explain(model, options=options, **inputs)
+        except (RuntimeError, IndexError) as error:
+            if isinstance(error, SPTError):
+                raise
+            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+            raise SPTError(
+                f"{type(model).__name__} cannot run on {sizes}: {type(error).__name__}: {str(error).splitlines()[0]}; try another "
+                "--seq, or call spt_compiler.explain(model, ...) with an input of your own"
+            ) from error
     if args.json:
         sys.stdout.write(json.dumps(explanation.to_dict(), indent=2) + "\n")
     else:

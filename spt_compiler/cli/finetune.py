@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -152,7 +153,21 @@ def _settings(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     for name, least in (("steps", 1), ("seq", 2), ("batch", 1), ("checkpoint_every", 0)):
         if settings[name] < least:
             raise SPTError(f"--{name.replace('_', '-')} {settings[name]}: expected at least {least}")
+    if settings["lr"] is not None and not 0 < settings["lr"] < math.inf:
+        raise SPTError(f"--lr {settings['lr']}: expected a number above 0")
+    if settings["device"] is not None:
+        _check_device(settings["device"])
     return settings
+
+
+def _check_device(name: str) -> None:
+    """Raises SPTError where nothing can be trained: before the run is begun, as a run keeps to its device."""
+    import torch
+
+    count = torch.cuda.device_count()
+    known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in known:
+        raise SPTError(f"--device {name}: expected one of {', '.join(known)}")
 
 
 def prepare(settings: dict[str, Any], out: str, *, report: Any, should_stop: Any) -> None:

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from spt_compiler.cli.console import Console
+from spt_compiler.cli.console import Console, at_least
 from spt_compiler.errors import SPTError
 
 COLUMNS = ("kernel", "config", "dtype", "registers", "spills", "shared_bytes", "tensor_core", "error")
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=sorted(TARGETS), default="sm_90", help="chip to compile for (default: sm_90)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), action="append", help="only this type; may be repeated")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only kernels whose name or configuration has TEXT in it")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that compile (default: 1)")
+    parser.add_argument("--jobs", type=at_least(1), default=1, metavar="N", help="processes that compile (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -62,7 +62,7 @@ def report(target: str, dtypes: Sequence[str] = (), wanted: str = "", jobs: int 
     Args:
         target: of `triton_common.TARGETS`.  dtypes: of `triton_catalog.DTYPES`; none means all.
         wanted: only kernels whose name or configuration contains it.  jobs: processes that compile.
-    Raises: SPTError without triton, where triton interprets, or for an unknown target.
+    Raises: SPTError without triton, where triton interprets, for an unknown target, or where no kernel is wanted.
     """
     from spt_compiler.lowering import triton_common
 
@@ -72,6 +72,8 @@ def report(target: str, dtypes: Sequence[str] = (), wanted: str = "", jobs: int 
         raise SPTError("triton interprets kernels where TRITON_INTERPRET=1; unset it to compile them")
     named = tuple(dtypes)
     chosen = [i for i, e in enumerate(_entries(target, named)) if wanted in e.spec.kernel or wanted in e.config]
+    if not chosen:
+        raise SPTError(f"no kernel has {wanted!r} in its name or configuration; without --filter all are listed")
     compile_one = functools.partial(_row, target, named)
     if jobs <= 1:
         yield from map(compile_one, chosen)

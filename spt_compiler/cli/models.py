@@ -37,7 +37,7 @@ def load(model: str, *, full: bool = False) -> tuple[Any, Any]:
     import transformers
 
     folder = Path(model)
-    if folder.is_dir():
+    if model and folder.is_dir():
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         auto = _auto_class(config)
         has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
@@ -138,7 +138,7 @@ def dummy_inputs(model: Any, config: Any, *, batch: int, length: int) -> dict[st
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = ids
         return inputs
-    if name == "pixel_values":
+    if name == "pixel_values" and hasattr(config, "num_channels"):
         size = getattr(config, "image_size", 64)
         height, width = size if isinstance(size, list | tuple) else (size, size)
         return {name: torch.randn(batch, config.num_channels, height, width)}

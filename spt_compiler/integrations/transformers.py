@@ -74,7 +74,7 @@ class SptCallback(TrainerCallback):
             if path.exists():
                 spt_compiler.load_state(model, path)
                 log.info("learned state read from %s", path)
-            else:
+            elif not spt_compiler.state_dict(model):  # else it was read before, as said below
                 log.warning(
                     "resumed, but there is no %s: the sparse sites learn anew; if the checkpoint lies elsewhere, call "
                     "spt_compiler.load_state(model, path) before train()",
