@@ -1207,6 +1207,9 @@ class _TritonPrinter(_Printer):
             return f"(-{args[0]})"
         if node.op == "not":
             return f"(~{args[0]})"
+        varies = [bool(a.variables) for a in node.args]
+        if (node.op in ("square", "pow") and varies[0] or node.op == "*" and all(varies)) and self.kind(node) == "int":
+            args = [f"tl.cast({args[0]}, tl.int64)", *args[1:]]  # products of positions pass 2^31 in long contexts
         if node.op in _BINARY:
             return f"({args[0]} {node.op} {args[1]})"
         if node.op == "pow" and node.args[1].op == "const" and node.args[1].value in (0.5, -0.5, -1, 1, 2, 3, 4):
@@ -1222,7 +1225,7 @@ def _triton_power(base: str, exponent: Number) -> str:
 
 
 def triton_source(expr: Expression, names: Mapping[str, Emitter], kinds: Mapping[str, str] | None = None) -> str:
-    """`expr` as one Triton expression on float32 and int32 values.
+    """`expr` as one Triton expression on float32 and int32 values; products of integers that both vary are int64.
 
     Args:
         names: target identifier per variable; for a tensor a format with {0}, {1}, ... for its indices, or a function

@@ -36,6 +36,7 @@ CASES = [
     "floordiv(k - 31, 3) * 10 + mod(k - 31, 3) + mod(k, -5)",
     "where((x0 > 0) & ~(x1 > 1) | (k == 2), x0 / 3, -1)",
     "(k - 5) / 2 + abs(k - 5) - sign(k - 5) * square(k) + relu(k - 9)",
+    "(k * 3000 - 90000) * (k * 3000) + square(k * 2000) - pow(k * 1000, 2) + min(k * 50000, 7) * k * 3000",
     "(k <= 3) * x0 - -x1 * 1e-3 + (1 - (x0 > 0))",
     "where(k == 1, inf, where(k == 2, -inf, x0))",
     "log(2) * x0 + 1 / 3",
