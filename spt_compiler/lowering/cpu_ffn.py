@@ -429,8 +429,11 @@ class _Inputs:
 
         In fp32 the vendor's product starts from a copy of the bias in every row. In 16 bits it adds the bias unrounded.
         """
-        last = self.work.kernels is not None and self.x.dtype == torch.float32 and len(span.segments) == 1
-        return [b[span.segments[0].units] for b in self.b_in] if last and all(b is not None for b in self.b_in) else []
+        if self.work.kernels is None or self.x.dtype != torch.float32 or len(span.segments) > 1:
+            return []
+        if any(b is None or b.dtype != self.x.dtype for b in self.b_in):  # another dtype is an error, which the product tells
+            return []
+        return [b[span.segments[0].units] for b in self.b_in]
 
     def pre_activations(self, span: _Span, saved: Tensor | None, rows: Tensor, *, bias: bool = True) -> list[Tensor]:
         """[n, W] per in-projection, written into `saved` if given; `rows`: the span's rows of x. bias: added, if there is one."""
