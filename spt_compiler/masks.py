@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .expression import Expression, call, conjuncts, const, parse, var
+from .expression import Expression, call, conjuncts, const, parse, substitute, var
 from .graph import dtype, is_bounded, is_tensor, needs_grad, rank, same_size, settled, shape
 from .lifting import Index, Lifter, NotLifted, renamed
 from .scope import Scope
@@ -93,7 +93,7 @@ def lift(capture: Any, scope: Scope, scores: tuple[Any, ...]) -> LiftedMask:
     # A finite fill is as good as -inf where every row keeps its own key, whatever the other masks hide. Elsewhere a row that
     # another mask empties would attend to what the fill hides, as it does where the fill is a number.
     fills = [(n, e) for n, e in added if _hides(e) and all(map(_keeps_itself, site.rows(e.args[0])))]
-    others = [*(n for n, _ in bias), *(n for n, e in added if (n, e) not in fills)]
+    others = [*(n for n, _ in bias), *(n for n, e in added if (n, e) not in fills and not _is_zero(substitute(e, {"k": "q"})))]
     hidden = [*allowed, *disallowed, *(c for condition in conditions for c in site.rows(condition) if not _keeps_itself(c))]
     if not hidden and all(is_bounded(n, -_MASKED_OUT) for n in others):
         conditions = [*(e.args[0] for _, e in fills), *conditions]
@@ -137,6 +137,17 @@ def _keeps_itself(condition: Expression) -> bool:
         return True
     difference = condition.args[0] if condition.op == "<=" else None
     return difference in (parse("k - q"), parse("q - k")) and condition.args[1].op == "const" and condition.args[1].value >= 0
+
+
+def _is_zero(expr: Expression) -> bool:
+    """Whether a value is surely zero, as a distance of a position from itself is, times a slope or not."""
+    if expr.op == "const":
+        return expr.value == 0
+    if expr.op in ("+", "-"):
+        return expr.op == "-" and expr.args[0] == expr.args[1] or all(map(_is_zero, expr.args))
+    if expr.op == "*":
+        return any(map(_is_zero, expr.args))
+    return expr.op in ("neg", "abs", "/") and _is_zero(expr.args[0])
 
 
 @dataclass

@@ -142,6 +142,11 @@ class TwoMasks(Masked):
 
 
 LOWEST = torch.finfo(torch.float32).min
+ALIBI = torch.tensor([0.5, 0.125])
+
+
+def distances(t):
+    return (torch.arange(t)[:, None] - torch.arange(t)).abs()
 
 
 def padding(scores, keys, low):
@@ -155,9 +160,12 @@ def padding(scores, keys, low):
         (lambda s, c, keys: s + c + padding(s, keys, -torch.inf), "+ where(k <= q, 0.0, LOW)"),
         (lambda s, c, keys: s + c + padding(s, keys, LOWEST), "+ where(k <= q, 0.0, LOW)"),
         (lambda s, c, keys: s + c + keys.float().log(), "+ where(k <= q, 0.0, LOW)"),
-        (lambda s, c, keys: s + c + (1.0 - keys.float()) * -50.0, "where(k <= q, "),  # never as low as what the other hides
+        # Zero at the query's own position.
+        (lambda s, c, keys: s + c - ALIBI[:, None, None] * distances(s.shape[-1]), "where(k <= q, "),
+        # Never as low as what the other hides.
+        (lambda s, c, keys: s + c + (1.0 - keys.float()) * -50.0, "where(k <= q, "),
     ],
-    ids=["filled", "minus infinity", "lowest", "logarithm", "finite"],
+    ids=["filled", "minus infinity", "lowest", "logarithm", "distances", "finite"],
 )
 def test_a_low_number_is_not_minus_infinity_beside_a_mask_that_hides_the_rest(build, text):
     """Sequences padded on the left: a row that has nothing but padding attends to what comes after it, and is no nan."""

@@ -144,6 +144,10 @@ ACTIVATIONS: dict[str, tuple[Callable[[Block, Tensor], Tensor], str]] = {
         "a0",
     ),
     "gelu and a scale": (lambda m, h: F.gelu(h) * 1.5, "gelu(x0) * 1.5"),
+    "sine alone": (lambda m, h: torch.sin(30.0 * h), "sin("),
+    "snake": (lambda m, h: h + torch.sin(m.beta * h) ** 2 / (m.beta.abs() + 1e-9), "square(sin("),
+    "hardshrink": (lambda m, h: F.hardshrink(h, 0.3), "where("),
+    "softshrink": (lambda m, h: F.softshrink(h, lambd=0.3), "x0 - "),
     "sine": (lambda m, h: F.relu(torch.sin(h)) + torch.cos(h), "sin(x0)"),
 }
 

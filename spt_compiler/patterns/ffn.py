@@ -112,6 +112,8 @@ for _target, _name in {
     torch.erf: "erf",
     torch.tanh: "tanh",
     torch.sigmoid: "sigmoid",
+    torch.sin: "sin",
+    torch.cos: "cos",
     F.relu: "relu",
     F.silu: "silu",
 }.items():
@@ -125,8 +127,6 @@ for _target, _name in {
     torch.sign: "sign",
     torch.floor: "floor",
     torch.square: "square",
-    torch.sin: "sin",
-    torch.cos: "cos",
     operator.neg: "neg",
     operator.invert: "not",
 }.items():
@@ -262,6 +262,16 @@ def _logsigmoid(x: Any) -> Expression:
 @elementwise(F.tanhshrink)
 def _tanhshrink(x: Any) -> Expression:
     return x - call("tanh", x)
+
+
+@elementwise(F.hardshrink, torch.hardshrink)
+def _hardshrink(x: Any, lambd: float = 0.5) -> Expression:
+    return call("where", call(">", call("abs", x), float(lambd)), x, 0.0)
+
+
+@elementwise(F.softshrink)
+def _softshrink(x: Any, lambd: float = 0.5) -> Expression:
+    return x - _clamp(x, -float(lambd), float(lambd))
 
 
 @elementwise(F.threshold, torch.threshold)
