@@ -445,8 +445,10 @@ def test_missing_packages_are_named_with_their_extra():
 
 
 def spt(*arguments, **kwargs):
+    """The command line in a process that ctrl-c reaches: what a shell starts in the background inherits an ignored SIGINT."""
     return subprocess.Popen(
         [sys.executable, "-m", "spt_compiler", *map(str, arguments)], text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
     )  # fmt: skip
 
