@@ -33,7 +33,7 @@ def _constants(act_expr: str, n_in: int, n_act: int, dtype: torch.dtype) -> dict
         slopes = [[x, expression.derivative(act, x)] for x in pre]
     except ExpressionError:
         return None
-    fields = [*_FIELDS, *pre, *(f"{x}_bias" for x in pre), *(f"d{x}" for x in pre), *captured, *(f"{a}_step" for a in captured)]
+    fields = [*_FIELDS, *pre, *(f"d{x}" for x in pre), *captured, *(f"{a}_step" for a in captured)]
     return {"in_type": _TYPES[dtype], "act": act, "pre": pre, "captured": captured, "slopes": slopes, "integers": fields}
 
 
@@ -113,15 +113,9 @@ class Kernels:
             **{"n": source.shape[0], "width": source.shape[1]},
         )
 
-    def activate(
-        self, pre: Sequence[Tensor], act_in: Mapping[str, Tensor], out: Tensor, biases: Sequence[Tensor] = ()
-    ) -> Tensor:
-        """out = act(pre), after adding its bias [W] to each of `pre` in place if `biases` are given.
-
-        act_in: float values by name, [] or [1], or [W] for one per unit.
-        """
-        added = {f"x{i}_bias": bias for i, bias in enumerate(biases)}
-        self._call("activate", hidden=out, hidden_stride=out.stride(0), **added, **self._inputs(pre, act_in))
+    def activate(self, pre: Sequence[Tensor], act_in: Mapping[str, Tensor], out: Tensor) -> Tensor:
+        """out = act(pre); act_in: float values by name, [] or [1], or [W] for one per unit."""
+        self._call("activate", hidden=out, hidden_stride=out.stride(0), **self._inputs(pre, act_in))
         return out
 
     def activate_backward(

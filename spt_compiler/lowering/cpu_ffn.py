@@ -15,7 +15,7 @@ because the vendor library picks its kernel by the number of rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -413,8 +413,7 @@ class _Inputs:
     def __init__(self, work: _Work, x, w_in, b_in, lora_a_out, lora_b, act_expr: str, act_in, p: float):
         self.work, self.x = work, x
         self.w_in = [work.arrange(w) for w in w_in]
-        # Generated code reads them by address.
-        self.b_in = [work.arrange(b).contiguous() for b in b_in] or [None] * len(w_in)
+        self.b_in = [work.arrange(b) for b in b_in] or [None] * len(w_in)
         self.lora = [
             (a.to(x.dtype), work.arrange(b).to(x.dtype)) if b.shape[1] else None for a, b in zip(lora_a_out, lora_b, strict=True)
         ] or [None] * len(w_in)
@@ -424,19 +423,8 @@ class _Inputs:
         # What differs between the blocks of a span has to be the same for each of its rows.
         self.merge = p == 0 and not any(_per_unit(a) for a in act_in)
 
-    def biases(self, span: _Span) -> list[Tensor]:
-        """What is left for `hidden` to add to the span's pre-activations, where that is cheaper than with the product.
-
-        In fp32 the vendor's product starts from a copy of the bias in every row. In 16 bits it adds the bias unrounded.
-        """
-        if self.work.kernels is None or self.x.dtype != torch.float32 or len(span.segments) > 1:
-            return []
-        if any(b is None or b.dtype != self.x.dtype for b in self.b_in):  # another dtype is an error, which the product tells
-            return []
-        return [b[span.segments[0].units] for b in self.b_in]
-
-    def pre_activations(self, span: _Span, saved: Tensor | None, rows: Tensor, *, bias: bool = True) -> list[Tensor]:
-        """[n, W] per in-projection, written into `saved` if given; `rows`: the span's rows of x. bias: added, if there is one."""
+    def pre_activations(self, span: _Span, saved: Tensor | None, rows: Tensor) -> list[Tensor]:
+        """[n, W] per in-projection, written into `saved` if given; `rows`: the span's rows of x."""
         if saved is not None:
             pre = span.of(saved)
         else:
@@ -445,7 +433,7 @@ class _Inputs:
             low = None if lora is None else span.take(lora[0])
             for segment in span.segments:
                 out, part, weight = z[segment.rows], rows[segment.rows], w[segment.units].t()
-                if b is None or not bias:
+                if b is None:
                     torch.mm(part, weight, out=out)
                 else:
                     torch.addmm(b[segment.units], part, weight, out=out)
@@ -460,11 +448,11 @@ class _Inputs:
             env[name] = a[span.segments[0].units] if _per_unit(a) else a
         return env
 
-    def hidden(self, span: _Span, pre: list[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:
-        """[n, W] after the activation; not to be written to (it may be a pre-activation itself). biases: see `biases`."""
+    def hidden(self, span: _Span, pre: list[Tensor]) -> Tensor:
+        """[n, W] after the activation; not to be written to (it may be a pre-activation itself)."""
         kernels = self.work.kernels
         if kernels is not None:
-            return kernels.activate(pre, self.env(span, []), self.work.buffers.get("hidden", span.n_rows, span.width), biases)
+            return kernels.activate(pre, self.env(span, []), self.work.buffers.get("hidden", span.n_rows, span.width))
         value = expression.evaluate(self.act, self.env(span, pre))
         return value.to(self.x.dtype).expand_as(pre[0])
 
@@ -534,9 +522,8 @@ def routed_ffn(
     flat_gates = None if gates is None else gates.reshape(-1)
     for chunk in work.chunks:
         for span in work.spans(chunk, merge=inputs.merge):
-            kept, biases = saved if save and not work.dense else None, inputs.biases(span)
-            pre = inputs.pre_activations(span, kept, span.take(x, work, "x"), bias=not biases)
-            hidden = inputs.hidden(span, pre, biases)
+            pre = inputs.pre_activations(span, saved if save and not work.dense else None, span.take(x, work, "x"))
+            hidden = inputs.hidden(span, pre)
             if p > 0 and seed is not None:
                 hidden = hidden * work.dropout(span, seed, p, hidden.dtype)
             if flat_gates is not None:
