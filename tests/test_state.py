@@ -206,12 +206,17 @@ def test_resume_is_bit_exact(tmp_path):
     assert train_steps(second, run, data[4:]) == whole[4:]
 
 
-def test_loading_before_first_use_waits_for_the_sites():
+def learned():
+    """The state of a model that was trained, and a new one without any."""
     model = Stack(1)
     train_steps(model, compiled(model), [batch(seed=i) for i in range(3)])
     saved = spt_compiler.state_dict(model)
     torch._dynamo.reset()
-    fresh = Stack(1)
+    return saved, Stack(1)
+
+
+def test_loading_before_first_use_waits_for_the_sites():
+    saved, fresh = learned()
     assert spt_compiler.load_state_dict(fresh, saved) == []
     assert spt_compiler.state_dict(fresh).keys() == saved.keys()  # a save before the first use loses nothing
     with torch.no_grad():
@@ -261,11 +266,7 @@ def test_another_shape_changes_nothing():
 
 
 def test_state_that_does_not_fit_the_options_waits_for_those_that_it_fits():
-    model = Stack(1)
-    train_steps(model, compiled(model), [batch(seed=i) for i in range(3)])
-    saved = spt_compiler.state_dict(model)
-    torch._dynamo.reset()
-    fresh = Stack(1)
+    saved, fresh = learned()
     spt_compiler.load_state_dict(fresh, saved)
     run = torch.compile(fresh, backend="spt", options={**SPARSE, "ffn.blocks": 4})
     for _ in range(2):

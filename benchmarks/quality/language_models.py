@@ -64,6 +64,11 @@ def _mixed_precision() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
+def _loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=_mixed_precision()):
+        return model(input_ids=batch, labels=batch).loss
+
+
 def _rate(step: int, steps: int, peak: float) -> float:
     warm = max(1, min(50, steps // 5))
     if step < warm:
@@ -100,14 +105,12 @@ def train(architecture: str, domain: str, size: Size, steps: int, folder: Path, 
     text, heldout = texts.tokens(domain)
     lengths = [min(length, size.length) for length in LENGTHS]
     model.train()
-    mixed = _mixed_precision()
     for step in range(done, steps):
         length = lengths[step % len(lengths)]
         batch = texts.batch(text, (TOKENS_PER_STEP // length, length), seed=step)
         for group in optimizer.param_groups:
             group["lr"] = _rate(step, steps, peak)
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            loss = model(input_ids=batch, labels=batch).loss
+        loss = _loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -124,7 +127,7 @@ def train(architecture: str, domain: str, size: Size, steps: int, folder: Path, 
         "steps": steps,
         "parameters": sum(p.numel() for p in model.parameters()),
         "heldout": losses,
-        "mixed_precision": mixed,
+        "mixed_precision": _mixed_precision(),
     }
 
 
@@ -138,8 +141,7 @@ def step_seconds(size: Size, rounds: int = 5) -> float:
         for length in LENGTHS:
             shape = (TOKENS_PER_STEP // length, length)
             batch = torch.randint(256, shape, generator=torch.Generator().manual_seed(round_))
-            with torch.autocast("cpu", torch.bfloat16, enabled=_mixed_precision()):
-                model(input_ids=batch, labels=batch).loss.backward()
+            _loss(model, batch).backward()
         times.append((time.process_time() - began) / len(LENGTHS) / torch.get_num_threads())
     return statistics.median(times[1:])
 

@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     with torch.set_grad_enabled(not args.eval):
         try:
             explanation = spt_compiler.explain(model, options=options, **inputs)
-        except (RuntimeError, IndexError) as error:
-            if isinstance(error, SPTError):
-                raise
+        except SPTError:
+            raise
+        except (RuntimeError, IndexError) as error:  # the model's own
             sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             raise SPTError(
                 f"{type(model).__name__} cannot run on {sizes}: {type(error).__name__}: {str(error).splitlines()[0]}; try another "
