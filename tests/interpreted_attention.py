@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import check_close, double, prepare
+from interpreter import check_close, check_taped, double, prepare
 
 from spt_compiler import pq
 from spt_compiler.lowering import registry, triton_attention, triton_selection
@@ -466,3 +466,19 @@ def test_the_registry_runs_the_kernels_and_falls_back_where_they_do_not_apply(re
     with pytest.raises(ValueError, match="one dtype"):
         registry.dispatch("tile_attention_v1", "cuda", q, k, v.half(), None, *rest)
     assert registry.failures() == {} and not [w for w in recwarn if "spt_compiler" in str(w.message)]
+
+
+@pytest.mark.parametrize("mask", ["padded", "float and causal"])
+def test_calls_are_recorded(nan_empty, mask):
+    """Heads of 24 values, which are copied to rows of 32; a bias that is expanded; rows that see nothing."""
+    q, k, v = qkv(19, 29, dim=24, value_dim=40, dtype=torch.float16)
+    bias, expr, expr_in = MASKS[mask](19, 29)
+    codebook, masked = codebook_for(k), (bias, expr, expr_in)
+    common = (*codebook, torch.tensor([0.3]), 0.4)
+    check_taped(triton_selection.select_tiles, (q, k, *masked, *common, 8, 8, 0.3, 2.0, "pq", 0))
+    check_taped(triton_selection.select_keys, (q, k, *masked, *common, 0.3, 2.0, "pq", 0))
+    lists, rest = tile_lists(q, k, 8, 8), (expr, expr_in, torch.tensor([5]), 0.2, 0.3, 2.0, "nan", 8, 8)
+    check_taped(triton_attention.tile_attention, (q, k, v, bias, *lists, *rest))
+    out, lse = triton_attention.tile_attention(q, k, v, bias, *lists, *rest)
+    needs = [True, True, True, bias is not None]
+    check_taped(triton_attention.tile_attention_backward, (torch.randn_like(out), q, k, v, bias, out, lse, *lists, *rest, needs))

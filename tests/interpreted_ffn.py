@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import check_close, double, prepare
+from interpreter import check_close, check_taped, double, prepare
 
 from spt_compiler.lowering import triton_ffn
 from spt_compiler.ops import reference_ffn
@@ -166,3 +166,17 @@ def test_routed_ffn(nan_empty, case):
         if there and names[i] in ALONE.get(case, ()):
             alone = backward(triton_ffn.routed_ffn_backward, same, [i == j for j in range(len(names))])
             assert torch.equal(alone[i], got[i]) and all(a.numel() == 0 for j, a in enumerate(alone) if j != i)
+
+
+@pytest.mark.parametrize("case", ["gated, LoRA on one, gates, saved", "dense by data in chunks, bfloat16 LoRA", "half precision"])
+def test_calls_are_recorded(nan_empty, case):
+    """Views of weights, copies in block order, several chunks, sums in float32 that are rounded at the end."""
+    tensors, rest = arguments(CASES[case])
+    scores, on = torch.randn(rest[0].shape[0], 4).t().contiguous().t(), torch.zeros(4, dtype=torch.bool)
+    check_taped(triton_ffn.route, (scores, on, torch.tensor([0.5]), 0.5, 16, 0))
+    check_taped(triton_ffn.routed_ffn, (*tensors, *rest))
+    y, saved, low = triton_ffn.routed_ffn(*tensors, *rest)
+    x, w_in, b_in, w_out, b_out, lora_a, lora_b, lora_down, gates = tensors
+    present = [t is not None for t in (x, *w_in, *b_in, w_out, b_out, *lora_a, *lora_b, lora_down, gates, *rest[6])]
+    grads = (torch.randn(y.shape[::-1], dtype=y.dtype).t(), None if lora_down is None else torch.randn_like(low))
+    check_taped(triton_ffn.routed_ffn_backward, (*grads, *tensors, *rest[:4], *rest[5:11], saved, present))

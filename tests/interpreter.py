@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from spt_compiler.lowering.tape import Tapes
+
 HERE = Path(__file__).parent
 
 
@@ -84,6 +86,36 @@ def check_close(got: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, wha
         return
     rms = [float(x.square().mean().sqrt()) for x in (got - exact, eager - exact, exact)]
     assert rms[0] <= 2 * rms[1] + slack * rms[2] + 1e-6, f"{what}: error {rms[0]:.2e}, eager program {rms[1]:.2e}"
+
+
+def check_taped(function, args) -> None:
+    """Once two calls with other numbers, at other places in memory, are recorded, the tape does what the function does."""
+    tapes = Tapes()
+    for _ in range(2):
+        tapes.call(function, None, _halved(args))
+    assert len(tapes) == 1, "not recorded"
+    (_, played), direct = tapes.call(_unexpected, None, args), function(*args)
+    assert type(played) is type(direct)
+    for got, expected in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (played, direct)), strict=True):
+        assert got.shape == expected.shape and got.stride() == expected.stride() and got.dtype == expected.dtype
+        assert torch.equal(got.nan_to_num(), expected.nan_to_num()) and torch.equal(got.isnan(), expected.isnan())
+
+
+def _unexpected(*_):
+    raise AssertionError("a call that is on tape was made anew")
+
+
+def _halved(values):
+    """Copies laid out as the tensors are, in memory of their own, floats halved; in lists too."""
+    if isinstance(values, (list, tuple)):
+        return [_halved(v) for v in values]
+    if not isinstance(values, torch.Tensor):
+        return values
+    storage = values.untyped_storage().clone()
+    whole = torch.tensor([], dtype=values.dtype).set_(storage)
+    if whole.is_floating_point():
+        whole.mul_(0.5)
+    return whole.set_(storage, values.storage_offset(), values.shape, values.stride())
 
 
 def double(values):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from spt_compiler.errors import KernelError, SPTError
+from spt_compiler.lowering.tape import Tapes
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Candidate:
         name: for reports ("cpu", "triton").  run: takes the arguments of the op, returns its results.
         supports: takes the arguments, says whether `run` can take them; None: always. It must not read tensor data.
         ready: says whether it can be used in this process at all (a compiler that may be missing); None: always.
+        tapes: of calls that ran, for a lowering that decides by the kinds of its arguments alone.
         failed: what it failed with; it is not tried again.
     """
 
@@ -74,7 +76,16 @@ class Candidate:
     run: Callable[..., Any]
     supports: Callable[..., Any] | None = None
     ready: Callable[[], bool] | None = None
+    tapes: Tapes | None = None
     failed: str | None = None
+
+    def attempt(self, args: Sequence[Any]) -> tuple[bool, Any]:
+        """(whether the arguments are supported, the result)."""
+        if self.tapes is not None:
+            return self.tapes.call(self.run, self.supports, args)
+        if self.supports is not None and not self.supports(*args):
+            return False, None
+        return True, self.run(*args)
 
 
 @dataclass
@@ -99,6 +110,7 @@ def register(
     supports: Callable[..., Any] | None = None,
     ready: Callable[[], bool] | None = None,
     preferred: bool = False,
+    taped: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function implements `spt::<op_name>` on a device, after the candidates registered before it.
 
@@ -106,6 +118,7 @@ def register(
         op_name: with version, e.g. "tile_attention_v1".  device_type: "cpu", "cuda".  name: for reports.
         supports: (*args of the op) -> falsy where the function cannot take them (a `Reject` gives the reason).
         ready: () -> whether the function can be used in this process.  preferred: before those registered so far.
+        taped: whether it launches kernels as the kinds of its arguments alone tell; see `tape.py`.
     Raises: SPTError for an op that does not exist. Registering a name again replaces it (a module that is reloaded).
     """
     if op_name not in OPS:
@@ -114,7 +127,7 @@ def register(
     def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
         with _table.lock:
             present = _table.candidates.setdefault((op_name, device_type), [])
-            fresh = Candidate(name, run, supports, ready)
+            fresh = Candidate(name, run, supports, ready, Tapes() if taped else None)
             for i, candidate in enumerate(present):
                 if candidate.name == name:
                     present[i] = fresh
@@ -215,14 +228,13 @@ def dispatch(op_name: str, device_type: str, *args: Any) -> Any:
     """
     failures: list[tuple[Candidate, Exception]] = []
     for candidate in _usable(op_name, device_type):
-        if candidate.supports is not None and not candidate.supports(*args):
-            continue
         try:
-            result = candidate.run(*args)
+            supported, result = candidate.attempt(args)
         except Exception as cause:  # whatever a kernel fails with, the next one may work
             failures.append((candidate, cause))
             continue
-        break
+        if supported:
+            break
     else:
         result = reference_of(op_name)(*args)
     for candidate, cause in failures:

@@ -975,4 +975,4 @@ for _op, _run, _supports_op in (
     ("key_attention_v1", key_attention, supports_key_attention),
     ("key_attention_backward_v1", key_attention_backward, supports_key_attention_backward),
 ):
-    registry.register(_op, "cuda", "triton", supports=accepts(_supports_op))(_run)
+    registry.register(_op, "cuda", "triton", supports=accepts(_supports_op), taped=True)(_run)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from spt_compiler import expression
 from spt_compiler.errors import ExpressionError, KernelError, Reject, SPTError
-from spt_compiler.lowering import render, triton_tuning
+from spt_compiler.lowering import render, tape, triton_tuning
 from spt_compiler.lowering.triton_tuning import Setting
 
 log = logging.getLogger(__name__)
@@ -327,9 +327,12 @@ def launch(
         KeyError for a parameter that is missing.
     """
     module = render.load(template, structure)
+    recorder = tape.recorder()
     specs = _recorded.get()
     if specs is not None:
         specs.append(_record(template, module, kernel, args, constants, num_warps=num_warps, num_stages=num_stages))
+        if recorder is not None:
+            recorder.fault = "nothing was launched"
         return
     if 0 in grid:
         return
@@ -347,6 +350,8 @@ def launch(
     if ready is None:
         what = (*kind, tuple(constants.values()), tuple(map(_specialisation, values)))
         settings = (Setting(num_warps, num_stages), *(alternatives() if callable(alternatives) else alternatives))
+        if recorder is not None:
+            recorder.fault = "a kernel was not ready"
         ready = _prepare(what, module, kernel, grid, args, constants, settings)
         if ready is not None:
             if len(_ready) >= _MOST_READY:
@@ -357,10 +362,16 @@ def launch(
     parameters = parameters.copy()
     for (i, _), value in zip(runtime, values, strict=True):
         parameters[i] = value
+    run = compiled[(*grid, 1, 1)[:3]]
+    if recorder is not None:
+        recorder.launched(run, parameters)
+        recorder.paused = True
     device = next(x for x in values if isinstance(x, Tensor)).get_device()
     here = device < 0 or device == torch.cuda.current_device()
     with contextlib.nullcontext() if here else torch.cuda.device(device):
-        compiled[(*grid, 1, 1)[:3]](*parameters)
+        run(*parameters)
+    if recorder is not None:
+        recorder.paused = False
 
 
 def _prepare(
@@ -375,7 +386,7 @@ def _prepare(
     """Launches a kernel by way of Triton, which compiles it, with the fastest setting known that the device can run.
 
     Args: what: all that decides the compiled code but for the setting.  settings: the safe one first.
-    Returns: an entry of `_ready`; None for the interpreter.
+    Returns: an entry of `_ready`; None where triton hands out no kernel. The interpreter runs the function itself.
     """
     function = getattr(module, kernel)
     tensors = [args[name] for name in function.arg_names if isinstance(args.get(name), Tensor)]
@@ -398,7 +409,7 @@ def _prepare(
 
     if device.type == "cpu":  # the interpreter
         run(settings[0])
-        return None
+        return function, [fixed(settings[0]).get(name) for name in function.arg_names]
     key = (module.__name__, kernel, tuple(constants.items()), tuple([_TYPE_NAMES[x.dtype] for x in tensors]), device)
     if key in _failed:
         raise KernelError(*_failed[key])

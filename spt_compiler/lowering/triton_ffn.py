@@ -948,6 +948,9 @@ class _Backward:
                     put(name, lambda n=name: self.flat.empty(n))
 
 
-registry.register("route_v1", "cuda", "triton", supports=accepts(supports_route))(route)
-registry.register("routed_ffn_v1", "cuda", "triton", supports=accepts(supports_routed_ffn))(routed_ffn)
-registry.register("routed_ffn_backward_v1", "cuda", "triton", supports=accepts(supports_routed_ffn_backward))(routed_ffn_backward)
+for _op, _run, _supports_op in (
+    ("route_v1", route, supports_route),
+    ("routed_ffn_v1", routed_ffn, supports_routed_ffn),
+    ("routed_ffn_backward_v1", routed_ffn_backward, supports_routed_ffn_backward),
+):
+    registry.register(_op, "cuda", "triton", supports=accepts(_supports_op), taped=True)(_run)

@@ -466,4 +466,4 @@ for _op, _run, _supports_op in (
     ("select_tiles_v1", select_tiles, supports_select_tiles),
     ("select_keys_v1", select_keys, supports_select_keys),
 ):
-    registry.register(_op, "cuda", "triton", supports=accepts(_supports_op))(_run)
+    registry.register(_op, "cuda", "triton", supports=accepts(_supports_op), taped=True)(_run)
