@@ -149,7 +149,9 @@ def test_products_of_warp_groups_have_wide_tiles(target, block_n):
     with triton_common.recording(target) as specs:
         triton_catalog._ffn("gelu bias", torch.bfloat16)
     chosen = {spec.kernel: dict(spec.constants) for spec in specs if spec.kernel.startswith("routed_ffn")}
-    assert chosen["routed_ffn_rows_kernel"]["BLOCK_N"] == chosen["routed_ffn_sums_weights_kernel"]["BLOCK_N"] == block_n
+    assert chosen["routed_ffn_rows_kernel"]["BLOCK_N"] == chosen["routed_ffn_fwd_in_kernel"]["BLOCK_N"] == block_n
+    # On Hopper two programs that share a multiprocessor were faster where the products are short, or much follows them.
+    assert chosen["routed_ffn_sums_weights_kernel"]["BLOCK_N"] == (128 if target == "sm_90" else block_n)
     # Sizes of the catalog are powers of two: no masks anywhere.
     assert chosen["routed_ffn_rows_kernel"]["WIDTH_FACTOR"] == chosen["routed_ffn_rows_kernel"]["OUT_FACTOR"] == 256
 

@@ -44,12 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
         return _measure(args, out)
     began, status = time.perf_counter(), 0
     parts = args.only or PARTS
-    runs = [(part, "yes") for part in parts] + [(part, "no") for part in parts if part != "correctness"]
+    runs: list[tuple[str, str | None]] = [(part, "yes") for part in parts]
+    runs += [(part, "no") for part in parts if part != "correctness"]
+    if len(parts) == 1:  # every process takes ten seconds to start
+        runs = [(parts[0], None)]
     for part, goals in runs:
         shares = min(args.jobs, 8) if part == "correctness" else 1
         running = []
         for share in range(shares):
-            command = [sys.executable, "-m", __spec__.name.removesuffix(".__main__"), "--part", part, "--goals", goals]
+            command = [sys.executable, "-m", __spec__.name.removesuffix(".__main__"), "--part", part]
+            command += ["--goals", goals] if goals is not None else []
             command += ["--share", f"{share}/{shares}", "--out", str(out), "--seconds", str(args.seconds), "--case", args.case]
             command += [*(["--dry-run"] if args.dry_run else []), *(["--fresh"] if args.fresh else [])]
             if args.budget is not None:
@@ -83,6 +87,7 @@ def _measure(args: argparse.Namespace, out: Path) -> int:
     facts = common.device_facts(bench)
     part = importlib.import_module(f"{__package__}.{args.part}")
     chosen = [case for case in part.cases(args.dry_run) if args.goals is None or case.goal == (args.goals == "yes")]
+    chosen.sort(key=lambda case: not case.goal)
     number, count = map(int, args.share.split("/"))
     folder = out / args.part
     folder.mkdir(parents=True, exist_ok=True)
