@@ -26,6 +26,8 @@ _COMPENSATION_RIDGE = 0.1
 # Ridge of the correction, relative to the mean squared norm of the tokens along one direction, and extra directions and rounds
 # of the search for its best few.
 _CORRECTION_RIDGE = 0.1
+# Tokens whose hidden units are copied at a time.
+_ROWS = 512
 _OVERSAMPLE, _SEARCH_ROUNDS = 8, 3
 
 
@@ -178,12 +180,9 @@ def block_outputs(h: Tensor, w_out: Tensor, permutation: Tensor, n_blocks: int) 
 def block_norms(h: Tensor, w_out: Tensor, permutation: Tensor, n_blocks: int) -> Tensor:
     """Norm of each block's contribution: [S, F], [E, F] -> [S, G]; one block at a time, to bound memory."""
     width = -(-h.shape[1] // n_blocks)
-    norms = h.new_zeros(h.shape[0], n_blocks)
-    for g in range(n_blocks):
-        units = permutation[g * width : (g + 1) * width].long()
-        if len(units):
-            norms[:, g] = (h[:, units] @ w_out[:, units].t()).norm(dim=1)
-    return norms
+    parts = permutation.long().split(width)
+    norms = [(h.index_select(1, units) @ w_out.index_select(1, units).t()).norm(dim=1) for units in parts]
+    return torch.stack(norms + [h.new_zeros(h.shape[0])] * (n_blocks - len(norms)), 1)
 
 
 def output_scale(y: Tensor) -> Tensor:
@@ -301,23 +300,24 @@ def choose(scores: Tensor, always_on: Tensor, n_keep: int) -> Tensor:
 
 
 def dropped_outputs(h: Tensor, w_out: Tensor, permutation: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """What the dropped blocks would have added, block by block, as the outputs of all would be the largest thing in learning.
+    """What the dropped blocks would have added; some tokens at a time, as their hidden units are the largest thing in learning.
 
     Args: h: [S, F] hidden units.  w_out: [E, F].  permutation: [F] int.  kept: [S, G] bool.
     Returns: their sum for each token [S, E]; the mean output of each block over the tokens that drop it [G, E], 0 for a block that
         no token drops. Values that are not finite count as 0.
     """
-    n_blocks = kept.shape[1]
-    width = -(-h.shape[1] // n_blocks)
-    total = h.new_zeros(h.shape[0], w_out.shape[0])
-    mean = h.new_zeros(n_blocks, w_out.shape[0])
-    for g in range(n_blocks):
-        units, rows = permutation[g * width : (g + 1) * width].long(), (~kept[:, g]).nonzero()[:, 0]
-        if len(units) and len(rows):
-            outputs = _finite(h[:, units].index_select(0, rows) @ w_out[:, units].t())
-            total.index_add_(0, rows, outputs)
-            mean[g] = outputs.mean(0)
-    return total, mean
+    n_blocks, n_units = kept.shape[1], h.shape[1]
+    units = torch.arange(n_units, device=h.device)
+    block = torch.empty_like(units)
+    block[permutation.long()] = units // -(-n_units // n_blocks)
+    total, sums = h.new_empty(h.shape[0], w_out.shape[0]), h.new_zeros(n_units)
+    for rows, dropped, filled in zip(*(x.split(_ROWS) for x in (h, ~kept, total)), strict=True):
+        left = torch.where(dropped[:, block], _finite(rows), 0.0)
+        torch.mm(left, w_out.t(), out=filled)
+        sums += left.sum(0)
+    own = block == torch.arange(n_blocks, device=h.device).unsqueeze(1)
+    mean = (own * sums) @ w_out.t() / (~kept).sum(0).clamp_min(1).unsqueeze(1)
+    return total.nan_to_num_(0.0, 0.0, 0.0), mean.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def fit_compensation(missing: Tensor, mean: Tensor, kept: Tensor) -> Tensor:
