@@ -224,13 +224,16 @@ def explain(model: Callable, *args: Any, options: Mapping[str, Any] | None = Non
     created and nothing stays compiled. Works on models that are compiled already.
 
     Args:
-        model: a module or a function. *args, **kwargs: what it is called with. options: as for `torch.compile`.
+        model: a module or a function. *args, **kwargs: what it is called with.
+        options: as for `torch.compile`. None: those that the model, or else the first of its modules that is, was compiled with
+            by this backend; without any, the defaults.
     Returns: an `Explanation`.
     Raises: OptionError for bad options; whatever the model itself raises.
     """
     from .backend import prepare_graph
     from .config import SPTConfig
 
+    options = _compiled_with(model) if options is None else options
     config = dataclasses.replace(SPTConfig.from_options(options), dump=None, require_matches=None)
     rows: list[SiteReport] = []
 
@@ -246,6 +249,25 @@ def explain(model: Callable, *args: Any, options: Mapping[str, Any] | None = Non
     with _undisturbed(model) as plain:
         _compiled_once(plain, look)(*args, **kwargs)
     return Explanation(tuple(rows))
+
+
+def _compiled_with(model: Any) -> Mapping[str, Any] | None:
+    """The options of `torch.compile(model, backend="spt")`, of `model.compile`, or of the first compiled module inside; or None."""
+    plain = getattr(model, "_orig_mod", model)
+    modules = plain.modules() if isinstance(plain, torch.nn.Module) else ()
+    calls = [getattr(model, "dynamo_ctx", model), *(getattr(m, "_compiled_call_impl", None) for m in modules)]
+    for call in calls:
+        # Dynamo's layers around a backend: no public call leads through them.
+        found = getattr(call, "callback", None)
+        if found is None and getattr(call, "__closure__", None):
+            cells = dict(zip(call.__code__.co_freevars, call.__closure__, strict=True))
+            found = cells["callback"].cell_contents if "callback" in cells else None
+        while found is not None and not hasattr(found, "compiler_name"):
+            inside = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")
+            found = next((getattr(found, name) for name in inside if hasattr(found, name)), None)
+        if found is not None and found.compiler_name == "spt":
+            return (getattr(found, "kwargs", None) or {}).get("options")
+    return None
 
 
 @contextmanager

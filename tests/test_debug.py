@@ -90,6 +90,8 @@ def test_explain_works_on_compiled_models_and_leaves_them_compiled(how):
         spt_compiler.compile(model, **{k.replace(".", "__"): v for k, v in SPARSE.items()})
     model(x)
     assert spt_compiler.explain(model, x, options=SPARSE).replaced() == 4
+    assert spt_compiler.explain(model, x).replaced() == 4  # with the options that it was compiled with
+    assert spt_compiler.explain(model, x, options={}).replaced() == 0  # the defaults' thresholds
     counters.clear()
     model(x)
     assert counters["stats"]["unique_graphs"] == 0

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 # Kinds of call that one lowering remembers: lengths that change all the time should not fill the memory.
-_MOST_KINDS = 1024
+_MOST_KINDS = 256
 _ALLOCATIONS = frozenset(
     (
         aten.empty.memory_format,
