@@ -204,6 +204,38 @@ def test_glu():
     assert "sigmoid" in c.act and len(c.w_in) == 2
 
 
+QUADRATIC: dict[str, tuple[Callable[[Block, Tensor], Tensor], str]] = {
+    "bilinear": (lambda m, x: m.down(m.up(x) * m.gate(x)), "x0 * x1"),
+    "bilinear, fused": (lambda m, x: m.down((lambda a, b: a * b)(*m.fused(x).chunk(2, -1))), "x0 * x1"),
+    "bilinear, with an offset": (lambda m, x: m.down(m.up(x) * (1 + m.gate(x)) * 0.5), "x1"),
+    "square": (lambda m, x: m.down(m.up(x).square()), "square(x0)"),
+    "square by product": (lambda m, x: m.down((h := m.up(x)) * h), "x0 * x0"),
+    "cube": (lambda m, x: m.down(m.up(x) ** 3), "square(x0) * x0"),
+    "absolute value": (lambda m, x: m.down(m.up(x).abs()), "abs(x0)"),
+}
+
+
+@pytest.mark.parametrize("name", QUADRATIC)
+def test_products_and_powers_of_projections_are_activations(name):
+    function, text = QUADRATIC[name]
+    assert text in only(function).act
+    assert blocks.assert_exact_is_eager(Block(function), X) == ["ffn"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.down((h := m.up(x)) * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)),  # a norm is made of powers
+        lambda m, x: m.down(m.norm(m.up(x) * m.gate(x))),
+        lambda m, x: m.down(m.up(x) * m.gate(x.flip(1))),  # two inputs
+        lambda m, x: m.down(m.up(x) * m.beta),
+        lambda m, x: m.down((m.up(x) * m.gate(x)).cumsum(1)),  # a linear recurrence over tokens
+    ],
+)
+def test_products_that_something_else_breaks_are_nothing(function):
+    assert sites(Block(function), X) == ([], [])
+
+
 def test_clamped_gates_with_an_offset():
     def function(m, x):
         gate, up = m.gate(x).clamp(max=2.0), m.up(x).clamp(-2.0, 2.0)

@@ -392,14 +392,28 @@ class Hidden:
 
     Attributes:
         sources: linear calls it depends on. nonlinear: whether a non-linearity was passed. refused: what breaks it.
+        curved: whether it has passed products or powers of projections: a block if nothing breaks it, and no near miss if
+            something does, because norms are made of those too.
     """
 
     sources: frozenset[Node]
     nonlinear: bool = False
     refused: Reject | None = None
+    curved: bool = False
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether a projection of it is a block, or the near miss of one."""
+        return self.nonlinear or (self.curved and self.refused is None)
 
 
 State = Projection | Parts | Branch | Hidden
+
+# Calls without which two layers are one that count as a non-linearity only where nothing else breaks a block.
+_CURVED = {
+    *(torch.square, operator.pow, torch.reciprocal, torch.abs, torch.sign, torch.floor),
+    *(torch.sqrt, torch.rsqrt, torch.log, torch.log1p),
+}
 
 # Calls whose result takes a factor >= 0 of their argument as its own.
 _HOMOGENEOUS = {operator.mul, operator.neg, F.relu, F.leaky_relu}
@@ -571,10 +585,19 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         if target is operator.mul and (gated := _gated(node, found)) is not None:
             reason = Reject("a gate on {}, which is no projection of the same input: a gated output, no block", describe(gated))
             return replace(merged, refused=reason)
-        return replace(merged, nonlinear=merged.nonlinear or target in NONLINEAR)
+        return replace(merged, nonlinear=merged.nonlinear or target in NONLINEAR, curved=merged.curved or _is_curved(node, found))
     if _pointwise_convolution(node):
         return Projection(node, nodes=(node,), refused=Reject("a 1x1 convolution in place of a linear layer"))
     return _broken(merged, node)
+
+
+def _is_curved(node: Node, found: dict[Node, State]) -> bool:
+    """Whether an element-wise call makes something of projections that no linear layer makes, without a non-linearity."""
+    if node.target is operator.mul:
+        return all(isinstance(a, Node) and a in found for a in node.args)
+    if node.target is operator.truediv:
+        return node.args[1] in found
+    return node.target in _CURVED
 
 
 def _is_refused_block(state: State) -> bool:
@@ -645,10 +668,10 @@ def _gated(node: Node, found: dict[Node, State]) -> Node | None:
 def _merged(above: list[State]) -> Hidden | None:
     """The union of what a node's inputs are; None if they are projections of different inputs (a residual sum, q and k)."""
     sources: frozenset[Node] = frozenset()
-    nonlinear, refused = False, None
+    nonlinear, curved, refused = False, False, None
     for state in above:
         if isinstance(state, Hidden):
-            sources, nonlinear = sources | state.sources, nonlinear or state.nonlinear
+            sources, nonlinear, curved = sources | state.sources, nonlinear or state.nonlinear, curved or state.curved
             refused = state.refused if refused is None else refused
         elif isinstance(state, Projection):
             sources, refused = sources | {state.linear}, state.refused if refused is None else refused
@@ -658,7 +681,7 @@ def _merged(above: list[State]) -> Hidden | None:
             return None
     if len(sources) > _MAX_SOURCES or len({without_casts(_read_by(s)) for s in sources}) > 1:
         return None
-    return Hidden(sources, nonlinear, refused)
+    return Hidden(sources, nonlinear, refused, curved)
 
 
 def _of_different_inputs(node: Node, above: list[State]) -> Hidden | None:
@@ -909,7 +932,7 @@ def capture_block(context: Context, node: Node) -> Candidate | Reject | None:
     found = context.fact(states)
     x = _read_by(node) if node.args else None
     hidden = found.get(x) if isinstance(x, Node) else None
-    if not isinstance(hidden, Hidden) or not hidden.nonlinear:
+    if not isinstance(hidden, Hidden) or not hidden.is_activation:
         return None
     if node.target is F.linear:
         return _read_block(context, node, hidden, found)
