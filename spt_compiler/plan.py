@@ -362,15 +362,15 @@ def _picked(scope: Scope, node: fx.Node) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _weight_recipe(scope: Scope, weight: Any) -> tuple[Recipe, int | None, int | None] | None:
+def _weight_recipe(scope: Scope, weight: Weight) -> tuple[Recipe, slice] | None:
     recipe = scope.recipe(weight.node)
-    return None if recipe is None else (recipe, weight.start, weight.stop)
+    return None if recipe is None else (recipe, weight.rows)
 
 
 def _lora_recipe(scope: Scope, branch: Lora, rows: Weight | None = None) -> tuple | None:
     """(A, rows of B, scaling) of a low-rank branch: what it adds to its weight is scaling * B @ A."""
     a = scope.recipe(branch.a)
-    b = _weight_recipe(scope, Weight(branch.b, *(() if rows is None else (rows.start, rows.stop))))
+    b = _weight_recipe(scope, Weight(branch.b) if rows is None else replace(rows, node=branch.b))
     return None if a is None or b is None else (a, b, branch.scaling)
 
 

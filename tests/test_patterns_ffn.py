@@ -53,19 +53,19 @@ class Block(nn.Module):
 
 
 def rows(weight: Weight | None, values: dict[Any, Any]) -> Tensor | None:
-    return None if weight is None else values[weight.node][weight.start : weight.stop]
+    return None if weight is None else values[weight.node][weight.rows]
 
 
 def compute(c: FFNCapture, values: dict[Any, Any]) -> Tensor:
     """What a capture says, written down; without dropout."""
 
-    def up(branch: Lora, low: Tensor, start: int | None = None, stop: int | None = None) -> Tensor:
+    def up(branch: Lora, low: Tensor, kept: slice = slice(None)) -> Tensor:
         out = F.linear(low, values[branch.b], None if branch.bias is None else values[branch.bias])
-        return branch.scaling * out[..., start:stop]
+        return branch.scaling * out[..., kept]
 
     x, pre = values[c.x], []
     for w, b, branches in zip(c.w_in, c.b_in, c.lora or ((),) * len(c.w_in), strict=True):
-        added = [up(branch, values[branch.a_out], w.start, w.stop) for branch in branches]
+        added = [up(branch, values[branch.a_out], w.rows) for branch in branches]
         pre.append(sum(added, F.linear(x, rows(w, values), rows(b, values))))
     env = {f"x{i}": h for i, h in enumerate(pre)} | {f"a{i}": values[a] for i, a in enumerate(c.act_in)}
     hidden = evaluate(parse(c.act), env)
@@ -183,6 +183,12 @@ GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "fused, stacked, without the last slice": lambda m, x: m.down(
         (lambda h: F.silu(h[:, :, 0]) * h[:, :, 1])(m.fused(x).view(2, 5, 2, -1))
     ),
+    "interleaved, slices": lambda m, x: m.down((lambda h: F.silu(h[..., ::2]) * h[..., 1::2])(m.fused(x))),
+    "interleaved, a dim of two": lambda m, x: m.down((lambda h: F.silu(h[..., 0]) * h[..., 1])(m.fused(x).view(2, 5, -1, 2))),
+    "interleaved, the value first": lambda m, x: m.down(
+        (lambda h: h[:, :, :, 0] * F.silu(h[:, :, :, 1]))(m.fused(x).unflatten(-1, (-1, 2)))
+    ),
+    "interleaved, unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).view(2, 5, -1, 2).unbind(-1))),
     "fused, unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).unflatten(-1, (2, -1)).unbind(-2))),
 }
 
@@ -191,6 +197,13 @@ GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
 def test_gates(name):
     c = only(lambda m, x: GATED[name](m, x))
     assert c.act == "silu(x0) * x1" and len(c.w_in) == len(c.b_in) == 2
+
+
+def test_interleaved_gates_read_every_other_row():
+    c = only(lambda m, x: m.down((lambda h: h[..., 0] * F.gelu(h[..., 1]))((m.fused(x) + m.bf(m.a(x))).view(2, 5, -1, 2))))
+    assert [(w.start, w.step) for w in c.w_in] == [(1, 2), (0, 2)] and c.lora[0] == c.lora[1]
+    for name in ("interleaved, slices", "interleaved, the value first"):
+        assert blocks.assert_exact_is_eager(Block(GATED[name]), X) == ["ffn"]
 
 
 def test_a_fused_gate_reads_rows_of_one_weight():
@@ -415,9 +428,9 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: m.down((torch.sigmoid(m.a(x)).unsqueeze(-1) * x.repeat(1, 1, 2)[..., :10].view(2, 5, 2, 5)).view(2, 5, -1)),
         "a gated output, no block",
     ),
-    "interleaved gate": (
-        lambda m, x: m.down(F.silu((h := m.fused(x))[..., ::2]) * h[..., 1::2]),
-        "interleaved",
+    "a slice of an interleaved gate": (
+        lambda m, x: F.linear(F.silu((h := m.fused(x))[..., ::2][..., :8]) * h[..., 1::2][..., :8], m.down.weight[:, :8]),
+        "a part of an interleaved projection",
     ),
     "pooler": (lambda m, x: F.linear(torch.tanh(m.square(m.up(x))), m.square.weight), "linear, tanh, linear is a pooler"),
     "head": (lambda m, x: F.linear(F.gelu(m.up(x)), m.square.weight), "differs from the model width"),

@@ -29,11 +29,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Weight:
-    """Rows `start:stop` of what F.linear takes ([F, E] or a bias [F]); None: from the first, to the last."""
+    """Rows `start:stop:step` of what F.linear takes ([F, E] or a bias [F]); None: from the first, to the last, each."""
 
     node: Node
     start: int | None = None
     stop: int | None = None
+    step: int | None = None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop, self.step)
 
 
 @dataclass(frozen=True)
@@ -341,33 +346,38 @@ class Projection:
     """A pre-activation: rows of a linear layer's output, with the low-rank branches that are added to it.
 
     Attributes:
-        linear: the call. start, stop: rows (None: all), also of the branches. nodes: the calls that make it, the linear one
-        included. lora: the branches. refused: why it cannot be part of a site.
+        linear: the call. start, stop, step: rows (None: all), also of the branches. nodes: the calls that make it, the linear
+        one included. lora: the branches. refused: why it cannot be part of a site.
     """
 
     linear: Node
     start: int | None = None
     stop: int | None = None
+    step: int | None = None
     nodes: tuple[Node, ...] = ()
     lora: tuple[Lora, ...] = ()
     refused: Reject | None = None
 
     @property
     def rows(self) -> tuple[Any, ...]:
-        return self.linear, self.start, self.stop, self.lora
+        return self.linear, self.start, self.stop, self.step, self.lora
+
+    def of(self, node: Any) -> Weight:
+        """These rows of a weight, or of a bias."""
+        return Weight(node, self.start, self.stop, self.step)
 
 
 @dataclass(frozen=True)
 class Parts:
     """Several equal or unequal pieces of a projection's last dim, as chunk or split return them.
 
-    stacked: they are not a tuple but a dim of their own, before the last.
+    bounds: start, stop and step of each. dim: they are not a tuple but a dim of their own, the last (-1) or the one before.
     """
 
     whole: Projection
-    bounds: tuple[tuple[int, int], ...]
+    bounds: tuple[tuple[int, int, int | None], ...]
     nodes: tuple[Node, ...]
-    stacked: bool = False
+    dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -565,7 +575,7 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         piece = _piece(node, first)
         if piece is not None:
             return piece
-    if isinstance(first, Parts) and (first.stacked or target is operator.getitem):
+    if isinstance(first, Parts) and (first.dim is not None or target is operator.getitem):
         return None
     if target in (torch.matmul, F.scaled_dot_product_attention) and not any(_is_refused_block(s) for s in above):
         return None  # what attention does with it is attention's business
@@ -726,10 +736,13 @@ def _selects_features(node: Node) -> bool:
 def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
     """Rows of a fused projection: what chunk, split, slices, unflatten and unbind along the last dim select."""
     if isinstance(whole, Parts):
-        index = _stack_index(node) if whole.stacked else node.args[1] if node.target is operator.getitem else None
-        if index is None and whole.stacked and getattr(node.target, "__name__", node.target) == "unbind":
-            along = Arguments(node, "input", ("dim", 0))["dim"] in (-2, rank(node.args[0]) - 2)
-            return replace(whole, nodes=(*whole.nodes, node), stacked=False) if along else None
+        if whole.dim is not None and getattr(node.target, "__name__", node.target) == "unbind":
+            along = Arguments(node, "input", ("dim", 0))["dim"] in (whole.dim, rank(node.args[0]) + whole.dim)
+            return replace(whole, nodes=(*whole.nodes, node), dim=None) if along else None
+        if whole.dim is not None:
+            index = _stack_index(node, whole.dim)
+        else:
+            index = node.args[1] if node.target is operator.getitem else None
         if not isinstance(index, int):
             return None
         bounds = whole.bounds[index] if -len(whole.bounds) <= index < len(whole.bounds) else None
@@ -740,7 +753,9 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
         return None
     last = rank(source) - 1
     if node.target is torch.reshape and same_shape(shape(node), (*shape(source)[:-1], 2, width // 2)):
-        return Parts(whole, ((0, width // 2), (width // 2, width)), (node,), stacked=True)
+        return Parts(whole, ((0, width // 2, None), (width // 2, width, None)), (node,), dim=-2)
+    if node.target is torch.reshape and same_shape(shape(node), (*shape(source)[:-1], width // 2, 2)):
+        return Parts(whole, ((0, width, 2), (1, width, 2)), (node,), dim=-1)
     if node.target in _SPLITS:
         pieces = _split_bounds(node, last, width)
         return None if pieces is None else Parts(whole, pieces, (node,))
@@ -748,7 +763,7 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
         found = Arguments(node, "input", "dim", "start", "length")
         dim, start, length = found.take("dim", "start", "length")
         if isinstance(dim, int) and dim % (last + 1) == last and isinstance(start, int) and isinstance(length, int):
-            return _slice(whole, start, start + length, (node,))
+            return _slice(whole, start, start + length, None, (node,))
     if node.target is operator.getitem:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         lead, final = index[:-1], index[-1]
@@ -757,17 +772,15 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
         if (
             covers
             and isinstance(final, slice)
-            and all(i is None or isinstance(i, int) for i in (final.start, final.stop))
+            and all(i is None or isinstance(i, int) for i in (final.start, final.stop, final.step))
         ):
-            if final.step not in (None, 1):
-                return replace(whole, refused=Reject("gate and up are interleaved in one fused projection"))
-            start, stop, _ = final.indices(width)
-            return _slice(whole, start, stop, (node,))
+            start, stop, step = final.indices(width)
+            return _slice(whole, start, stop, None if step == 1 else step, (node,))
     return None
 
 
-def _stack_index(node: Node) -> Any:
-    """i of x[..., i, :], or of x[:, :, i] with all dims before it."""
+def _stack_index(node: Node, dim: int) -> Any:
+    """i of x[..., i] (dim -1) or of x[..., i, :] (dim -2), however the dims around it are written."""
     if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
         return None
     full, dims, keys = slice(None, None, None), rank(node.args[0]), list(node.args[1])
@@ -775,16 +788,19 @@ def _stack_index(node: Node) -> Any:
     keys[at : at + 1] = [full] * (dims - len([k for k in keys if k is not Ellipsis]))
     if len(keys) != dims or any(isinstance(k, Node) for k in keys):
         return None
-    *lead, index, final = keys
-    return index if all(k == full for k in (*lead, final)) else None
+    index = keys.pop(dim)
+    return index if all(k == full for k in keys) else None
 
 
-def _slice(whole: Projection, start: int, stop: int, nodes: tuple[Node, ...]) -> Projection:
+def _slice(whole: Projection, start: int, stop: int, step: int | None, nodes: tuple[Node, ...]) -> Projection:
+    nodes = (*whole.nodes, *nodes)
+    if whole.step is not None:
+        return replace(whole, nodes=nodes, refused=Reject("a part of an interleaved projection"))
     offset = whole.start or 0
-    return replace(whole, start=offset + start, stop=offset + stop, nodes=(*whole.nodes, *nodes))
+    return replace(whole, start=offset + start, stop=offset + stop, step=step, nodes=nodes)
 
 
-def _split_bounds(node: Node, last: int, width: int) -> tuple[tuple[int, int], ...] | None:
+def _split_bounds(node: Node, last: int, width: int) -> tuple[tuple[int, int, int | None], ...] | None:
     name = getattr(node.target, "__name__", node.target)
     pieces = node.meta.get("example_value")
     found = Arguments(node, "input", "sizes", "dim")
@@ -802,7 +818,7 @@ def _split_bounds(node: Node, last: int, width: int) -> tuple[tuple[int, int], .
     for piece in pieces:
         if not isinstance(piece, torch.Tensor) or not isinstance(piece.shape[-1], int):
             return None
-        bounds.append((at, at + piece.shape[-1]))
+        bounds.append((at, at + piece.shape[-1], None))
         at += piece.shape[-1]
     return tuple(bounds) if at == width else None
 
@@ -910,7 +926,7 @@ class _Reader:
             raise _Refused(Reject("a gated linear unit of something that is no projection"))
         half = width // 2
         self.nodes.update(dict.fromkeys(whole.nodes))
-        value, gate = (self.pre_activation(_slice(whole, *b, ())) for b in ((0, half), (half, width)))
+        value, gate = (self.pre_activation(_slice(whole, *b, None, ())) for b in ((0, half), (half, width)))
         return value * call("sigmoid", gate)
 
     def parameter(self, node: Node) -> Expression:
@@ -1005,7 +1021,7 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
         bias = p.linear.args[2] if len(p.linear.args) > 2 else None
         if bias is not None and not is_weight(bias):
             return Reject("the bias of a projection is no parameter ({})", describe(bias))
-        biases.append(None if bias is None else Weight(bias, p.start, p.stop))  # type: ignore[arg-type]
+        biases.append(None if bias is None else p.of(bias))
     try:
         expr, order = _normal_form(expr, len(reader.projections))
     except ExpressionError as error:
@@ -1015,7 +1031,7 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
     projections = [reader.projections[i] for i in order]
     captured = FFNCapture(
         source,  # type: ignore[arg-type]
-        tuple(Weight(p.linear.args[1], p.start, p.stop) for p in projections),  # type: ignore[arg-type]
+        tuple(p.of(p.linear.args[1]) for p in projections),
         tuple(biases[i] for i in order),
         w_out,  # type: ignore[arg-type]
         b_out,  # type: ignore[arg-type]
@@ -1098,7 +1114,7 @@ def _added_branch(user: Node, total: Node, found: dict[Node, State]) -> Branch |
 
 
 def _width_of(p: Projection) -> Any:
-    return shape(p.linear)[-1] if p.start is None or p.stop is None else p.stop - p.start
+    return shape(p.linear)[-1] if p.start is None or p.stop is None else len(range(p.start, p.stop, p.step or 1))
 
 
 def _normal_form(expr: Expression, count: int) -> tuple[Expression, list[int]]:
