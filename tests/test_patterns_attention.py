@@ -336,6 +336,55 @@ def test_products(product):
     torch.testing.assert_close(got, computed[match.output], rtol=1e-5, atol=1e-5)
 
 
+SIZES = dict(b=2, h=4, q=6, k=7, d=8, e=5)
+LAYOUTS = [
+    ("bqhd,bkhd->bqhk", "bqhk,bkhe->bqhe"),
+    ("bqhd,bkhd->qbhk", "qbhk,bkhe->qbhe"),
+    ("hqbd,hkbd->hbqk", "hbqk,bhke->bhqe"),
+    ("bqhd,bkhd->bhkq", "bhkq,bkhe->bqhe"),
+    ("bhdq,bhdk->bkqh", "bhek,bkqh->bheq"),
+    ("qbhd,kbhd->kbqh", "kbqh,kbhe->qbhe"),
+    ("bkhd,bqhd->bhqk", "bkhe,bhqk->bqhe"),
+]
+
+
+@pytest.mark.parametrize("scores, values", LAYOUTS)
+def test_scores_in_any_order_of_dims(scores, values):
+    """Head dims, queries and keys stand where the model likes: einsum, and a softmax over whichever dim holds the keys."""
+    (left, right), result = scores.partition("->")[0].split(","), scores.partition("->")[2]
+    held = values.partition("->")[0].replace(result, "").strip(",")
+    bias = numbers(*(SIZES[c] if c in "qk" else 1 for c in result), seed=5)
+
+    class Attention(nn.Module):
+        def forward(self, a, b, v):
+            s = torch.einsum(scores, a, b) * 0.5 + bias
+            p = F.dropout(torch.softmax(s.masked_fill(bias > 1.5, LOW), result.index("k")), 0.0)
+            return torch.einsum(values, *((p, v) if values.startswith(result) else (v, p)))
+
+    inputs = [numbers(*(SIZES[c] for c in letters), seed=i) for i, letters in enumerate((left, right, held))]
+    assert only(Attention(), *inputs).q.meta["example_value"].shape[-2] == SIZES["q"]
+    assert blocks.assert_exact_is_eager(Attention(), *inputs) == ["attention"]
+
+
+def test_a_softmax_over_keys_that_stand_first():
+    c = only(lambda q, k, v: F.dropout(torch.softmax((k @ q.mT) * 0.5, -2), 0.4).mT @ v, Q, K, V)
+    assert c.scale == 0.5 and c.dropout_p == 0.4
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (lambda s, v: torch.einsum("bqhk,bkhe->bqhe", torch.softmax(s, 2), v), "softmax over dim"),
+        (lambda s, v: torch.einsum("bqhk,bkhe->bqhe", torch.softmax(s, 1), v), "softmax over dim"),
+        (lambda s, v: torch.einsum("bqhk,bqhe->bkhe", torch.softmax(s, -1), v[:, :6]), "permute between the"),
+    ],
+    ids=["over the heads", "over the queries", "values of queries"],
+)
+def test_sums_over_another_dim_than_the_softmax(function, reason):
+    q, k, v = (numbers(2, n, 4, 8, seed=i) for i, n in enumerate((6, 7, 7)))
+    assert reason in refused(lambda q, k, v: function(torch.einsum("bqhd,bkhd->bqhk", q, k), v), q, k, v)
+
+
 def test_a_second_score_term_is_a_bias_with_gradient():
     """Transformer-XL and DeBERTa add a product with relative positions: any tensor may be a bias."""
     r = numbers(1, 4, 6, 8, seed=7).requires_grad_()

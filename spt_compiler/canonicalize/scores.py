@@ -168,8 +168,8 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _toward_softmax(node: fx.Node) -> list[fx.Node] | None:
-    """The chain of single users from `node` to the softmax over the last dim that it ends in, or None."""
+def _toward_softmax(node: fx.Node, any_dim: bool = False) -> list[fx.Node] | None:
+    """The chain of single users from `node` to the softmax over the last dim (or over any) that it ends in, or None."""
     chain: list[fx.Node] = []
     current: fx.Node | None = node
     while len(chain) < _CHAIN:
@@ -178,10 +178,38 @@ def _toward_softmax(node: fx.Node) -> list[fx.Node] | None:
             return None
         chain.append(current)
         if current.target is F.softmax:
-            return chain if current.kwargs.get("dim") == -1 else None
+            return chain if any_dim or current.kwargs.get("dim") == -1 else None
         if current.target not in _PER_SCORE:
             return None
     return None
+
+
+def _of_product(node: Any) -> bool:
+    """Whether `node` is made of a product by steps that act on each score, in whatever order of dims."""
+    for _ in range(_CHAIN):
+        if not isinstance(node, fx.Node) or node.target is torch.matmul:
+            return isinstance(node, fx.Node)
+        if node.target not in _PER_SCORE and node.target is not torch.permute:
+            return False
+        node = next((a for a in node.args if is_float(a) and rank(a) == rank(node)), None)
+    return False
+
+
+def _is_summed(node: fx.Node, dim: int) -> bool:
+    """Whether dim `dim` of probabilities is the one that a product with values sums over, behind dropout and layout."""
+    for _ in range(_CHAIN):
+        user = _only_user(node)
+        if user is None:
+            return False
+        if user.target is torch.matmul:
+            left = user.args[0] is node
+            return left is not (user.args[1] is node) and dim == rank(node) - (1 if left else 2)
+        if user.target is torch.permute:
+            dim = tuple(user.args[1]).index(dim)
+        elif user.target not in (F.dropout, "to", "contiguous"):
+            return False
+        node = user
+    return False
 
 
 def _from_softmax(node: Any) -> bool:
@@ -268,26 +296,103 @@ def _keeps_shifts(x: fx.Node, step: fx.Node) -> bool:
     return step.target in (operator.add, operator.sub, operator.neg, F.softmax, "to", "contiguous") or _is_batch_reshape(step)
 
 
+def _swap(dims: int) -> tuple[int, ...]:
+    """The order that transposes the last two dims."""
+    return (*range(dims - 2), dims - 1, dims - 2)
+
+
+@rule(F.softmax)
+def softmax_over_the_keys(e: Editor, node: fx.Node) -> fx.Node | None:
+    """softmax(scores.permute(order), dim) -> softmax(scores, -1).permute(order), where values are summed over `dim`.
+
+    Scores that have the keys before the queries are transposed for it, which their product can do by itself.
+    """
+    x, dims, dim = node.args[0], rank(node), node.kwargs.get("dim")
+    if dims < 2 or not isinstance(dim, int) or not _of_product(x):
+        return None
+    order = tuple(x.args[1]) if x.target is torch.permute and len(x.users) == 1 else tuple(range(dims))
+    inner = x.args[0] if order != tuple(range(dims)) else x
+    keys = order[dim % dims]
+    if keys == dims - 2:
+        order = tuple(_swap(dims)[i] for i in order)
+    if keys < dims - 2 or order == tuple(range(dims)) or not e.same_region(node, x) or not _is_summed(node, dim % dims):
+        return None
+    inner = permuted(e, inner, _swap(dims)) if keys == dims - 2 else inner
+    return permuted(e, e.call(F.softmax, inner, dim=-1), order)
+
+
+@rule(*(t for t in _PER_SCORE if t is not torch.reshape))
+def step_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
+    """f(scores.permute(order), mask) on its way to a softmax -> f(scores, mask permuted back).permute(order)."""
+    dims = rank(node)
+    x = next((a for a in node.args if is_float(a) and a.target is torch.permute and _of_product(a)), None)
+    if x is None or rank(x) != dims or len(x.users) != 1 or tuple(x.args[1]) == _swap(dims) or not e.same_region(node, x):
+        return None
+    if not same_shape(shape(x), shape(node)) or _toward_softmax(node, any_dim=True) is None:
+        return None
+    order = tuple(x.args[1])
+    back = [order.index(i) for i in range(dims)]
+
+    def moved(argument: Any) -> Any:
+        if argument is x:
+            return x.args[0]
+        return permuted(e, _widened(e, argument, dims), back) if is_tensor(argument) and rank(argument) else argument
+
+    return permuted(e, e.call(node.target, *map(moved, node.args), **node.kwargs), order)
+
+
+def _widened(e: Editor, x: fx.Node, dims: int) -> fx.Node:
+    """`x` with dims of size one in front, as broadcasting adds them."""
+    while rank(x) < dims:
+        x = e.call(torch.unsqueeze, x, 0)
+    return x
+
+
+@rule(F.dropout, "to", "contiguous")
+def probabilities_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
+    """dropout(probabilities.permute(order)) -> dropout(probabilities).permute(order)."""
+    x = node.args[0]
+    if not is_tensor(x) or x.target is not torch.permute or len(x.users) != 1 or not _from_softmax(x.args[0]):
+        return None
+    if not e.same_region(node, x):
+        return None
+    return permuted(e, e.call(node.target, x.args[0], *node.args[1:], **node.kwargs), tuple(x.args[1]))
+
+
+@rule(torch.matmul)
+def product_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
+    """probabilities.permute(order) @ v -> (probabilities @ v permuted back).permute(order), if leading dims alone move."""
+    p, v = node.args
+    if not is_tensor(p) or p.target is not torch.permute or len(p.users) != 1 or not _from_softmax(p.args[0]):
+        return None
+    order, dims = tuple(p.args[1]), rank(p)
+    if order[-2:] != (dims - 2, dims - 1) or rank(v) > dims or not e.same_region(node, p):
+        return None
+    v = permuted(e, _widened(e, v, dims), [order.index(i) for i in range(dims)])
+    return permuted(e, e.call(torch.matmul, p.args[0], v), order)
+
+
 @rule(torch.permute)
 def transposed_scores(e: Editor, node: fx.Node) -> fx.Node | None:
     """f(q @ k).mT on its way to a softmax -> f(k.mT @ q.mT): two modalities that attend to each other by one product."""
     dims = rank(node)
-    swap = (*range(dims - 2), dims - 1, dims - 2)
+    swap = _swap(dims)
     if tuple(node.args[1]) != swap or _toward_softmax(node) is None:
         return None
-    steps: list[fx.Node] = []
+    steps: list[tuple[fx.Node, fx.Node]] = []
     x = node.args[0]
     while isinstance(x, fx.Node) and x.target in _PER_SCORE - {torch.reshape} and len(steps) < _CHAIN:
-        others = [a for a in x.args[1:] if isinstance(a, fx.Node)]
-        if any(rank(a) for a in others):
+        above = next((a for a in x.args if is_float(a) and same_shape(shape(a), shape(x)) and _of_product(a)), None)
+        if above is None:
             return None
-        steps.append(x)
-        x = x.args[0]
-    if not _is_scores(x) or any(rank(a) != dims for a in x.args) or not e.same_region(node, x, *steps):
+        steps.append((x, above))
+        x = above
+    if not _is_scores(x) or any(rank(a) != dims for a in x.args) or not e.same_region(node, x, *(s for s, _ in steps)):
         return None
     result = e.call(torch.matmul, permuted(e, x.args[1], swap), permuted(e, x.args[0], swap))
-    for step in reversed(steps):
-        result = e.call(step.target, result, *step.args[1:], **step.kwargs)
+    for step, above in reversed(steps):
+        others = [permuted(e, _widened(e, a, dims), swap) if is_tensor(a) and rank(a) and a is not above else a for a in step.args]
+        result = e.call(step.target, *(result if a is above else a for a in others), **step.kwargs)
     return result
 
 
@@ -373,11 +478,12 @@ def probabilities_to_the_left(e: Editor, node: fx.Node) -> fx.Node | None:
     v, p = node.args
     if not isinstance(p, fx.Node) or p.target is not torch.permute or not _from_softmax(p.args[0]) or _from_softmax(v):
         return None
-    dims = rank(p)
-    swap = (*range(dims - 2), dims - 1, dims - 2)
-    if tuple(p.args[1]) != swap or rank(v) != dims or not e.same_region(node, p):
+    dims, order = rank(p), tuple(p.args[1])
+    swap = _swap(dims)
+    if order[-2:] != swap[-2:] or rank(v) != dims or not e.same_region(node, p):
         return None
-    return e.call(torch.permute, e.call(torch.matmul, p.args[0], permuted(e, v, swap)), swap)
+    probabilities = permuted(e, p.args[0], [order[i] for i in swap])
+    return permuted(e, e.call(torch.matmul, probabilities, permuted(e, v, swap)), swap)
 
 
 @rule(operator.mul, operator.truediv)
