@@ -21,11 +21,12 @@ from ..graph import (
     needs_grad,
     rank,
     same_shape,
+    same_size,
     shape,
     without_casts,
 )
 from .editor import Editor, Unknown, rule
-from .products import permuted
+from .products import is_weight, permuted
 
 # A fill below this survives any addition of a score in the dtypes it applies to: s + c == c for |s| < 1e20.
 _ABSORBING = -1e30
@@ -370,6 +371,35 @@ def product_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     v = permuted(e, _widened(e, v, dims), [order.index(i) for i in range(dims)])
     return permuted(e, e.call(torch.matmul, p.args[0], v), order)
+
+
+@rule(torch.matmul, F.scaled_dot_product_attention)
+def queries_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
+    """q @ k on its way to a softmax, where the rows of k share their queries (learned ones, say) -> q.expand(...) @ k."""
+    q, k, *values = node.args
+    if node.kwargs.get("enable_gqa") or not all(map(is_tensor, node.args)) or min(map(rank, node.args)) < 2:
+        return None
+    if not values and (is_weight(k) or _toward_softmax(node) is None):
+        return None
+    dims = max(rank(q), rank(k))
+    k, *values = (_widened(e, x, dims) for x in (k, *values))
+    every = _widened(e, q, dims)
+    lead = zip(shape(every)[:-2], shape(k)[:-2], strict=True)
+    shared = [same_size(own, 1) and not same_size(size, 1) for own, size in lead]
+    if any(shared):
+        every = e.call("expand", every, *(e.size(k, i) if s else -1 for i, s in enumerate(shared)), -1, -1)
+    if (every, k, *values) == node.args:
+        return None
+    return e.call(node.target, every, k, *values, **node.kwargs)
+
+
+@rule(torch.matmul)
+def values_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
+    """probabilities @ v, where v has fewer dims -> the same with dims of size one in front of v."""
+    p, v = node.args
+    if not is_tensor(v) or not 2 <= rank(v) < rank(p) or is_weight(v) or not _from_softmax(p):
+        return None
+    return e.call(torch.matmul, p, _widened(e, v, rank(p)))
 
 
 @rule(torch.permute)
