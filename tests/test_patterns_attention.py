@@ -256,6 +256,14 @@ CHAINS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any]]] = {
     ),
     "row maximum subtracted": (lambda s: s - s.amax(-1, keepdim=True), dict(scale=1.0)),
     "einsum": (lambda s: torch.einsum("bhqk->bhqk", s), dict(scale=1.0)),
+    "where, full_like": (lambda s: torch.where(CAUSAL, s, torch.full_like(s, -9e15)), dict(allowed=1, empty="uniform")),
+    "where, ones_like": (lambda s: torch.where(CAUSAL, s, -9e15 * torch.ones_like(s)), dict(allowed=1, empty="uniform")),
+    "where, full": (lambda s: torch.where(HIDDEN, torch.full((6, 6), -math.inf).double(), s), dict(disallowed=1, empty="nan")),
+    "mask of ones_like": (lambda s: s.masked_fill(torch.ones_like(s).triu(1).bool(), LOW), dict(disallowed=1)),
+    "mask of new_full": (lambda s: s + s.new_full((6, 6), -math.inf).triu(1), dict(bias=1, empty="nan")),
+    "mask of zeros_like": (lambda s: s + torch.zeros_like(s).masked_fill(HIDDEN, LOW), dict(bias=1)),
+    "mask of integers": (lambda s: s + HIDDEN.long() * -10000, dict(bias=1)),
+    "distances of integers": (lambda s: s * 0.5 - (torch.arange(6)[:, None] - torch.arange(6)).abs(), dict(bias=1, scale=0.5)),
 }
 
 
@@ -566,6 +574,16 @@ def test_a_mask_of_the_shape_of_the_scores_reads_no_scores():
     assert len(c.disallowed) == 1
 
 
+@pytest.mark.parametrize("name", ["where, full_like", "mask of ones_like", "mask of integers", "distances of integers"])
+def test_masks_made_of_fills_and_integers_are_exact(name):
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return torch.softmax(CHAINS[name][0](q @ k.mT), -1) @ v
+
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+    assert only(Attention(), Q, K, V, dynamic=True)
+
+
 def test_a_bool_mask_that_is_added_adds_one():
     assert len(only(lambda q, k, v: torch.softmax(q @ k.mT + CAUSAL, -1) @ v, Q, K, V).bias) == 1
 
@@ -648,6 +666,10 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda q, k, v: torch.softmax(torch.where(CAUSAL, q @ k.mT, BIAS), -1) @ v,
         "taken from a tensor",
     ),
+    "fill with a tensor that is written": (
+        lambda q, k, v: torch.softmax(torch.where(CAUSAL, q @ k.mT, _ramp(torch.full((6, 6), -1e9, dtype=q.dtype))), -1) @ v,
+        "taken from a tensor",
+    ),
     "fills of two kinds": (
         lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(HIDDEN, -1e9).masked_fill(PADDING < 0, -math.inf), -1) @ v,
         "fill with different values",
@@ -714,6 +736,11 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "broken by autocast": (lambda q, k, v: _autocast(q, k, v), "another grad or autocast mode"),
     "bias that widens": (lambda q, k, v: torch.softmax((q[:1] @ k[:1].mT) + BIAS.expand(2, 4, 6, 6), -1) @ v, "widens"),
 }
+
+
+def _ramp(fill: Tensor) -> Tensor:
+    fill[:, :2] = 0.0
+    return fill
 
 
 def _written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ from ..graph import (
     same_shape,
     same_size,
     shape,
+    value,
     without_casts,
 )
-from .editor import Editor, Unknown, rule
+from .editor import FILLS, Editor, Unknown, rule
 from .products import is_weight, permuted
 
 # A fill below this survives any addition of a score in the dtypes it applies to: s + c == c for |s| < 1e20.
@@ -163,6 +164,19 @@ _PER_SCORE = {
     "to",
     "contiguous",
 }
+
+
+@rule(*(t for t in FILLS if t not in (torch.full, torch.zeros, torch.ones)))
+def fill_without_scores(e: Editor, node: fx.Node) -> fx.Node | None:
+    """full_like(scores, c) -> torch.full(sizes, c): a mask of the shape of the scores reads none of them."""
+    if not is_tensor(node.args[0]) or not _of_product(node.args[0]):
+        return None
+    sizes = [e.size(node, i) for i in range(rank(node))]
+    number = e.fill(node)
+    if number is None or any(isinstance(s, fx.Node) and s.op != "placeholder" for s in sizes):
+        return None
+    found = value(node)
+    return e.call(torch.full, sizes, number, dtype=found.dtype, device=found.device)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -601,14 +615,12 @@ def _keeps_sign(x: fx.Node, step: fx.Node) -> bool:
     return isinstance(other, (int, float)) and other > 0
 
 
-@rule(operator.add)
-def add_bool_as_numbers(e: Editor, node: fx.Node) -> fx.Node | None:
-    """scores + mask with a bool mask -> scores + mask.to(dtype): it adds one where the mask holds."""
-    for x, mask in (node.args, node.args[::-1]):
-        if is_float(x) and is_tensor(mask) and dtype(mask) is torch.bool and rank(mask):
-            args = [e.call("to", a, dtype(x)) if a is mask else a for a in node.args]
-            return e.call(operator.add, *args)
-    return None
+@rule(operator.add, operator.sub)
+def add_whole_numbers_as_floats(e: Editor, node: fx.Node) -> fx.Node | None:
+    """scores + mask with a mask of integers -> scores + mask.to(dtype), which adding does by itself; True counts as one."""
+    if not is_float(node) or not all(map(is_tensor, node.args)) or all(map(is_float, node.args)):
+        return None
+    return e.call(node.target, *(a if is_float(a) else e.call("to", a, dtype(node)) for a in node.args))
 
 
 @rule(torch.matmul)

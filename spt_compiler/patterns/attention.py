@@ -369,7 +369,7 @@ def _plus(logits: Logits, node: Node) -> Node | Reject:
 def _filled(logits: Logits, node: Node, x: Any, mask: Any, fill: Any, masks: list[Node], inverse: list[Node]) -> Node | Reject:
     value = number(fill)
     if value is None:
-        return Reject("masked scores are taken from a tensor ({})", describe(fill))
+        return Reject("masked scores are taken from a tensor ({}), whose value is not known before it runs", describe(fill))
     if not isinstance(x, Node) or not same_shape(shape(x), shape(node)):
         return Reject("a mask widens the scores")
     refused = logits.sealed("a mask is applied")
