@@ -416,6 +416,62 @@ def test_sinks_are_one_more_key(mask, shifted):
     assert c.v.meta["example_value"].shape[-2] == 7 and any(b.meta["example_value"].requires_grad for b, _ in c.bias)
 
 
+def _softmax1(s: Tensor, shift: Callable[[Tensor], Tensor]) -> Tensor:
+    e = torch.exp(s - (m := shift(s.amax(-1, keepdim=True))))
+    return e / (torch.exp(-m) + e.sum(-1, keepdim=True))
+
+
+ONE_MORE: dict[str, Callable[[Tensor], Tensor]] = {
+    "unshifted": lambda s: (e := torch.exp(s)) / (1 + e.sum(-1, keepdim=True)),
+    "some more": lambda s: (e := s.exp()) / (e.sum(-1, keepdim=True) + 4.0),
+    "shifted": lambda s: _softmax1(s, lambda m: m),
+    "shifted, without gradient": lambda s: _softmax1(s, lambda m: m.detach()),
+    "shifted upwards only": lambda s: _softmax1(s, lambda m: m.clamp(min=0)),
+    "padded": lambda s: F.softmax(F.pad(s, (0, 1)), -1)[..., :-1],
+    "padded in front": lambda s: F.softmax(F.pad(s, (1, 0), value=-1.0), -1)[..., 1:],
+    "joined with zeros": lambda s: torch.softmax(torch.cat([s, torch.zeros_like(s[..., :1])], -1), -1)[..., :-1],
+    "joined in front": lambda s: torch.softmax(torch.cat([s.new_zeros(2, 4, 6, 1), s], -1), -1)[..., 1:],
+}
+
+
+@pytest.mark.parametrize("mask", [lambda s, b: s * 0.5 + b, lambda s, b: torch.where(CAUSAL, s, LOW) - 1.0 * (b > 0)])
+@pytest.mark.parametrize("name", ONE_MORE)
+def test_a_softmax_that_may_attend_to_nothing_has_a_sink_of_zero(name, mask):
+    """softmax1, exp / (1 + sum of exp): one more key whose score is a number, and whose value is zero."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(BIAS)
+
+        def forward(self, q, k, v):
+            return F.dropout(ONE_MORE[name](mask(q @ k.mT, self.bias)), 0.0) @ v
+
+    assert only(Attention(), Q, K, V).v.meta["example_value"].shape[-2] == 7
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+
+
+def test_a_softmax_with_one_more_that_divides_the_values():
+    c = only(lambda q, k, v: ((e := torch.exp(q @ k.mT)) @ v) / (1 + e.sum(-1, keepdim=True)), Q, K, V)
+    assert c.v.meta["example_value"].shape[-2] == 7 and not c.bias
+
+
+@pytest.mark.parametrize(
+    "probabilities",
+    [
+        lambda s: (e := torch.exp(s - (m := s.amax(-1, True)))) / (torch.exp(m) + e.sum(-1, True)),
+        lambda s: (e := torch.exp(s)) / (e.sum(-1, True) - 0.5),
+        lambda s: (e := torch.exp(s)) / (1 + e.sum(-2, True)),
+        lambda s: (e := torch.exp(s)) / (BIAS[..., :1] + e.sum(-1, True)),
+        lambda s: _softmax1(s.masked_fill(HIDDEN, -math.inf), lambda m: m),  # a row of -inf only would be nan
+        lambda s: _softmax1(s + BIAS, lambda m: m),
+    ],
+)
+def test_sums_of_exponentials_with_something_else_are_no_sink(probabilities):
+    matches, skipped = sites(lambda q, k, v: probabilities(q @ k.mT) @ v, Q, K, V)
+    assert not matches and all("a softmax written out that may not be one" in str(s.reason) for s in skipped)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("keepdim", [False, True])
 def test_a_gate_by_the_sum_of_weights_is_a_sink(keepdim, wide):
@@ -444,6 +500,35 @@ def test_hidden_probabilities_set_to_zero_again(mask):
 
     c = only(function, Q, K, V, rows)
     assert c.empty == "zero" and len(c.disallowed) == 1
+
+
+@pytest.mark.parametrize(
+    "cleaned",
+    [
+        lambda p: p.nan_to_num(),
+        lambda p: F.dropout(torch.nan_to_num(p, nan=0.0), 0.0),
+        lambda p: p.masked_fill(p.isnan(), 0.0),
+        lambda p: torch.where(torch.isnan(p), torch.zeros_like(p), p),
+        lambda p: p.masked_fill(p != p, 0),
+    ],
+)
+def test_probabilities_that_are_nan_set_to_zero(cleaned):
+    rows = HIDDEN.clone()
+    rows[2] = True
+
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return cleaned(torch.softmax((q @ k.mT).masked_fill(rows, -math.inf), -1)) @ v
+
+    assert only(Attention(), Q, K, V).empty == "zero"
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+    kept = only(lambda q, k, v: cleaned(torch.softmax((q @ k.mT).masked_fill(rows, LOW), -1)) @ v, Q, K, V)
+    assert kept.empty == "uniform"  # no nan: there is nothing to set
+
+
+def test_softmin_is_softmax_of_the_negative():
+    assert only(lambda q, k, v: F.softmin(q @ k.mT * 0.5, dim=3) @ v, Q, K, V).scale == -0.5
+    assert only(lambda q, k, v: nn.Softmin(-1)(BIAS - q @ k.mT) @ v, Q, K, V).bias[0][1] == -1.0
 
 
 def test_a_clamp_far_out_guards_against_overflow():
@@ -480,6 +565,10 @@ def test_a_maximum_that_is_subtracted_is_softmax_s_own_business(shift):
 def test_a_softmax_by_hand(softmax):
     c = only(lambda q, k, v: softmax((q @ k.mT * 0.3).masked_fill(~CAUSAL, -math.inf)) @ v, Q, K, V)
     assert c.scale == pytest.approx(0.3) and len(c.allowed) == 1
+
+
+def test_a_softmax_by_hand_that_may_overflow_says_so():
+    assert "they may overflow" in refused(lambda q, k, v: (e := torch.exp(q @ k.mT)) / e.sum(-1, keepdim=True) @ v, Q, K, V)
 
 
 def test_a_softmax_by_hand_that_divides_the_values():
@@ -713,6 +802,7 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda q, k, v: (torch.softmax(s := q @ k.mT, -1) @ v) * torch.sigmoid((s * 2).logsumexp(-1, True) - BIAS[..., :1]),
         "also used by mul",
     ),
+    "nan set to one": (lambda q, k, v: torch.softmax(q @ k.mT, -1).nan_to_num(1.0) @ v, "nan_to_num between the softmax"),
     "another fill after the softmax": (
         lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(HIDDEN, -math.inf), -1).masked_fill(PADDING < 0, 0.0) @ v,
         "a mask or factor is applied after the softmax",

@@ -20,6 +20,7 @@ from ..graph import (
     is_tensor,
     needs_grad,
     rank,
+    same_computation,
     same_shape,
     same_size,
     shape,
@@ -52,6 +53,16 @@ def spell_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.retarget(node, F.softmax, (x,), {"dim": dim})
 
 
+@rule(F.softmin)
+def softmin_of_negative(e: Editor, node: fx.Node) -> fx.Node | None:
+    """softmin(x) -> softmax(-x)."""
+    found = Arguments(node, "input", "dim", ("_stacklevel", 3), "dtype")
+    x, dim, kind = found.take("input", "dim", "dtype")
+    if not found.valid or not isinstance(dim, int):
+        return None
+    return e.call(F.softmax, e.call(operator.neg, x), dim=dim, dtype=kind)
+
+
 _LOG_SOFTMAX = ("log_softmax", torch.log_softmax, F.log_softmax, torch.special.log_softmax)
 
 
@@ -80,25 +91,59 @@ def exp_of_log_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
 
 @rule(operator.truediv)
 def softmax_by_hand(e: Editor, node: fx.Node) -> fx.Node | None:
-    """p / p.sum(-1, keepdim=True) with p = exp(x - max(x)) -> softmax(x), and (p @ v) / p.sum(...) -> softmax(x) @ v."""
+    """p / p.sum(-1, keepdim=True) with p = exp(x - max(x)) -> softmax(x), and (p @ v) / p.sum(...) -> softmax(x) @ v.
+
+    Where the sum is one more than that (softmax1), the softmax is that of one more key, whose score is zero: see `_one_more`.
+    """
     above, total = node.args
-    if not is_tensor(above) or not is_tensor(total) or total.target not in ("sum", torch.sum) or len(total.users) != 1:
+    if not is_tensor(above) or not is_tensor(total) or len(total.users) != 1:
         return None
-    found = Arguments(total, "input", "dim", ("keepdim", False), "dtype")
+    summed, more = total, None
+    if total.target is operator.add:
+        summed, more = total.args if _is_sum(total.args[0]) else reversed(total.args)
+    if not _is_sum(summed) or len(summed.users) != 1:
+        return None
+    found = Arguments(summed, "input", "dim", ("keepdim", False), "dtype")
     p, product = found["input"], above if above.target is torch.matmul else None
     if not found.valid or found["dtype"] is not None or found["keepdim"] is not True or (product or node).args[0] is not p:
         return None
-    if p.target is not torch.exp or _one_dim(found) not in (-1, rank(p) - 1) or set(p.users) != {product or node, total}:
+    if p.target is not torch.exp or _one_dim(found) not in (-1, rank(p) - 1) or set(p.users) != {product or node, summed}:
         return None
-    shifted = p.args[0]
-    if shifted.target is not operator.sub or not is_tensor(shifted.args[0]) or not _is_maximum(shifted.args[1]):
+    if not e.same_region(node, total, summed, p, p.args[0], above) or (product and len(product.users) != 1):
         return None
-    x, shift = shifted.args
-    if (rank(shift) and shape(shift)[-1] != 1) or not e.same_region(node, total, p, shifted, above):
+    x, shift = p.args[0], None
+    if x.target is operator.sub and all(map(is_tensor, x.args)) and (not rank(x.args[1]) or shape(x.args[1])[-1] == 1):
+        x, shift = x.args
+    if more is not None:
+        result = _one_more(e, x, shift, more)
+    elif shift is not None and _is_maximum(shift):
+        result = e.call(F.softmax, x, dim=-1)
+    else:
         return None
-    if product is None:
-        return e.call(F.softmax, x, dim=-1)
-    return e.call(torch.matmul, e.call(F.softmax, x, dim=-1), product.args[1]) if len(product.users) == 1 else None
+    return result if product is None or result is None else e.call(torch.matmul, result, product.args[1])
+
+
+def _is_sum(node: Any) -> bool:
+    return is_tensor(node) and node.target in ("sum", torch.sum)
+
+
+def _one_more(e: Editor, x: fx.Node, shift: fx.Node | None, more: Any) -> fx.Node | None:
+    """exp(x - shift) / (c * exp(-shift) + its sum) -> softmax([x, log c]) without the last, for a number c.
+
+    With a shift, a row of -inf only would become zero in place of nan: the scores, or the shift, have to be above it.
+    """
+    if shift is None:
+        number = e.constant(more)
+    else:
+        exponent = more.args[0] if is_tensor(more) and more.target is torch.exp else None
+        opposite = is_tensor(exponent) and exponent.target is operator.neg and same_computation(exponent.args[0], shift)
+        low = shift.args[1] if shift.target is torch.clamp else None
+        above = isinstance(low, (int, float)) and low > -math.inf
+        number = 1.0 if opposite and (above or is_bounded(x, math.inf)) else None
+    if number is None or not number > 0:
+        return None
+    joined = e.call(F.pad, x, (0, 1), value=math.log(number))
+    return e.call(operator.getitem, e.call(F.softmax, joined, dim=-1), (Ellipsis, slice(None, -1)))
 
 
 @rule("masked_fill", torch.masked_fill)
@@ -106,6 +151,20 @@ def spell_masked_fill(e: Editor, node: fx.Node) -> fx.Node | None:
     """x.masked_fill(m, c) -> torch.masked_fill(x, m, c)."""
     found = Arguments(node, "input", "mask", "value")
     return e.retarget(node, torch.masked_fill, found.take("input", "mask", "value")) if found.valid else None
+
+
+@rule(torch.nan_to_num, "nan_to_num", torch.masked_fill)
+def spell_nan_to_num(e: Editor, node: fx.Node) -> fx.Node | None:
+    """p.nan_to_num(0.0), p.masked_fill(p.isnan(), 0) of probabilities -> torch.nan_to_num(p): none of them is infinite."""
+    x = node.args[0] if node.args else None
+    if not is_tensor(x) or not _from_softmax(x):
+        return None
+    if node.target is not torch.masked_fill:
+        found = Arguments(node, "input", ("nan", None), "posinf", "neginf")
+        return e.retarget(node, torch.nan_to_num, (x,)) if found.valid and found["nan"] in (None, 0) else None
+    mask, fill = node.args[1:]
+    tests = (mask.target in (torch.isnan, "isnan") and mask.args == (x,)) or (mask.target is operator.ne and mask.args == (x, x))
+    return e.call(torch.nan_to_num, x) if tests and isinstance(fill, (int, float)) and fill == 0 else None
 
 
 @rule("where", torch.where)
@@ -169,7 +228,9 @@ _PER_SCORE = {
 @rule(*(t for t in FILLS if t not in (torch.full, torch.zeros, torch.ones)))
 def fill_without_scores(e: Editor, node: fx.Node) -> fx.Node | None:
     """full_like(scores, c) -> torch.full(sizes, c): a mask of the shape of the scores reads none of them."""
-    if not is_tensor(node.args[0]) or not _of_product(node.args[0]):
+    x = node.args[0]
+    x = x.args[0] if is_tensor(x) and x.target is operator.getitem else x  # of one of their columns
+    if not is_tensor(x) or not _of_product(x):
         return None
     sizes = [e.size(node, i) for i in range(rank(node))]
     number = e.fill(node)
@@ -639,23 +700,36 @@ def sink_to_key(e: Editor, node: fx.Node) -> fx.Node | None:
     key, softmax = p.args[1], p.args[0]
     full = slice(None, None, None)
     *lead, last = key if isinstance(key, tuple) else (None,)
-    if last != slice(None, -1, None) or any(i is not Ellipsis and i != full for i in lead):
+    if last not in (slice(None, -1, None), slice(1, None, None)) or any(i is not Ellipsis and i != full for i in lead):
         return None
     if not lead or (Ellipsis not in lead and len(lead) != rank(softmax) - 1):
         return None
     if softmax.target is not F.softmax or softmax.kwargs.get("dim") != -1 or len(softmax.users) != 1:
         return None
     joined = softmax.args[0]
-    if joined.target not in (torch.cat, torch.concat) or len(joined.users) != 1 or len(joined.args[0]) != 2:
+    if len(joined.users) != 1 or not e.same_region(node, softmax, joined):
         return None
+    scores, sink = _without_sink(joined, first=last.start == 1)
+    return None if sink is None else _with_sink(e, scores, sink, between, v)
+
+
+def _without_sink(joined: fx.Node, first: bool) -> tuple[Any, Any]:
+    """(scores, sink: a tensor or a number) of scores with a sink in front of them, or behind; (None, None) of others."""
+    if joined.target is F.pad:
+        found = Arguments(joined, "input", "pad", ("mode", "constant"), "value")
+        number = 0.0 if found["value"] is None else found["value"]
+        is_sink = tuple(found["pad"]) == ((1, 0) if first else (0, 1)) and found["mode"] == "constant"
+        return (found["input"], float(number)) if is_sink and isinstance(number, (int, float)) else (None, None)
+    if joined.target not in (torch.cat, torch.concat) or len(joined.args[0]) != 2:
+        return None, None
     if Arguments(joined, "tensors", ("dim", 0))["dim"] not in (-1, rank(joined) - 1):
-        return None
-    scores, sink = joined.args[0]
-    if shape(sink)[-1] != 1 or not e.same_region(node, softmax, joined):
-        return None
+        return None, None
+    scores, sink = joined.args[0][:: -1 if first else 1]
+    if shape(sink)[-1] != 1:
+        return None, None
     while sink.target == "expand" and rank(sink.args[0]) == rank(sink):
         sink = sink.args[0]
-    return _with_sink(e, scores, sink, between, v)
+    return scores, sink
 
 
 @rule(operator.mul)
@@ -701,12 +775,15 @@ def gate_to_sink(e: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _with_sink(
-    e: Editor, scores: Any, sink: fx.Node, between: list[fx.Node], v: fx.Node, read_twice: fx.Node | None = None
+    e: Editor, scores: Any, sink: fx.Node | float, between: list[fx.Node], v: fx.Node, read_twice: fx.Node | None = None
 ) -> fx.Node:
     """`between` (reversed) of softmax([sink, scores]), times [0, v]. read_twice: the scores if another reader will go."""
-    padded = _with_a_key(e, scores, read_twice)
-    keys = e.size(scores, -1)
-    logits = e.call(operator.add, padded, e.call(F.pad, sink, (0, keys)))
+    logits = _with_a_key(e, scores, read_twice)
+    number = sink if isinstance(sink, float) else e.constant(sink)
+    if number != 0:  # the score of the zero key is zero as it is
+        if not isinstance(sink, fx.Node):
+            sink = e.call(torch.full, (1, 1), sink, dtype=dtype(scores), device=value(scores).device)
+        logits = e.call(operator.add, logits, e.call(F.pad, sink, (0, e.size(scores, -1))))
     result = e.call(F.softmax, logits, dim=-1)
     for step in reversed(between):
         result = e.call(step.target, result, *step.args[1:], **step.kwargs)
@@ -723,10 +800,11 @@ def _with_a_key(e: Editor, scores: Any, read_twice: fx.Node | None = None) -> fx
         return e.call(scores.target, _with_a_key(e, scores.args[0], read_twice), scores.args[1])
     if scores.target == "to":
         return e.call("to", _with_a_key(e, scores.args[0], read_twice), *scores.args[1:])
-    if scores.target not in (operator.add, torch.masked_fill):
+    if scores.target not in (operator.add, operator.sub, torch.masked_fill, torch.where):
         raise Unknown
-    x, mask = scores.args[:2]
-    if not isinstance(mask, fx.Node) or not same_shape(shape(x), shape(scores)) or shape(mask)[-1] != shape(scores)[-1]:
+    keeps = scores.target is torch.where  # a mask of what stays; in the others, of what is added or filled
+    mask, x = scores.args[:2] if keeps else scores.args[1::-1]
+    if not is_tensor(x) or not is_tensor(mask) or not same_shape(shape(x), shape(scores)) or shape(mask)[-1] != shape(scores)[-1]:
         raise Unknown
-    padding = e.call(F.pad, mask, (1, 0))  # nothing is added, nothing is filled
-    return e.call(scores.target, _with_a_key(e, x, read_twice), padding, *scores.args[2:])
+    padded = _with_a_key(e, x, read_twice), e.call(F.pad, mask, (1, 0), value=1.0 if keeps else None)
+    return e.call(scores.target, *(padded[::-1] if keeps else padded), *scores.args[2:])

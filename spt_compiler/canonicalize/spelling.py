@@ -297,6 +297,12 @@ def _permutation(node: fx.Node, dims: int) -> tuple[int, ...] | None:
     return tuple(order)
 
 
+@rule(torch._C._nn.pad)
+def spell_pad(e: Editor, node: fx.Node) -> fx.Node | None:
+    """The builtin behind F.pad -> F.pad."""
+    return e.retarget(node, F.pad, node.args, dict(node.kwargs))
+
+
 @rule("contiguous")
 def drop_contiguous(e: Editor, node: fx.Node) -> fx.Node | None:
     """.contiguous() of what is provably contiguous -> nothing."""
@@ -368,10 +374,11 @@ PURE |= {
         torch.matmul,
         F.linear,
         F.softmax,
+        F.pad,
     ),
     *(torch.reshape, torch.permute, torch.t, torch.unsqueeze, "to", "contiguous", "view", "reshape", "max", "amax"),
     *_EXPANDS,
-    *("log_softmax", torch.log_softmax, F.log_softmax),
+    *("log_softmax", torch.log_softmax, F.log_softmax, torch.isnan, "isnan"),
     *(torch.logsumexp, "logsumexp", "unsqueeze", "mean", torch.mean, "sum", torch.sum),
     *(torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
 }

@@ -20,6 +20,7 @@ from torch.fx import Node
 from ..canonicalize import is_weight
 from ..errors import Reject
 from ..graph import (
+    Arguments,
     describe,
     dtype,
     is_bounded,
@@ -506,7 +507,7 @@ class _Below:
     nodes: list[Node]
     product: Node
     dropout_p: float
-    zeroed: bool = False  # hidden probabilities are set to zero again, which makes rows without keys zero and not nan
+    zeroed: bool = False  # probabilities of rows without keys, nan at first, are set to zero again
 
 
 def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
@@ -514,7 +515,7 @@ def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
     nodes, dropout_p, current, zeroed = [softmax], 0.0, softmax, False
     while True:
         user = next(iter(current.users)) if len(current.users) == 1 else None
-        if user is not None and not zeroed and _hides_again(logits, user, current):
+        if user is not None and (user.target is torch.nan_to_num or (not zeroed and _hides_again(logits, user, current))):
             nodes.append(user)
             current, zeroed = user, True
             continue
@@ -576,9 +577,11 @@ def capture_chain(context: Context, node: Node) -> Candidate | Reject | None:
     below = _read_below(node, logits)
     if isinstance(below, Reject):
         return below
-    empty = "zero" if below.zeroed else _empty_rows(logits)
+    empty = _empty_rows(logits)
     if isinstance(empty, Reject):
         return empty
+    if below.zeroed and empty == "nan":
+        empty = "zero"
     product = logits.nodes[-1]
     q, k = product.args
     v = below.product.args[1]
@@ -682,6 +685,21 @@ def capture_disabled(context: Context, node: Node) -> Reject | None:
     return Reject(DISABLED)
 
 
+EXPONENTIALS = (
+    "a softmax written out that may not be one: what is subtracted is not the scores' maximum (they may overflow), or their sum "
+    "has something added"
+)
+
+
+def capture_exponentials(context: Context, node: Node) -> Reject | None:
+    """exp of scores, divided by a sum over the keys, that the canonicaliser could not prove to be a softmax."""
+    summed = [u for u in node.users if u.target in ("sum", torch.sum)]
+    if len(summed) != 1 or not context.fact(_score_levels).get(node) or rank(node) < 3:
+        return None
+    dim = Arguments(summed[0], "input", "dim")["dim"]
+    return Reject(EXPONENTIALS) if dim in (-1, rank(node) - 1) and _leads_to_product(node) else None
+
+
 CALL = Pattern(
     name="sdpa",
     kind="attention",
@@ -721,4 +739,12 @@ OUTSIDE = Pattern(
     capture=capture_disabled,
 )
 
-PATTERNS = (CALL, CHAIN, FLEX, CUT, OUTSIDE)
+WRITTEN_OUT = Pattern(
+    name="softmax-written-out",
+    kind="attention",
+    equation="exp(q @ kT) / (sum + something) @ v stays",
+    anchors=(torch.exp,),
+    capture=capture_exponentials,
+)
+
+PATTERNS = (CALL, CHAIN, FLEX, CUT, OUTSIDE, WRITTEN_OUT)
