@@ -19,8 +19,11 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
+import spt_compiler
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.expression import evaluate, parse
 from spt_compiler.patterns import FFNCapture, Lora, Weight, find
@@ -94,7 +97,8 @@ X = numbers(2, 5, WIDTH)
 
 def only(function: Callable, *inputs: Tensor, bias: bool = True, **options: Any) -> FFNCapture:
     """The capture of the one site there is."""
-    matches, skipped = sites(Block(function, bias), *(inputs or (X,)), **options)
+    model = function if isinstance(function, nn.Module) else Block(function, bias)
+    matches, skipped = sites(model, *(inputs or (X,)), **options)
     assert len(matches) == 1 and not skipped, [str(s.reason) for s in skipped]
     return matches[0].capture
 
@@ -347,6 +351,65 @@ def test_low_rank_branches_of_the_out_projection():
     assert c.dropout_p == 0.3 and c.lora_out[0].dropout_p == 0.1
     c = only(lambda m, x: _low(m.a2, m.b2, h := F.gelu(m.up(x))) + m.down(h) + _low(m.a2, m.b2, h, 0.5))
     assert [branch.scaling for branch in c.lora_out] == [2.0, 0.5]
+
+
+class Computed(nn.Module):
+    """A block whose linear layers compute their weights."""
+
+    def __init__(self, parametrise: Callable[[nn.Module], Any], hidden: int = HIDDEN):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(WIDTH, hidden).double(), nn.Linear(hidden, WIDTH).double()
+        parametrise(self.up)
+        parametrise(self.down)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class Rounded(nn.Module):
+    """Weights rounded, with the gradient of what they were."""
+
+    def forward(self, weight):
+        return weight + ((weight * 8).round() / 8 - weight).detach()
+
+
+@pytest.mark.parametrize(
+    "parametrise",
+    [
+        parametrizations.weight_norm,
+        lambda m: parametrizations.spectral_norm(m).eval(),
+        parametrizations.orthogonal,
+        lambda m: register_parametrization(m, "weight", Rounded()),
+    ],
+    ids=["weight norm", "spectral norm", "orthogonal", "rounded"],
+)
+def test_weights_that_are_computed_from_parameters(parametrise):
+    model = Computed(parametrise)
+    assert only(model, X).width == HIDDEN
+    assert blocks.assert_exact_is_eager(model, X) == ["ffn"]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_block_with_computed_weights_learns(checkpointed):
+    """Its state is that of the parameter behind the weight; routers see the weight as it is computed."""
+    model = Computed(parametrizations.weight_norm, hidden=32)
+    compiled = torch.compile(model, backend="spt", options={**blocks.SPARSE, "require_matches": 1})
+    call = (lambda x: checkpoint(compiled, x, use_reentrant=False)) if checkpointed else compiled
+    losses = blocks.train_steps(model, call, [numbers(4, 16, WIDTH, seed=i) for i in range(4)])
+    assert all(map(math.isfinite, losses)) and spt_compiler.state_dict(model)
+
+
+@pytest.mark.parametrize(
+    "parametrise",
+    [
+        parametrizations.spectral_norm,  # in training it writes its buffers
+        lambda m: register_parametrization(m, "weight", nn.Dropout(0.5)),
+    ],
+)
+def test_weights_that_change_in_the_forward_stay(parametrise):
+    matches, skipped = sites(Computed(parametrise).train(), X)
+    assert not matches and "nor computed from parameters alone" in str(skipped[0].reason)
 
 
 def test_a_checkpointed_block_is_a_graph_of_its_own():

@@ -539,7 +539,7 @@ def states(context: Context) -> dict[Node, State]:
     found: dict[Node, State] = {}
     for node in context.analysis.nodes:
         if node.op in ("call_function", "call_method"):
-            state = _state(node, found)
+            state = _linear_state(context, node, found) if node.target is F.linear else _state(node, found)
             if state is not None:
                 found[node] = state
     return found
@@ -547,8 +547,6 @@ def states(context: Context) -> dict[Node, State]:
 
 def _state(node: Node, found: dict[Node, State]) -> State | None:
     target = node.target
-    if target is F.linear:
-        return _linear_state(node, found)
     if _one_by_one(node) is not None:
         reason = Reject("its experts are multiplied one by one, each with its share of the rows (mixture of experts)")
         return Projection(node, nodes=(node,), refused=reason)
@@ -615,12 +613,16 @@ def _is_refused_block(state: State) -> bool:
     return isinstance(state, Hidden) and state.nonlinear and state.refused is not None
 
 
-def _linear_state(node: Node, found: dict[Node, State]) -> State | None:
+def _is_computed(context: Context, weight: Any) -> bool:
+    """Whether a weight, or a bias, is a parameter or computed from parameters alone (normalised, quantised, with adapters)."""
+    return is_weight(weight) or weight in context.analysis.from_parameters
+
+
+def _linear_state(context: Context, node: Node, found: dict[Node, State]) -> State | None:
     x, w = node.args[0], node.args[1]
-    if not is_weight(w):
-        return Projection(
-            node, nodes=(node,), refused=Reject("the in-projection's weight is no parameter ({})", describe(w))
-        )
+    if not _is_computed(context, w):
+        reason = Reject("the in-projection's weight is no parameter, nor computed from parameters alone ({})", describe(w))
+        return Projection(node, nodes=(node,), refused=reason)
     below, _ = _source_of_branch(x)
     a = found.get(below)
     if isinstance(a, Projection) and a.linear is below and not a.lora and a.refused is None and len(below.args) == 2:
@@ -984,8 +986,8 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
         # A head, a router or an adapter behind something that is no activation anyway is nothing to report.
         thin = isinstance(width, int) and isinstance(model_width, int) and width < model_width
         return hidden.refused if same_size(model_out, model_width) and not thin else None
-    if not is_weight(w_out):
-        return Reject("the out-projection's weight is no parameter ({})", describe(w_out))
+    if not _is_computed(context, w_out):
+        return Reject("the out-projection's weight is no parameter, nor computed from parameters alone ({})", describe(w_out))
     if any(_is_picked(w) for w in (w_out, *(s.args[1] for s in hidden.sources))):
         return Reject("its weights are picked by an index that is not fixed in the graph (mixture of experts)")
     tail = _branches_below(node, found)
@@ -1019,7 +1021,7 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
     biases = []
     for p in reader.projections:
         bias = p.linear.args[2] if len(p.linear.args) > 2 else None
-        if bias is not None and not is_weight(bias):
+        if bias is not None and not _is_computed(context, bias):
             return Reject("the bias of a projection is no parameter ({})", describe(bias))
         biases.append(None if bias is None else p.of(bias))
     try:
