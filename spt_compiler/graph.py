@@ -149,6 +149,11 @@ def number(item: Any) -> float | int | None:
     return item if isinstance(item, (int, float)) and not isinstance(item, bool) else None
 
 
+def is_hook(node: fx.Node) -> bool:
+    """Whether a call hands a tensor on and registers a hook on its gradient."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "register_hook"
+
+
 def same_computation(a: Any, b: Any, depth: int = 8) -> bool:
     """Whether two nodes compute the same value: one node, or the same pure calls on the same arguments."""
     if a is b:

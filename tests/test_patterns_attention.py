@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import spt_compiler
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.patterns import AttentionCapture, find
 
@@ -777,6 +778,8 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         "the soft cap is a tensor",
     ),
     "another function of the scores": (lambda q, k, v: torch.softmax(F.relu(q @ k.mT), -1) @ v, "relu between"),
+    "norm of the scores": (lambda q, k, v: torch.softmax(F.layer_norm(q @ k.mT, (6,)), -1) @ v, "layer_norm between the scores"),
+    "scores of one length": (lambda q, k, v: torch.softmax(F.normalize(q @ k.mT, dim=-1), -1) @ v, "normalize between the scores"),
     "dropout of the scores": (lambda q, k, v: torch.softmax(F.dropout(q @ k.mT, 0.1), -1) @ v, "dropout between"),
     "two sinks": (
         lambda q, k, v: torch.softmax(torch.cat([q @ k.mT, q[..., :2]], -1), -1)[..., :-2] @ v,
@@ -865,6 +868,24 @@ def test_near_misses(name):
 )
 def test_what_is_no_attention_is_not_reported(function):
     assert sites(function, Q, K, V) == ([], [])
+
+
+@pytest.mark.parametrize("where", ["scores", "probabilities"])
+def test_a_hook_on_a_gradient_inside_keeps_an_attention_dense(where):
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            s = q @ k.mT
+            if where == "scores":
+                s.register_hook(lambda gradient: gradient * 2)
+            p = torch.softmax(s, -1)
+            if where == "probabilities":
+                p.register_hook(lambda gradient: gradient * 2)
+            return p @ v
+
+    inputs = [x.clone().requires_grad_() for x in (Q, K, V)]
+    (site,) = spt_compiler.explain(Attention(), *inputs, options=blocks.EXACT).sites
+    assert site.status == "skipped" and "register_hook" in site.reason
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == []  # the hook runs: gradients agree
 
 
 def test_weights_are_no_activations():

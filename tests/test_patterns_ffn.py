@@ -141,6 +141,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Block, Tensor], Tensor], str]] = {
     "softplus": (lambda m, h: F.softplus(h, beta=2.0), "softplus("),
     "logsigmoid": (lambda m, h: F.logsigmoid(h), "softplus("),
     "threshold": (lambda m, h: F.threshold(h, 0.1, -1.0), "where("),
+    "rrelu, not in training": (lambda m, h: F.rrelu(h, 0.1, 0.4, training=False), "where(x0 > 0"),
     "prelu, one slope": (lambda m, h: F.prelu(h, m.slope), "a0"),
     "learned slopes": (lambda m, h: torch.where(h > 0, h, h * m.beta), "a0"),
     "parameters inside": (
@@ -433,6 +434,7 @@ def test_a_checkpointed_block_is_a_graph_of_its_own():
 NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "norm in between": (lambda m, x: m.down(m.norm(F.gelu(m.up(x)))), "a norm or reduction (layer_norm)"),
     "mean subtracted": (lambda m, x: m.down(F.gelu(h := m.up(x)) - h.mean(-1, keepdim=True)), "it reads .mean of shape"),
+    "rrelu in training": (lambda m, x: m.down(F.rrelu(m.up(x), training=True)), "it draws its slopes at random"),
     "convolution in between": (
         lambda m, x: m.down(F.gelu(m.conv(m.up(x).transpose(1, 2)).transpose(1, 2))),
         "conv1d between the projections",
@@ -571,6 +573,22 @@ def test_near_misses(name):
 def test_what_is_no_block_is_not_taken(function):
     matches, _ = sites(Block(function), X)
     assert not matches
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda m, x: m.down(F.gelu(_hooked(m.up(x)))), lambda m, x: m.down(_hooked(F.gelu(m.up(x))))],
+    ids=["pre-activation", "hidden activation"],
+)
+def test_a_hook_on_a_gradient_inside_keeps_a_block_dense(function):
+    (site,) = spt_compiler.explain(Block(function), X, options=blocks.EXACT).sites
+    assert site.reason == "register_hook between the projections"
+    assert blocks.assert_exact_is_eager(Block(function), X) == []  # the hook runs: gradients agree
+
+
+def _hooked(h: Tensor) -> Tensor:
+    h.register_hook(lambda gradient: gradient * 2)
+    return h
 
 
 class Experts(nn.Module):

@@ -25,6 +25,7 @@ from ..graph import (
     dtype,
     is_bounded,
     is_float,
+    is_hook,
     is_one_element,
     is_tensor,
     mutated_arguments,
@@ -200,6 +201,7 @@ _REARRANGES = {
         torch.topk,
         "topk",
     ),
+    *(F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.normalize),
     *(F.dropout, torch.minimum, torch.nan_to_num, "nan_to_num", torch.sqrt, torch.abs, F.softmax, torch.scatter),
 }
 
@@ -220,6 +222,11 @@ def _mixes_heads(node: Node) -> bool:
     return node.target in (F.conv2d, torch.conv2d)
 
 
+def _is_near(node: Node) -> bool:
+    """Whether a call, though no step between scores and values, may stand there in something like an attention."""
+    return node.target in _REARRANGES or _mixes_heads(node) or is_hook(node)
+
+
 def _score_levels(context: Context) -> dict[Node, int]:
     """How each node is made from a product of activations: by steps that are understood, by others too, or not at all."""
     levels: dict[Node, int] = {}
@@ -238,7 +245,7 @@ def _score_levels(context: Context) -> dict[Node, int]:
                 levels[node] = _PLAIN
             continue
         known = node.target in STEPS
-        if not known and node.target not in _REARRANGES and not _mixes_heads(node):
+        if not known and not _is_near(node):
             continue
         above = max((levels.get(i, _NOTHING) for i in node.all_input_nodes), default=_NOTHING)
         if above:
@@ -495,7 +502,7 @@ def _leads_to_product(start: Node) -> bool:
         for user in stack.pop().users:
             if _is_product(user):
                 return True
-            follows = user.target in STEPS or user.target in _REARRANGES or user.target in _AFTER or _mixes_heads(user)
+            follows = user.target in STEPS or user.target in _AFTER or _is_near(user)
             if user not in seen and follows:
                 seen.add(user)
                 stack.append(user)

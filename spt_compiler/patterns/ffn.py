@@ -21,7 +21,20 @@ from torch.fx import Node
 from ..canonicalize import is_weight
 from ..errors import ExpressionError, Reject
 from ..expression import Expression, call, evaluate, substitute, var
-from ..graph import Arguments, describe, dtype, is_float, is_tensor, number, rank, same_shape, same_size, shape, without_casts
+from ..graph import (
+    Arguments,
+    describe,
+    dtype,
+    is_float,
+    is_hook,
+    is_tensor,
+    number,
+    rank,
+    same_shape,
+    same_size,
+    shape,
+    without_casts,
+)
 from ..pattern import CUSTOM, Candidate, Context, Pattern, is_custom
 
 log = logging.getLogger(__name__)
@@ -202,6 +215,13 @@ def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Expression:
 @elementwise(F.leaky_relu)
 def _leaky_relu(x: Any, negative_slope: float = 0.01, inplace: bool = False) -> Expression:
     return call("where", call(">", x, 0.0), x, x * float(negative_slope))
+
+
+@elementwise(F.rrelu, torch.rrelu)
+def _rrelu(x: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Expression:
+    if training:
+        raise ExpressionError("it draws its slopes at random")
+    return _leaky_relu(x, (lower + upper) / 2)
 
 
 @elementwise(F.prelu, torch.prelu)
@@ -710,7 +730,7 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
     """The same with a reason not to be a site. Before the non-linearity, only steps that tell a look-alike are kept."""
     if node.target in _CONVOLUTIONS and any(s.target in _CONVOLUTIONS for s in merged.sources):
         return None
-    telling = node.target in _CONVOLUTIONS or node.target in _NORMS
+    telling = node.target in _CONVOLUTIONS or node.target in _NORMS or is_hook(node)
     is_piece = node.target in _SPLITS or (node.target is operator.getitem and not is_tensor(node.args[0]))
     if not is_tensor(node) and node.target not in _SPLITS:
         return None
@@ -724,7 +744,7 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
         reason = Reject("a norm or reduction ({}) between the projections", describe(node))
     else:
         reason = Reject("{} between the projections", describe(node))
-    # A norm or convolution says more than the layout around it.
+    # A norm, convolution or hook says more than the layout around it.
     return replace(merged, refused=reason if telling or merged.refused is None else merged.refused)
 
 
