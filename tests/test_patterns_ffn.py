@@ -434,6 +434,10 @@ def test_a_checkpointed_block_is_a_graph_of_its_own():
 NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "norm in between": (lambda m, x: m.down(m.norm(F.gelu(m.up(x)))), "a norm or reduction (layer_norm)"),
     "mean subtracted": (lambda m, x: m.down(F.gelu(h := m.up(x)) - h.mean(-1, keepdim=True)), "it reads .mean of shape"),
+    "weights on the left": (
+        lambda m, x: (m.down.weight @ F.relu(m.up.weight @ x.mT + m.up.bias[:, None])).mT,
+        "on the left of activations whose features are rows",
+    ),
     "rrelu in training": (lambda m, x: m.down(F.rrelu(m.up(x), training=True)), "it draws its slopes at random"),
     "convolution in between": (
         lambda m, x: m.down(F.gelu(m.conv(m.up(x).transpose(1, 2)).transpose(1, 2))),

@@ -475,7 +475,8 @@ _MAX_SOURCES = 4
 
 
 def _stacked(node: Node) -> Reject | None:
-    """Why a product with weights of several experts in one tensor is no projection of a site; None for other calls."""
+    """Why a product with a weight that is no linear layer, of several experts most often, is no projection of a site; None
+    for other calls."""
     name = str(getattr(node.target, "__name__", node.target)).rpartition(".")[2]
     if name in _GROUPED or "grouped_mm" in name:
         return Reject("grouped_mm gives the rows of each token to its own expert's weights (mixture of experts)")
@@ -485,6 +486,8 @@ def _stacked(node: Node) -> Reject | None:
         return Reject("each token picks the weights of its experts (mixture of experts)")
     if any(rank(a) == 3 and is_weight(a) for a in node.args):
         return Reject("its weights are stacked by expert in one batched product (mixture of experts)")
+    if rank(node.args[0]) == 2 and is_weight(node.args[0]) and not is_weight(node.args[1]):
+        return Reject("its weights stand on the left of activations whose features are rows (w @ x.mT)")
     return None
 
 
