@@ -394,6 +394,22 @@ def test_sums_over_another_dim_than_the_softmax(function, reason):
     assert reason in refused(lambda q, k, v: function(torch.einsum("bqhd,bkhd->bqhk", q, k), v), q, k, v)
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda q, k: -torch.cdist(q, k) ** 2 / 2,
+        lambda q, k: (torch.cdist(q, k, p=2.0).square() * -0.3).masked_fill(HIDDEN, -math.inf),
+    ],
+)
+def test_scores_by_squared_distances_are_products_and_a_bias_of_the_keys(scores):
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return torch.softmax(scores(q, k), -1) @ v
+
+    assert len(only(Attention(), Q, K, V).bias) == 1
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+
+
 def test_a_second_score_term_is_a_bias_with_gradient():
     """Transformer-XL and DeBERTa add a product with relative positions: any tensor may be a bias."""
     r = numbers(1, 4, 6, 8, seed=7).requires_grad_()
@@ -778,6 +794,16 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         "the soft cap is a tensor",
     ),
     "another function of the scores": (lambda q, k, v: torch.softmax(F.relu(q @ k.mT), -1) @ v, "relu between"),
+    "distances": (lambda q, k, v: torch.softmax(-torch.cdist(q, k), -1) @ v, "the scores are distances"),
+    "distances of another kind": (lambda q, k, v: torch.softmax(-torch.cdist(q, k, p=1) ** 2, -1) @ v, "the scores are distances"),
+    "distances by differences": (
+        lambda q, k, v: torch.softmax(-(q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1), -1) @ v,
+        "the scores are distances",
+    ),
+    "distances in a soft cap": (
+        lambda q, k, v: torch.softmax(5 * torch.tanh(torch.cdist(q, k) ** 2 / 5), -1) @ v,
+        "the scores are distances",
+    ),
     "norm of the scores": (lambda q, k, v: torch.softmax(F.layer_norm(q @ k.mT, (6,)), -1) @ v, "layer_norm between the scores"),
     "scores of one length": (lambda q, k, v: torch.softmax(F.normalize(q @ k.mT, dim=-1), -1) @ v, "normalize between the scores"),
     "dropout of the scores": (lambda q, k, v: torch.softmax(F.dropout(q @ k.mT, 0.1), -1) @ v, "dropout between"),

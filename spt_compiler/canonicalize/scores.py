@@ -477,6 +477,29 @@ def values_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.call(torch.matmul, p, _widened(e, v, rank(p)))
 
 
+@rule(torch.square, operator.pow)
+def squared_distances(e: Editor, node: fx.Node) -> fx.Node | None:
+    """cdist(q, k)^2 on its way to a softmax -> |k|^2 - 2 q @ kT, for |q|^2 is the same for all keys of a row.
+
+    cdist computes large ones by products as well; it takes no 16-bit types, in which the difference would be lost.
+    """
+    distances = node.args[0]
+    if node.target is operator.pow and node.args[1] != 2:
+        return None
+    if not is_tensor(distances) or distances.target is not torch.cdist or len(distances.users) != 1:
+        return None
+    found = Arguments(distances, "x1", "x2", ("p", 2.0), "compute_mode")
+    q, k, p = found.take("x1", "x2", "p")
+    chain = _toward_softmax(node)
+    if p != 2 or is_weight(k) or chain is None or not all(map(_keeps_shifts, [node, *chain], chain)):
+        return None
+    if not e.same_region(node, distances, chain[-1]):
+        return None
+    lengths = e.call(torch.unsqueeze, e.call(torch.sum, e.call(torch.square, k), -1), -2)
+    product = e.call(torch.matmul, q, permuted(e, k, _swap(rank(k))))
+    return e.call(operator.sub, lengths, e.call(operator.mul, product, 2.0))
+
+
 @rule(torch.permute)
 def transposed_scores(e: Editor, node: fx.Node) -> fx.Node | None:
     """f(q @ k).mT on its way to a softmax -> f(k.mT @ q.mT): two modalities that attend to each other by one product."""

@@ -213,6 +213,20 @@ def _is_product(node: Any) -> bool:
     return isinstance(node, Node) and node.target is torch.matmul and not is_weight(node.args[1])
 
 
+def _is_distance(node: Node) -> bool:
+    """Whether a call gives distances of each query and key, or their squares: seen only to name a near miss."""
+    if node.target is torch.cdist:
+        return not is_weight(Arguments(node, "x1", "x2")["x2"])
+    square = node.args[0] if node.target in ("sum", torch.sum) and node.args else None
+    if not isinstance(square, Node) or square.target not in (torch.square, operator.pow) or rank(node) != rank(square) - 1:
+        return False
+    apart = square.args[0]
+    if not isinstance(apart, Node) or apart.target is not operator.sub or min(map(rank, apart.args)) < 3:
+        return False
+    (*_, a, b, _), (*_, c, d, _) = map(shape, apart.args)
+    return (same_size(b, 1) and same_size(c, 1)) or (same_size(a, 1) and same_size(d, 1))
+
+
 def _mixes_heads(node: Node) -> bool:
     """A linear layer, or a 1x1 convolution, over the heads of scores (talking heads): seen only to name a near miss."""
     if node.target is F.linear:
@@ -243,6 +257,9 @@ def _score_levels(context: Context) -> dict[Node, int]:
         if node.target is torch.matmul:
             if _is_product(node):
                 levels[node] = _PLAIN
+            continue
+        if _is_distance(node):
+            levels[node] = _LOOSE
             continue
         known = node.target in STEPS
         if not known and not _is_near(node):
@@ -460,6 +477,8 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
         if reader is None:
             if current.target in (torch.cat, torch.concat):
                 return Reject("the scores are joined with others before the softmax (sinks, or keys of two kinds)")
+            if any(map(_is_distance, (current, *current.all_input_nodes))):
+                return Reject("the scores are distances between queries and keys, no products of them")
             return Reject("{} between the scores and the softmax", describe(current))
         logits.nodes.append(current)
         above = reader(logits, current)
