@@ -586,6 +586,7 @@ def test_a_softmax_by_hand(softmax):
 
 def test_a_softmax_by_hand_that_may_overflow_says_so():
     assert "they may overflow" in refused(lambda q, k, v: (e := torch.exp(q @ k.mT)) / e.sum(-1, keepdim=True) @ v, Q, K, V)
+    assert "at static sizes only" in refused(lambda q, k, v: ONE_MORE["unshifted"](q @ k.mT) @ v, Q, K, V, dynamic=True)
 
 
 def test_a_softmax_by_hand_that_divides_the_values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -248,19 +249,22 @@ class Editor:
         """What a call fills its result with."""
         number: Any = FILLS[node.target]
         if number is None:
-            number = node.kwargs.get("fill_value", node.args[-1])
+            number = node.kwargs["fill_value"] if "fill_value" in node.kwargs else node.args[-1]
         return self.constant(number)
+
+    def _rounded(self, number: float | int | bool | None, kind: torch.dtype) -> float | int | bool | None:
+        """A number as a tensor of that dtype holds it."""
+        if number is None or (kind.is_floating_point and not math.isfinite(number)):
+            return number
+        with torch._subclasses.fake_tensor.unset_fake_temporarily():
+            return torch.full((), number, dtype=torch.float64 if kind.is_floating_point else kind).to(kind).item()
 
     def _fold(self, node: fx.Node) -> float | int | bool | None:
         found = value(node)
         if found is None or found.requires_grad or (self._written and {storage(node), None} & self._written):
             return None
         if node.target in FILLS:
-            number = self.fill(node)
-            if number is None:
-                return None
-            with torch._subclasses.fake_tensor.unset_fake_temporarily():
-                return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None).to(found.dtype).item()
+            return self._rounded(self.fill(node), found.dtype)
         if node.target not in FOLDABLE or (found.dim() and not any(map(is_tensor, node.args))):
             return None
         if node.kwargs.get("device") is not None or node.kwargs.get("layout") is not None:

@@ -140,8 +140,8 @@ def _one_more(e: Editor, x: fx.Node, shift: fx.Node | None, more: Any) -> fx.Nod
         low = shift.args[1] if shift.target is torch.clamp else None
         above = isinstance(low, (int, float)) and low > -math.inf
         number = 1.0 if opposite and (above or is_bounded(x, math.inf)) else None
-    if number is None or not number > 0:
-        return None
+    if number is None or not number > 0 or not all(isinstance(s, int) for s in shape(x)):
+        return None  # padding makes numbers of symbolic sizes
     joined = e.call(F.pad, x, (0, 1), value=math.log(number))
     return e.call(operator.getitem, e.call(F.softmax, joined, dim=-1), (Ellipsis, slice(None, -1)))
 
@@ -801,6 +801,8 @@ def _with_sink(
     e: Editor, scores: Any, sink: fx.Node | float, between: list[fx.Node], v: fx.Node, read_twice: fx.Node | None = None
 ) -> fx.Node:
     """`between` (reversed) of softmax([sink, scores]), times [0, v]. read_twice: the scores if another reader will go."""
+    if not all(isinstance(s, int) for s in shape(scores)):
+        raise Unknown  # padding makes numbers of symbolic sizes
     logits = _with_a_key(e, scores, read_twice)
     number = sink if isinstance(sink, float) else e.constant(sink)
     if number != 0:  # the score of the zero key is zero as it is

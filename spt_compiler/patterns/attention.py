@@ -722,8 +722,10 @@ def capture_exponentials(context: Context, node: Node) -> Reject | None:
     summed = [u for u in node.users if u.target in ("sum", torch.sum)]
     if len(summed) != 1 or not context.fact(_score_levels).get(node) or rank(node) < 3:
         return None
-    dim = Arguments(summed[0], "input", "dim")["dim"]
-    return Reject(EXPONENTIALS) if dim in (-1, rank(node) - 1) and _leads_to_product(node) else None
+    if Arguments(summed[0], "input", "dim")["dim"] not in (-1, rank(node) - 1) or not _leads_to_product(node):
+        return None
+    static = all(isinstance(s, int) for s in shape(node))
+    return Reject(EXPONENTIALS) if static else Reject("{}; a sink is followed at static sizes only", EXPONENTIALS)
 
 
 CALL = Pattern(
