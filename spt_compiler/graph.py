@@ -149,6 +149,11 @@ def number(item: Any) -> float | int | None:
     return item if isinstance(item, (int, float)) and not isinstance(item, bool) else None
 
 
+def is_hook(node: fx.Node) -> bool:
+    """Whether a call hands a tensor on and registers a hook on its gradient."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "register_hook"
+
+
 def same_computation(a: Any, b: Any, depth: int = 8) -> bool:
     """Whether two nodes compute the same value: one node, or the same pure calls on the same arguments."""
     if a is b:
@@ -170,6 +175,12 @@ def is_parameter(node: Any) -> bool:
     return (
         isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr") and isinstance(value(node), nn.Parameter)
     )
+
+
+def is_buffer(node: Any) -> bool:
+    """Whether `node` is a buffer of a module: an input of the graph that Dynamo names so."""
+    source = getattr(node, "_dynamo_source", None)
+    return isinstance(node, fx.Node) and node.op == "placeholder" and source is not None and "_buffers[" in source.name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,7 +363,8 @@ class Analysis:
     Attributes:
         order: position of every node.
         regions: mode each node runs in (grad mode, autocast, functorch level), as comparable values.
-        from_parameters: nodes that depend on parameters (and constants) only, parameters included.
+        from_parameters: nodes that depend on parameters only, beside constants and buffers that nobody writes, parameters
+            included.
         writes: (position, storage) of every in-place write, in graph order.
     """
 
@@ -375,7 +387,9 @@ class Analysis:
         for node in self.nodes:
             if is_parameter(node):
                 found.add(node)
-            elif node.op in ("call_function", "call_method"):
+            elif is_buffer(node) and not self.is_written(node):
+                constant.add(node)
+            elif node.op in ("call_function", "call_method") and not mutated_arguments(node):
                 inputs = node.all_input_nodes
                 if all(i in found or i in constant for i in inputs) and not _is_random(node):
                     (found if any(i in found for i in inputs) else constant).add(node)

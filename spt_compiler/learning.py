@@ -276,8 +276,8 @@ def evaluate_weights(recipes: Any, arguments: Sequence[Any]) -> dict[str, Any]:
     def rows(entry: Any) -> Tensor | None:
         if entry is None:
             return None
-        recipe, start, stop = entry
-        return recipe.evaluate(arguments)[start:stop]
+        recipe, kept = entry
+        return recipe.evaluate(arguments)[kept]
 
     def adapted(weight: Tensor, branches: Sequence[Any]) -> Tensor:
         for a, b, scaling in branches:

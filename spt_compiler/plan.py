@@ -309,7 +309,7 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
     }
     adapters = [b for branches in (*weights["lora"], weights["lora_out"]) for b in branches]
     if weights["w_out"] is None or any(w is None for w in (*weights["w_in"], *weights["act_in"], *adapters)):
-        return Reject("its weights are computed from activations")
+        return Reject("its weights are computed from activations, or in more steps than are followed")
     learned = options.router == "learned" and not config.exact
     trainable = options.gate != "hard" and not config.exact
     learns = options.router in ("learned", "static") and not config.exact
@@ -362,15 +362,15 @@ def _picked(scope: Scope, node: fx.Node) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _weight_recipe(scope: Scope, weight: Any) -> tuple[Recipe, int | None, int | None] | None:
+def _weight_recipe(scope: Scope, weight: Weight) -> tuple[Recipe, slice] | None:
     recipe = scope.recipe(weight.node)
-    return None if recipe is None else (recipe, weight.start, weight.stop)
+    return None if recipe is None else (recipe, weight.rows)
 
 
 def _lora_recipe(scope: Scope, branch: Lora, rows: Weight | None = None) -> tuple | None:
     """(A, rows of B, scaling) of a low-rank branch: what it adds to its weight is scaling * B @ A."""
     a = scope.recipe(branch.a)
-    b = _weight_recipe(scope, Weight(branch.b, *(() if rows is None else (rows.start, rows.stop))))
+    b = _weight_recipe(scope, Weight(branch.b) if rows is None else replace(rows, node=branch.b))
     return None if a is None or b is None else (a, b, branch.scaling)
 
 

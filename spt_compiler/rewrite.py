@@ -540,9 +540,9 @@ class Rewriter:
         return node if dtype == torch.float32 else self.emit(torch.ops.aten.to.dtype, node, dtype)
 
     def _rows(self, weight: Weight) -> fx.Node:
-        if weight.start is None and weight.stop is None:
+        if weight.rows == slice(None):
             return weight.node
-        return self.emit(operator.getitem, weight.node, slice(weight.start, weight.stop))
+        return self.emit(operator.getitem, weight.node, weight.rows)
 
     def _zeros(self, c: FFNCapture, index: int) -> fx.Node:
         return self.emit(torch.zeros, (c.width,), dtype=value_of(c.w_in[index].node).dtype, device=value_of(c.x).device)
@@ -569,7 +569,7 @@ class Rewriter:
             for branch in branches:
                 a_out = self.emit(torch.reshape, branch.a_out, (-1, value_of(branch.a_out).shape[-1]))
                 low.append(a_out if branch.scaling == 1.0 else self.emit(torch.mul, a_out, branch.scaling))
-            rows = [self._rows(Weight(branch.b, w.start, w.stop)) for branch in branches]
+            rows = [self._rows(replace(w, node=branch.b)) for branch in branches]
             for found, parts in ((outputs, low), (weights, rows)):
                 joined = parts[0] if len(parts) == 1 else self.emit(torch.cat, parts, 1)
                 found.append(self.emit(torch.ops.aten.to.dtype, joined, dtype))
@@ -583,7 +583,7 @@ class Rewriter:
         for i, (w, branches) in enumerate(zip(c.w_in, c.lora, strict=True)):
             for branch in branches:
                 if branch.bias is not None:
-                    term = self.emit(torch.mul, self._rows(Weight(branch.bias, w.start, w.stop)), branch.scaling)
+                    term = self.emit(torch.mul, self._rows(replace(w, node=branch.bias)), branch.scaling)
                     total = self.emit(torch.add, biases[i], term)
                     biases[i] = self.emit(torch.ops.aten.to.dtype, total, value_of(c.w_in[i].node).dtype)
         return biases

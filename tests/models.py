@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from spt_compiler.rewrite import copy_graph
+
 VOCABULARY = 96
 PADDING = 0
 
@@ -196,10 +198,8 @@ class Captured:
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy that may be edited, with the metadata of the nodes."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    return fx.GraphModule(module, graph)
+    """A copy that may be edited, with the metadata and the sources of the nodes."""
+    return copy_graph(module)
 
 
 def capture(model: Callable, *args: Any, dynamic: bool | None = None, **kwargs: Any) -> list[Captured]:

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import spt_compiler
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.patterns import AttentionCapture, find
 
@@ -256,6 +257,14 @@ CHAINS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any]]] = {
     ),
     "row maximum subtracted": (lambda s: s - s.amax(-1, keepdim=True), dict(scale=1.0)),
     "einsum": (lambda s: torch.einsum("bhqk->bhqk", s), dict(scale=1.0)),
+    "where, full_like": (lambda s: torch.where(CAUSAL, s, torch.full_like(s, -9e15)), dict(allowed=1, empty="uniform")),
+    "where, ones_like": (lambda s: torch.where(CAUSAL, s, -9e15 * torch.ones_like(s)), dict(allowed=1, empty="uniform")),
+    "where, full": (lambda s: torch.where(HIDDEN, torch.full((6, 6), -math.inf).double(), s), dict(disallowed=1, empty="nan")),
+    "mask of ones_like": (lambda s: s.masked_fill(torch.ones_like(s).triu(1).bool(), LOW), dict(disallowed=1)),
+    "mask of new_full": (lambda s: s + s.new_full((6, 6), -math.inf).triu(1), dict(bias=1, empty="nan")),
+    "mask of zeros_like": (lambda s: s + torch.zeros_like(s).masked_fill(HIDDEN, LOW), dict(bias=1)),
+    "mask of integers": (lambda s: s + HIDDEN.long() * -10000, dict(bias=1)),
+    "distances of integers": (lambda s: s * 0.5 - (torch.arange(6)[:, None] - torch.arange(6)).abs(), dict(bias=1, scale=0.5)),
 }
 
 
@@ -336,6 +345,71 @@ def test_products(product):
     torch.testing.assert_close(got, computed[match.output], rtol=1e-5, atol=1e-5)
 
 
+SIZES = dict(b=2, h=4, q=6, k=7, d=8, e=5)
+LAYOUTS = [
+    ("bqhd,bkhd->bqhk", "bqhk,bkhe->bqhe"),
+    ("bqhd,bkhd->qbhk", "qbhk,bkhe->qbhe"),
+    ("hqbd,hkbd->hbqk", "hbqk,bhke->bhqe"),
+    ("bqhd,bkhd->bhkq", "bhkq,bkhe->bqhe"),
+    ("bhdq,bhdk->bkqh", "bhek,bkqh->bheq"),
+    ("qbhd,kbhd->kbqh", "kbqh,kbhe->qbhe"),
+    ("bkhd,bqhd->bhqk", "bkhe,bhqk->bqhe"),
+]
+
+
+@pytest.mark.parametrize("scores, values", LAYOUTS)
+def test_scores_in_any_order_of_dims(scores, values):
+    """Head dims, queries and keys stand where the model likes: einsum, and a softmax over whichever dim holds the keys."""
+    (left, right), result = scores.partition("->")[0].split(","), scores.partition("->")[2]
+    held = values.partition("->")[0].replace(result, "").strip(",")
+    bias = numbers(*(SIZES[c] if c in "qk" else 1 for c in result), seed=5)
+
+    class Attention(nn.Module):
+        def forward(self, a, b, v):
+            s = torch.einsum(scores, a, b) * 0.5 + bias
+            p = F.dropout(torch.softmax(s.masked_fill(bias > 1.5, LOW), result.index("k")), 0.0)
+            return torch.einsum(values, *((p, v) if values.startswith(result) else (v, p)))
+
+    inputs = [numbers(*(SIZES[c] for c in letters), seed=i) for i, letters in enumerate((left, right, held))]
+    assert only(Attention(), *inputs).q.meta["example_value"].shape[-2] == SIZES["q"]
+    assert blocks.assert_exact_is_eager(Attention(), *inputs) == ["attention"]
+
+
+def test_a_softmax_over_keys_that_stand_first():
+    c = only(lambda q, k, v: F.dropout(torch.softmax((k @ q.mT) * 0.5, -2), 0.4).mT @ v, Q, K, V)
+    assert c.scale == 0.5 and c.dropout_p == 0.4
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (lambda s, v: torch.einsum("bqhk,bkhe->bqhe", torch.softmax(s, 2), v), "softmax over dim"),
+        (lambda s, v: torch.einsum("bqhk,bkhe->bqhe", torch.softmax(s, 1), v), "softmax over dim"),
+        (lambda s, v: torch.einsum("bqhk,bqhe->bkhe", torch.softmax(s, -1), v[:, :6]), "permute between the"),
+    ],
+    ids=["over the heads", "over the queries", "values of queries"],
+)
+def test_sums_over_another_dim_than_the_softmax(function, reason):
+    q, k, v = (numbers(2, n, 4, 8, seed=i) for i, n in enumerate((6, 7, 7)))
+    assert reason in refused(lambda q, k, v: function(torch.einsum("bqhd,bkhd->bqhk", q, k), v), q, k, v)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda q, k: -torch.cdist(q, k) ** 2 / 2,
+        lambda q, k: (torch.cdist(q, k, p=2.0).square() * -0.3).masked_fill(HIDDEN, -math.inf),
+    ],
+)
+def test_scores_by_squared_distances_are_products_and_a_bias_of_the_keys(scores):
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return torch.softmax(scores(q, k), -1) @ v
+
+    assert len(only(Attention(), Q, K, V).bias) == 1
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+
+
 def test_a_second_score_term_is_a_bias_with_gradient():
     """Transformer-XL and DeBERTa add a product with relative positions: any tensor may be a bias."""
     r = numbers(1, 4, 6, 8, seed=7).requires_grad_()
@@ -357,6 +431,62 @@ def test_sinks_are_one_more_key(mask, shifted):
 
     c = only(function, Q, K, V, sink)
     assert c.v.meta["example_value"].shape[-2] == 7 and any(b.meta["example_value"].requires_grad for b, _ in c.bias)
+
+
+def _softmax1(s: Tensor, shift: Callable[[Tensor], Tensor]) -> Tensor:
+    e = torch.exp(s - (m := shift(s.amax(-1, keepdim=True))))
+    return e / (torch.exp(-m) + e.sum(-1, keepdim=True))
+
+
+ONE_MORE: dict[str, Callable[[Tensor], Tensor]] = {
+    "unshifted": lambda s: (e := torch.exp(s)) / (1 + e.sum(-1, keepdim=True)),
+    "some more": lambda s: (e := s.exp()) / (e.sum(-1, keepdim=True) + 4.0),
+    "shifted": lambda s: _softmax1(s, lambda m: m),
+    "shifted, without gradient": lambda s: _softmax1(s, lambda m: m.detach()),
+    "shifted upwards only": lambda s: _softmax1(s, lambda m: m.clamp(min=0)),
+    "padded": lambda s: F.softmax(F.pad(s, (0, 1)), -1)[..., :-1],
+    "padded in front": lambda s: F.softmax(F.pad(s, (1, 0), value=-1.0), -1)[..., 1:],
+    "joined with zeros": lambda s: torch.softmax(torch.cat([s, torch.zeros_like(s[..., :1])], -1), -1)[..., :-1],
+    "joined in front": lambda s: torch.softmax(torch.cat([s.new_zeros(2, 4, 6, 1), s], -1), -1)[..., 1:],
+}
+
+
+@pytest.mark.parametrize("mask", [lambda s, b: s * 0.5 + b, lambda s, b: torch.where(CAUSAL, s, LOW) - 1.0 * (b > 0)])
+@pytest.mark.parametrize("name", ONE_MORE)
+def test_a_softmax_that_may_attend_to_nothing_has_a_sink_of_zero(name, mask):
+    """softmax1, exp / (1 + sum of exp): one more key whose score is a number, and whose value is zero."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(BIAS)
+
+        def forward(self, q, k, v):
+            return F.dropout(ONE_MORE[name](mask(q @ k.mT, self.bias)), 0.0) @ v
+
+    assert only(Attention(), Q, K, V).v.meta["example_value"].shape[-2] == 7
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+
+
+def test_a_softmax_with_one_more_that_divides_the_values():
+    c = only(lambda q, k, v: ((e := torch.exp(q @ k.mT)) @ v) / (1 + e.sum(-1, keepdim=True)), Q, K, V)
+    assert c.v.meta["example_value"].shape[-2] == 7 and not c.bias
+
+
+@pytest.mark.parametrize(
+    "probabilities",
+    [
+        lambda s: (e := torch.exp(s - (m := s.amax(-1, True)))) / (torch.exp(m) + e.sum(-1, True)),
+        lambda s: (e := torch.exp(s)) / (e.sum(-1, True) - 0.5),
+        lambda s: (e := torch.exp(s)) / (1 + e.sum(-2, True)),
+        lambda s: (e := torch.exp(s)) / (BIAS[..., :1] + e.sum(-1, True)),
+        lambda s: _softmax1(s.masked_fill(HIDDEN, -math.inf), lambda m: m),  # a row of -inf only would be nan
+        lambda s: _softmax1(s + BIAS, lambda m: m),
+    ],
+)
+def test_sums_of_exponentials_with_something_else_are_no_sink(probabilities):
+    matches, skipped = sites(lambda q, k, v: probabilities(q @ k.mT) @ v, Q, K, V)
+    assert not matches and all("a softmax written out that may not be one" in str(s.reason) for s in skipped)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -387,6 +517,35 @@ def test_hidden_probabilities_set_to_zero_again(mask):
 
     c = only(function, Q, K, V, rows)
     assert c.empty == "zero" and len(c.disallowed) == 1
+
+
+@pytest.mark.parametrize(
+    "cleaned",
+    [
+        lambda p: p.nan_to_num(),
+        lambda p: F.dropout(torch.nan_to_num(p, nan=0.0), 0.0),
+        lambda p: p.masked_fill(p.isnan(), 0.0),
+        lambda p: torch.where(torch.isnan(p), torch.zeros_like(p), p),
+        lambda p: p.masked_fill(p != p, 0),
+    ],
+)
+def test_probabilities_that_are_nan_set_to_zero(cleaned):
+    rows = HIDDEN.clone()
+    rows[2] = True
+
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return cleaned(torch.softmax((q @ k.mT).masked_fill(rows, -math.inf), -1)) @ v
+
+    assert only(Attention(), Q, K, V).empty == "zero"
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+    kept = only(lambda q, k, v: cleaned(torch.softmax((q @ k.mT).masked_fill(rows, LOW), -1)) @ v, Q, K, V)
+    assert kept.empty == "uniform"  # no nan: there is nothing to set
+
+
+def test_softmin_is_softmax_of_the_negative():
+    assert only(lambda q, k, v: F.softmin(q @ k.mT * 0.5, dim=3) @ v, Q, K, V).scale == -0.5
+    assert only(lambda q, k, v: nn.Softmin(-1)(BIAS - q @ k.mT) @ v, Q, K, V).bias[0][1] == -1.0
 
 
 def test_a_clamp_far_out_guards_against_overflow():
@@ -425,6 +584,11 @@ def test_a_softmax_by_hand(softmax):
     assert c.scale == pytest.approx(0.3) and len(c.allowed) == 1
 
 
+def test_a_softmax_by_hand_that_may_overflow_says_so():
+    assert "they may overflow" in refused(lambda q, k, v: (e := torch.exp(q @ k.mT)) / e.sum(-1, keepdim=True) @ v, Q, K, V)
+    assert "at static sizes only" in refused(lambda q, k, v: ONE_MORE["unshifted"](q @ k.mT) @ v, Q, K, V, dynamic=True)
+
+
 def test_a_softmax_by_hand_that_divides_the_values():
     def function(q, k, v):
         e = torch.exp((s := q @ k.mT) - s.amax(-1, keepdim=True))
@@ -456,9 +620,8 @@ def test_exponentials_that_are_no_softmax_over_the_keys(function):
         (lambda q, k, v, w: F.conv2d(torch.softmax(q @ k.mT, -1), w[..., None, None]) @ v, "conv2d"),
         (lambda q, k, v, w: torch.softmax((q @ k.mT).detach(), -1) @ v, "detach between the scores"),
         (lambda q, k, v, w: torch.softmax(q @ k.mT, -1).detach() @ v, "detach between the softmax"),
-        (lambda q, k, v, w: torch.softmax(w @ v.mT, -1) @ v, "ranks of q, k, v and scores are 2, 4, 4, 4"),
     ],
-    ids=["talking heads", "by einsum", "by convolution", "after softmax", "detached scores", "detached probabilities", "queries"],
+    ids=["talking heads", "by einsum", "by convolution", "after softmax", "detached scores", "detached probabilities"],
 )
 def test_near_misses_are_named(function, reason):
     class Mixed(nn.Module):
@@ -469,7 +632,36 @@ def test_near_misses_are_named(function, reason):
         def forward(self, q, k, v):
             return function(q, k, v, self.weight)
 
-    assert reason in refused(Mixed(), Q, K, V[..., :4] if "ranks" in reason else V)
+    assert reason in refused(Mixed(), Q, K, V)
+
+
+@pytest.mark.parametrize("library", [False, True])
+@pytest.mark.parametrize("sizes", [(6, 8), (4, 6, 8), (1, 1, 6, 8), (1, 4, 6, 8), (2, 1, 6, 8)])
+def test_queries_that_all_rows_share(sizes, library):
+    """Learned queries, of all rows or of each head: they are expanded, and their gradient is the sum over the rows."""
+
+    class Pooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries = nn.Parameter(numbers(*sizes))
+
+        def forward(self, k, v):
+            if library:
+                return F.scaled_dot_product_attention(self.queries, k, v)
+            return torch.softmax(self.queries @ k.mT * 0.5 + BIAS, -1) @ v
+
+    assert blocks.assert_exact_is_eager(Pooling(), K, V) == ["attention"]
+    assert only(Pooling(), K, V, dynamic=True).q.meta["example_value"].dim() == 4
+
+
+def test_keys_and_values_that_all_rows_share():
+    class Bank(nn.Module):
+        def forward(self, q, k, v):
+            return torch.softmax(q @ k.mT, -1) @ v
+
+    assert blocks.assert_exact_is_eager(Bank(), Q, K[0, 0], V[0, 0]) == ["attention"]
+    assert blocks.assert_exact_is_eager(Bank(), Q, K[0], V[0]) == ["attention"]
+
 
 
 def test_two_modalities_that_attend_by_one_product():
@@ -487,6 +679,16 @@ def test_a_mask_of_the_shape_of_the_scores_reads_no_scores():
     rows = CAUSAL[0].logical_not().view(1, 1, 1, 6)
     c = only(lambda q, k, v: torch.softmax((s := q @ k.mT).masked_fill_(rows.expand_as(s), LOW), -1) @ v, Q, K, V)
     assert len(c.disallowed) == 1
+
+
+@pytest.mark.parametrize("name", ["where, full_like", "mask of ones_like", "mask of integers", "distances of integers"])
+def test_masks_made_of_fills_and_integers_are_exact(name):
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return torch.softmax(CHAINS[name][0](q @ k.mT), -1) @ v
+
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+    assert only(Attention(), Q, K, V, dynamic=True)
 
 
 def test_a_bool_mask_that_is_added_adds_one():
@@ -571,6 +773,10 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda q, k, v: torch.softmax(torch.where(CAUSAL, q @ k.mT, BIAS), -1) @ v,
         "taken from a tensor",
     ),
+    "fill with a tensor that is written": (
+        lambda q, k, v: torch.softmax(torch.where(CAUSAL, q @ k.mT, _ramp(torch.full((6, 6), -1e9, dtype=q.dtype))), -1) @ v,
+        "taken from a tensor",
+    ),
     "fills of two kinds": (
         lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(HIDDEN, -1e9).masked_fill(PADDING < 0, -math.inf), -1) @ v,
         "fill with different values",
@@ -589,6 +795,18 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         "the soft cap is a tensor",
     ),
     "another function of the scores": (lambda q, k, v: torch.softmax(F.relu(q @ k.mT), -1) @ v, "relu between"),
+    "distances": (lambda q, k, v: torch.softmax(-torch.cdist(q, k), -1) @ v, "the scores are distances"),
+    "distances of another kind": (lambda q, k, v: torch.softmax(-torch.cdist(q, k, p=1) ** 2, -1) @ v, "the scores are distances"),
+    "distances by differences": (
+        lambda q, k, v: torch.softmax(-(q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1), -1) @ v,
+        "the scores are distances",
+    ),
+    "distances in a soft cap": (
+        lambda q, k, v: torch.softmax(5 * torch.tanh(torch.cdist(q, k) ** 2 / 5), -1) @ v,
+        "the scores are distances",
+    ),
+    "norm of the scores": (lambda q, k, v: torch.softmax(F.layer_norm(q @ k.mT, (6,)), -1) @ v, "layer_norm between the scores"),
+    "scores of one length": (lambda q, k, v: torch.softmax(F.normalize(q @ k.mT, dim=-1), -1) @ v, "normalize between the scores"),
     "dropout of the scores": (lambda q, k, v: torch.softmax(F.dropout(q @ k.mT, 0.1), -1) @ v, "dropout between"),
     "two sinks": (
         lambda q, k, v: torch.softmax(torch.cat([q @ k.mT, q[..., :2]], -1), -1)[..., :-2] @ v,
@@ -614,6 +832,7 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda q, k, v: (torch.softmax(s := q @ k.mT, -1) @ v) * torch.sigmoid((s * 2).logsumexp(-1, True) - BIAS[..., :1]),
         "also used by mul",
     ),
+    "nan set to one": (lambda q, k, v: torch.softmax(q @ k.mT, -1).nan_to_num(1.0) @ v, "nan_to_num between the softmax"),
     "another fill after the softmax": (
         lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(HIDDEN, -math.inf), -1).masked_fill(PADDING < 0, 0.0) @ v,
         "a mask or factor is applied after the softmax",
@@ -637,6 +856,11 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "broken by autocast": (lambda q, k, v: _autocast(q, k, v), "another grad or autocast mode"),
     "bias that widens": (lambda q, k, v: torch.softmax((q[:1] @ k[:1].mT) + BIAS.expand(2, 4, 6, 6), -1) @ v, "widens"),
 }
+
+
+def _ramp(fill: Tensor) -> Tensor:
+    fill[:, :2] = 0.0
+    return fill
 
 
 def _written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -671,6 +895,24 @@ def test_near_misses(name):
 )
 def test_what_is_no_attention_is_not_reported(function):
     assert sites(function, Q, K, V) == ([], [])
+
+
+@pytest.mark.parametrize("where", ["scores", "probabilities"])
+def test_a_hook_on_a_gradient_inside_keeps_an_attention_dense(where):
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            s = q @ k.mT
+            if where == "scores":
+                s.register_hook(lambda gradient: gradient * 2)
+            p = torch.softmax(s, -1)
+            if where == "probabilities":
+                p.register_hook(lambda gradient: gradient * 2)
+            return p @ v
+
+    inputs = [x.clone().requires_grad_() for x in (Q, K, V)]
+    (site,) = spt_compiler.explain(Attention(), *inputs, options=blocks.EXACT).sites
+    assert site.status == "skipped" and "register_hook" in site.reason
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == []  # the hook runs: gradients agree
 
 
 def test_weights_are_no_activations():

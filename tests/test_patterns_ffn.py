@@ -19,8 +19,11 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
+import spt_compiler
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.expression import evaluate, parse
 from spt_compiler.patterns import FFNCapture, Lora, Weight, find
@@ -53,19 +56,19 @@ class Block(nn.Module):
 
 
 def rows(weight: Weight | None, values: dict[Any, Any]) -> Tensor | None:
-    return None if weight is None else values[weight.node][weight.start : weight.stop]
+    return None if weight is None else values[weight.node][weight.rows]
 
 
 def compute(c: FFNCapture, values: dict[Any, Any]) -> Tensor:
     """What a capture says, written down; without dropout."""
 
-    def up(branch: Lora, low: Tensor, start: int | None = None, stop: int | None = None) -> Tensor:
+    def up(branch: Lora, low: Tensor, kept: slice = slice(None)) -> Tensor:
         out = F.linear(low, values[branch.b], None if branch.bias is None else values[branch.bias])
-        return branch.scaling * out[..., start:stop]
+        return branch.scaling * out[..., kept]
 
     x, pre = values[c.x], []
     for w, b, branches in zip(c.w_in, c.b_in, c.lora or ((),) * len(c.w_in), strict=True):
-        added = [up(branch, values[branch.a_out], w.start, w.stop) for branch in branches]
+        added = [up(branch, values[branch.a_out], w.rows) for branch in branches]
         pre.append(sum(added, F.linear(x, rows(w, values), rows(b, values))))
     env = {f"x{i}": h for i, h in enumerate(pre)} | {f"a{i}": values[a] for i, a in enumerate(c.act_in)}
     hidden = evaluate(parse(c.act), env)
@@ -94,7 +97,8 @@ X = numbers(2, 5, WIDTH)
 
 def only(function: Callable, *inputs: Tensor, bias: bool = True, **options: Any) -> FFNCapture:
     """The capture of the one site there is."""
-    matches, skipped = sites(Block(function, bias), *(inputs or (X,)), **options)
+    model = function if isinstance(function, nn.Module) else Block(function, bias)
+    matches, skipped = sites(model, *(inputs or (X,)), **options)
     assert len(matches) == 1 and not skipped, [str(s.reason) for s in skipped]
     return matches[0].capture
 
@@ -137,6 +141,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Block, Tensor], Tensor], str]] = {
     "softplus": (lambda m, h: F.softplus(h, beta=2.0), "softplus("),
     "logsigmoid": (lambda m, h: F.logsigmoid(h), "softplus("),
     "threshold": (lambda m, h: F.threshold(h, 0.1, -1.0), "where("),
+    "rrelu, not in training": (lambda m, h: F.rrelu(h, 0.1, 0.4, training=False), "where(x0 > 0"),
     "prelu, one slope": (lambda m, h: F.prelu(h, m.slope), "a0"),
     "learned slopes": (lambda m, h: torch.where(h > 0, h, h * m.beta), "a0"),
     "parameters inside": (
@@ -183,6 +188,12 @@ GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "fused, stacked, without the last slice": lambda m, x: m.down(
         (lambda h: F.silu(h[:, :, 0]) * h[:, :, 1])(m.fused(x).view(2, 5, 2, -1))
     ),
+    "interleaved, slices": lambda m, x: m.down((lambda h: F.silu(h[..., ::2]) * h[..., 1::2])(m.fused(x))),
+    "interleaved, a dim of two": lambda m, x: m.down((lambda h: F.silu(h[..., 0]) * h[..., 1])(m.fused(x).view(2, 5, -1, 2))),
+    "interleaved, the value first": lambda m, x: m.down(
+        (lambda h: h[:, :, :, 0] * F.silu(h[:, :, :, 1]))(m.fused(x).unflatten(-1, (-1, 2)))
+    ),
+    "interleaved, unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).view(2, 5, -1, 2).unbind(-1))),
     "fused, unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).unflatten(-1, (2, -1)).unbind(-2))),
 }
 
@@ -191,6 +202,13 @@ GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
 def test_gates(name):
     c = only(lambda m, x: GATED[name](m, x))
     assert c.act == "silu(x0) * x1" and len(c.w_in) == len(c.b_in) == 2
+
+
+def test_interleaved_gates_read_every_other_row():
+    c = only(lambda m, x: m.down((lambda h: h[..., 0] * F.gelu(h[..., 1]))((m.fused(x) + m.bf(m.a(x))).view(2, 5, -1, 2))))
+    assert [(w.start, w.step) for w in c.w_in] == [(1, 2), (0, 2)] and c.lora[0] == c.lora[1]
+    for name in ("interleaved, slices", "interleaved, the value first"):
+        assert blocks.assert_exact_is_eager(Block(GATED[name]), X) == ["ffn"]
 
 
 def test_a_fused_gate_reads_rows_of_one_weight():
@@ -202,6 +220,38 @@ def test_a_fused_gate_reads_rows_of_one_weight():
 def test_glu():
     c = only(lambda m, x: m.down(F.glu(m.fused(x), -1)))
     assert "sigmoid" in c.act and len(c.w_in) == 2
+
+
+QUADRATIC: dict[str, tuple[Callable[[Block, Tensor], Tensor], str]] = {
+    "bilinear": (lambda m, x: m.down(m.up(x) * m.gate(x)), "x0 * x1"),
+    "bilinear, fused": (lambda m, x: m.down((lambda a, b: a * b)(*m.fused(x).chunk(2, -1))), "x0 * x1"),
+    "bilinear, with an offset": (lambda m, x: m.down(m.up(x) * (1 + m.gate(x)) * 0.5), "x1"),
+    "square": (lambda m, x: m.down(m.up(x).square()), "square(x0)"),
+    "square by product": (lambda m, x: m.down((h := m.up(x)) * h), "x0 * x0"),
+    "cube": (lambda m, x: m.down(m.up(x) ** 3), "square(x0) * x0"),
+    "absolute value": (lambda m, x: m.down(m.up(x).abs()), "abs(x0)"),
+}
+
+
+@pytest.mark.parametrize("name", QUADRATIC)
+def test_products_and_powers_of_projections_are_activations(name):
+    function, text = QUADRATIC[name]
+    assert text in only(function).act
+    assert blocks.assert_exact_is_eager(Block(function), X) == ["ffn"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.down((h := m.up(x)) * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)),  # a norm is made of powers
+        lambda m, x: m.down(m.norm(m.up(x) * m.gate(x))),
+        lambda m, x: m.down(m.up(x) * m.gate(x.flip(1))),  # two inputs
+        lambda m, x: m.down(m.up(x) * m.beta),
+        lambda m, x: m.down((m.up(x) * m.gate(x)).cumsum(1)),  # a linear recurrence over tokens
+    ],
+)
+def test_products_that_something_else_breaks_are_nothing(function):
+    assert sites(Block(function), X) == ([], [])
 
 
 def test_clamped_gates_with_an_offset():
@@ -304,6 +354,65 @@ def test_low_rank_branches_of_the_out_projection():
     assert [branch.scaling for branch in c.lora_out] == [2.0, 0.5]
 
 
+class Computed(nn.Module):
+    """A block whose linear layers compute their weights."""
+
+    def __init__(self, parametrise: Callable[[nn.Module], Any], hidden: int = HIDDEN):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(WIDTH, hidden).double(), nn.Linear(hidden, WIDTH).double()
+        parametrise(self.up)
+        parametrise(self.down)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class Rounded(nn.Module):
+    """Weights rounded, with the gradient of what they were."""
+
+    def forward(self, weight):
+        return weight + ((weight * 8).round() / 8 - weight).detach()
+
+
+@pytest.mark.parametrize(
+    "parametrise",
+    [
+        parametrizations.weight_norm,
+        lambda m: parametrizations.spectral_norm(m).eval(),
+        parametrizations.orthogonal,
+        lambda m: register_parametrization(m, "weight", Rounded()),
+    ],
+    ids=["weight norm", "spectral norm", "orthogonal", "rounded"],
+)
+def test_weights_that_are_computed_from_parameters(parametrise):
+    model = Computed(parametrise)
+    assert only(model, X).width == HIDDEN
+    assert blocks.assert_exact_is_eager(model, X) == ["ffn"]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_block_with_computed_weights_learns(checkpointed):
+    """Its state is that of the parameter behind the weight; routers see the weight as it is computed."""
+    model = Computed(parametrizations.weight_norm, hidden=32)
+    compiled = torch.compile(model, backend="spt", options={**blocks.SPARSE, "require_matches": 1})
+    call = (lambda x: checkpoint(compiled, x, use_reentrant=False)) if checkpointed else compiled
+    losses = blocks.train_steps(model, call, [numbers(4, 16, WIDTH, seed=i) for i in range(4)])
+    assert all(map(math.isfinite, losses)) and spt_compiler.state_dict(model)
+
+
+@pytest.mark.parametrize(
+    "parametrise",
+    [
+        parametrizations.spectral_norm,  # in training it writes its buffers
+        lambda m: register_parametrization(m, "weight", nn.Dropout(0.5)),
+    ],
+)
+def test_weights_that_change_in_the_forward_stay(parametrise):
+    matches, skipped = sites(Computed(parametrise).train(), X)
+    assert not matches and "nor computed from parameters alone" in str(skipped[0].reason)
+
+
 def test_a_checkpointed_block_is_a_graph_of_its_own():
     """The matcher looks at one graph: the body is found when it is given the body."""
     block = Block(lambda m, x: m.down(F.gelu(m.up(x))))
@@ -325,6 +434,11 @@ def test_a_checkpointed_block_is_a_graph_of_its_own():
 NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "norm in between": (lambda m, x: m.down(m.norm(F.gelu(m.up(x)))), "a norm or reduction (layer_norm)"),
     "mean subtracted": (lambda m, x: m.down(F.gelu(h := m.up(x)) - h.mean(-1, keepdim=True)), "it reads .mean of shape"),
+    "weights on the left": (
+        lambda m, x: (m.down.weight @ F.relu(m.up.weight @ x.mT + m.up.bias[:, None])).mT,
+        "on the left of activations whose features are rows",
+    ),
+    "rrelu in training": (lambda m, x: m.down(F.rrelu(m.up(x), training=True)), "it draws its slopes at random"),
     "convolution in between": (
         lambda m, x: m.down(F.gelu(m.conv(m.up(x).transpose(1, 2)).transpose(1, 2))),
         "conv1d between the projections",
@@ -383,9 +497,9 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: m.down((torch.sigmoid(m.a(x)).unsqueeze(-1) * x.repeat(1, 1, 2)[..., :10].view(2, 5, 2, 5)).view(2, 5, -1)),
         "a gated output, no block",
     ),
-    "interleaved gate": (
-        lambda m, x: m.down(F.silu((h := m.fused(x))[..., ::2]) * h[..., 1::2]),
-        "interleaved",
+    "a slice of an interleaved gate": (
+        lambda m, x: F.linear(F.silu((h := m.fused(x))[..., ::2][..., :8]) * h[..., 1::2][..., :8], m.down.weight[:, :8]),
+        "a part of an interleaved projection",
     ),
     "pooler": (lambda m, x: F.linear(torch.tanh(m.square(m.up(x))), m.square.weight), "linear, tanh, linear is a pooler"),
     "head": (lambda m, x: F.linear(F.gelu(m.up(x)), m.square.weight), "differs from the model width"),
@@ -463,6 +577,22 @@ def test_near_misses(name):
 def test_what_is_no_block_is_not_taken(function):
     matches, _ = sites(Block(function), X)
     assert not matches
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda m, x: m.down(F.gelu(_hooked(m.up(x)))), lambda m, x: m.down(_hooked(F.gelu(m.up(x))))],
+    ids=["pre-activation", "hidden activation"],
+)
+def test_a_hook_on_a_gradient_inside_keeps_a_block_dense(function):
+    (site,) = spt_compiler.explain(Block(function), X, options=blocks.EXACT).sites
+    assert site.reason == "register_hook between the projections"
+    assert blocks.assert_exact_is_eager(Block(function), X) == []  # the hook runs: gradients agree
+
+
+def _hooked(h: Tensor) -> Tensor:
+    h.register_hook(lambda gradient: gradient * 2)
+    return h
 
 
 class Experts(nn.Module):

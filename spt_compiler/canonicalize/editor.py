@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..graph import Analysis, dtype, mutated_arguments, rank, same_shape, shape, storage, value
+from ..graph import Analysis, dtype, is_tensor, mutated_arguments, rank, same_shape, shape, storage, value
 
 Rule = Callable[["Editor", fx.Node], "fx.Node | None"]
 RULES: dict[Any, list[Rule]] = {}
@@ -20,6 +21,13 @@ PURE: set[Any] = set()
 
 # Calls on numbers whose result can be computed here and now.
 FOLDABLE: set[Any] = set()
+
+# Calls that fill a tensor with one number, and that number; None: an argument says it.
+FILLS: dict[Any, float | None] = {
+    **dict.fromkeys((torch.ones, torch.ones_like, "new_ones"), 1.0),
+    **dict.fromkeys((torch.zeros, torch.zeros_like, "new_zeros"), 0.0),
+    **dict.fromkeys((torch.full, torch.full_like, "new_full")),
+}
 
 # Real graphs settle in three passes. A rule pair that undid each other would run on to here and no further.
 MAX_PASSES = 12
@@ -230,16 +238,34 @@ class Editor:
         return self.call(torch.ops.aten.sym_size.int, node, dim % rank(node))
 
     def constant(self, node: Any) -> float | int | bool | None:
-        """The number held by a 0-d tensor that the graph builds from numbers, or None."""
+        """The number that every element of a tensor holds which the graph builds from numbers, or None."""
         if not isinstance(node, fx.Node):
             return node if isinstance(node, (int, float)) else None
         if node not in self._constants:
             self._constants[node] = self._fold(node)
         return self._constants[node]
 
+    def fill(self, node: fx.Node) -> float | int | bool | None:
+        """What a call fills its result with."""
+        number: Any = FILLS[node.target]
+        if number is None:
+            number = node.kwargs["fill_value"] if "fill_value" in node.kwargs else node.args[-1]
+        return self.constant(number)
+
+    def _rounded(self, number: float | int | bool | None, kind: torch.dtype) -> float | int | bool | None:
+        """A number as a tensor of that dtype holds it."""
+        if number is None or (kind.is_floating_point and not math.isfinite(number)):
+            return number
+        with torch._subclasses.fake_tensor.unset_fake_temporarily():
+            return torch.full((), number, dtype=torch.float64 if kind.is_floating_point else kind).to(kind).item()
+
     def _fold(self, node: fx.Node) -> float | int | bool | None:
         found = value(node)
-        if found is None or found.dim() or found.requires_grad or node.target not in FOLDABLE:
+        if found is None or found.requires_grad or (self._written and {storage(node), None} & self._written):
+            return None
+        if node.target in FILLS:
+            return self._rounded(self.fill(node), found.dtype)
+        if node.target not in FOLDABLE or (found.dim() and not any(map(is_tensor, node.args))):
             return None
         if node.kwargs.get("device") is not None or node.kwargs.get("layout") is not None:
             kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "layout", "pin_memory")}

@@ -20,12 +20,15 @@ from ..graph import (
     is_tensor,
     needs_grad,
     rank,
+    same_computation,
     same_shape,
+    same_size,
     shape,
+    value,
     without_casts,
 )
-from .editor import Editor, Unknown, rule
-from .products import permuted
+from .editor import FILLS, Editor, Unknown, rule
+from .products import is_weight, permuted
 
 # A fill below this survives any addition of a score in the dtypes it applies to: s + c == c for |s| < 1e20.
 _ABSORBING = -1e30
@@ -48,6 +51,16 @@ def spell_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
     if kind is not None and dtype(x) is not kind:
         return e.call(F.softmax, e.call("to", x, kind), dim=dim)
     return e.retarget(node, F.softmax, (x,), {"dim": dim})
+
+
+@rule(F.softmin)
+def softmin_of_negative(e: Editor, node: fx.Node) -> fx.Node | None:
+    """softmin(x) -> softmax(-x)."""
+    found = Arguments(node, "input", "dim", ("_stacklevel", 3), "dtype")
+    x, dim, kind = found.take("input", "dim", "dtype")
+    if not found.valid or not isinstance(dim, int):
+        return None
+    return e.call(F.softmax, e.call(operator.neg, x), dim=dim, dtype=kind)
 
 
 _LOG_SOFTMAX = ("log_softmax", torch.log_softmax, F.log_softmax, torch.special.log_softmax)
@@ -78,25 +91,59 @@ def exp_of_log_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
 
 @rule(operator.truediv)
 def softmax_by_hand(e: Editor, node: fx.Node) -> fx.Node | None:
-    """p / p.sum(-1, keepdim=True) with p = exp(x - max(x)) -> softmax(x), and (p @ v) / p.sum(...) -> softmax(x) @ v."""
+    """p / p.sum(-1, keepdim=True) with p = exp(x - max(x)) -> softmax(x), and (p @ v) / p.sum(...) -> softmax(x) @ v.
+
+    Where the sum is one more than that (softmax1), the softmax is that of one more key, whose score is zero: see `_one_more`.
+    """
     above, total = node.args
-    if not is_tensor(above) or not is_tensor(total) or total.target not in ("sum", torch.sum) or len(total.users) != 1:
+    if not is_tensor(above) or not is_tensor(total) or len(total.users) != 1:
         return None
-    found = Arguments(total, "input", "dim", ("keepdim", False), "dtype")
+    summed, more = total, None
+    if total.target is operator.add:
+        summed, more = total.args if _is_sum(total.args[0]) else reversed(total.args)
+    if not _is_sum(summed) or len(summed.users) != 1:
+        return None
+    found = Arguments(summed, "input", "dim", ("keepdim", False), "dtype")
     p, product = found["input"], above if above.target is torch.matmul else None
     if not found.valid or found["dtype"] is not None or found["keepdim"] is not True or (product or node).args[0] is not p:
         return None
-    if p.target is not torch.exp or _one_dim(found) not in (-1, rank(p) - 1) or set(p.users) != {product or node, total}:
+    if p.target is not torch.exp or _one_dim(found) not in (-1, rank(p) - 1) or set(p.users) != {product or node, summed}:
         return None
-    shifted = p.args[0]
-    if shifted.target is not operator.sub or not is_tensor(shifted.args[0]) or not _is_maximum(shifted.args[1]):
+    if not e.same_region(node, total, summed, p, p.args[0], above) or (product and len(product.users) != 1):
         return None
-    x, shift = shifted.args
-    if (rank(shift) and shape(shift)[-1] != 1) or not e.same_region(node, total, p, shifted, above):
+    x, shift = p.args[0], None
+    if x.target is operator.sub and all(map(is_tensor, x.args)) and (not rank(x.args[1]) or shape(x.args[1])[-1] == 1):
+        x, shift = x.args
+    if more is not None:
+        result = _one_more(e, x, shift, more)
+    elif shift is not None and _is_maximum(shift):
+        result = e.call(F.softmax, x, dim=-1)
+    else:
         return None
-    if product is None:
-        return e.call(F.softmax, x, dim=-1)
-    return e.call(torch.matmul, e.call(F.softmax, x, dim=-1), product.args[1]) if len(product.users) == 1 else None
+    return result if product is None or result is None else e.call(torch.matmul, result, product.args[1])
+
+
+def _is_sum(node: Any) -> bool:
+    return is_tensor(node) and node.target in ("sum", torch.sum)
+
+
+def _one_more(e: Editor, x: fx.Node, shift: fx.Node | None, more: Any) -> fx.Node | None:
+    """exp(x - shift) / (c * exp(-shift) + its sum) -> softmax([x, log c]) without the last, for a number c.
+
+    With a shift, a row of -inf only would become zero in place of nan: the scores, or the shift, have to be above it.
+    """
+    if shift is None:
+        number = e.constant(more)
+    else:
+        exponent = more.args[0] if is_tensor(more) and more.target is torch.exp else None
+        opposite = is_tensor(exponent) and exponent.target is operator.neg and same_computation(exponent.args[0], shift)
+        low = shift.args[1] if shift.target is torch.clamp else None
+        above = isinstance(low, (int, float)) and low > -math.inf
+        number = 1.0 if opposite and (above or is_bounded(x, math.inf)) else None
+    if number is None or not number > 0 or not all(isinstance(s, int) for s in shape(x)):
+        return None  # padding makes numbers of symbolic sizes
+    joined = e.call(F.pad, x, (0, 1), value=math.log(number))
+    return e.call(operator.getitem, e.call(F.softmax, joined, dim=-1), (Ellipsis, slice(None, -1)))
 
 
 @rule("masked_fill", torch.masked_fill)
@@ -104,6 +151,20 @@ def spell_masked_fill(e: Editor, node: fx.Node) -> fx.Node | None:
     """x.masked_fill(m, c) -> torch.masked_fill(x, m, c)."""
     found = Arguments(node, "input", "mask", "value")
     return e.retarget(node, torch.masked_fill, found.take("input", "mask", "value")) if found.valid else None
+
+
+@rule(torch.nan_to_num, "nan_to_num", torch.masked_fill)
+def spell_nan_to_num(e: Editor, node: fx.Node) -> fx.Node | None:
+    """p.nan_to_num(0.0), p.masked_fill(p.isnan(), 0) of probabilities -> torch.nan_to_num(p): none of them is infinite."""
+    x = node.args[0] if node.args else None
+    if not is_tensor(x) or not _from_softmax(x):
+        return None
+    if node.target is not torch.masked_fill:
+        found = Arguments(node, "input", ("nan", None), "posinf", "neginf")
+        return e.retarget(node, torch.nan_to_num, (x,)) if found.valid and found["nan"] in (None, 0) else None
+    mask, fill = node.args[1:]
+    tests = (mask.target in (torch.isnan, "isnan") and mask.args == (x,)) or (mask.target is operator.ne and mask.args == (x, x))
+    return e.call(torch.nan_to_num, x) if tests and isinstance(fill, (int, float)) and fill == 0 else None
 
 
 @rule("where", torch.where)
@@ -164,12 +225,27 @@ _PER_SCORE = {
 }
 
 
+@rule(*(t for t in FILLS if t not in (torch.full, torch.zeros, torch.ones)))
+def fill_without_scores(e: Editor, node: fx.Node) -> fx.Node | None:
+    """full_like(scores, c) -> torch.full(sizes, c): a mask of the shape of the scores reads none of them."""
+    x = node.args[0]
+    x = x.args[0] if is_tensor(x) and x.target is operator.getitem else x  # of one of their columns
+    if not is_tensor(x) or not _of_product(x):
+        return None
+    sizes = [e.size(node, i) for i in range(rank(node))]
+    number = e.fill(node)
+    if number is None or any(isinstance(s, fx.Node) and s.op != "placeholder" for s in sizes):
+        return None
+    found = value(node)
+    return e.call(torch.full, sizes, number, dtype=found.dtype, device=found.device)
+
+
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _toward_softmax(node: fx.Node) -> list[fx.Node] | None:
-    """The chain of single users from `node` to the softmax over the last dim that it ends in, or None."""
+def _toward_softmax(node: fx.Node, any_dim: bool = False) -> list[fx.Node] | None:
+    """The chain of single users from `node` to the softmax over the last dim (or over any) that it ends in, or None."""
     chain: list[fx.Node] = []
     current: fx.Node | None = node
     while len(chain) < _CHAIN:
@@ -178,10 +254,38 @@ def _toward_softmax(node: fx.Node) -> list[fx.Node] | None:
             return None
         chain.append(current)
         if current.target is F.softmax:
-            return chain if current.kwargs.get("dim") == -1 else None
+            return chain if any_dim or current.kwargs.get("dim") == -1 else None
         if current.target not in _PER_SCORE:
             return None
     return None
+
+
+def _of_product(node: Any) -> bool:
+    """Whether `node` is made of a product by steps that act on each score, in whatever order of dims."""
+    for _ in range(_CHAIN):
+        if not isinstance(node, fx.Node) or node.target is torch.matmul:
+            return isinstance(node, fx.Node)
+        if node.target not in _PER_SCORE and node.target is not torch.permute:
+            return False
+        node = next((a for a in node.args if is_float(a) and rank(a) == rank(node)), None)
+    return False
+
+
+def _is_summed(node: fx.Node, dim: int) -> bool:
+    """Whether dim `dim` of probabilities is the one that a product with values sums over, behind dropout and layout."""
+    for _ in range(_CHAIN):
+        user = _only_user(node)
+        if user is None:
+            return False
+        if user.target is torch.matmul:
+            left = user.args[0] is node
+            return left is not (user.args[1] is node) and dim == rank(node) - (1 if left else 2)
+        if user.target is torch.permute:
+            dim = tuple(user.args[1]).index(dim)
+        elif user.target not in (F.dropout, "to", "contiguous"):
+            return False
+        node = user
+    return False
 
 
 def _from_softmax(node: Any) -> bool:
@@ -268,26 +372,155 @@ def _keeps_shifts(x: fx.Node, step: fx.Node) -> bool:
     return step.target in (operator.add, operator.sub, operator.neg, F.softmax, "to", "contiguous") or _is_batch_reshape(step)
 
 
+def _swap(dims: int) -> tuple[int, ...]:
+    """The order that transposes the last two dims."""
+    return (*range(dims - 2), dims - 1, dims - 2)
+
+
+@rule(F.softmax)
+def softmax_over_the_keys(e: Editor, node: fx.Node) -> fx.Node | None:
+    """softmax(scores.permute(order), dim) -> softmax(scores, -1).permute(order), where values are summed over `dim`.
+
+    Scores that have the keys before the queries are transposed for it, which their product can do by itself.
+    """
+    x, dims, dim = node.args[0], rank(node), node.kwargs.get("dim")
+    if dims < 2 or not isinstance(dim, int) or not _of_product(x):
+        return None
+    order = tuple(x.args[1]) if x.target is torch.permute and len(x.users) == 1 else tuple(range(dims))
+    inner = x.args[0] if order != tuple(range(dims)) else x
+    keys = order[dim % dims]
+    if keys == dims - 2:
+        order = tuple(_swap(dims)[i] for i in order)
+    if keys < dims - 2 or order == tuple(range(dims)) or not e.same_region(node, x) or not _is_summed(node, dim % dims):
+        return None
+    inner = permuted(e, inner, _swap(dims)) if keys == dims - 2 else inner
+    return permuted(e, e.call(F.softmax, inner, dim=-1), order)
+
+
+@rule(*(t for t in _PER_SCORE if t is not torch.reshape))
+def step_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
+    """f(scores.permute(order), mask) on its way to a softmax -> f(scores, mask permuted back).permute(order)."""
+    dims = rank(node)
+    x = next((a for a in node.args if is_float(a) and a.target is torch.permute and _of_product(a)), None)
+    if x is None or rank(x) != dims or len(x.users) != 1 or tuple(x.args[1]) == _swap(dims) or not e.same_region(node, x):
+        return None
+    if not same_shape(shape(x), shape(node)) or _toward_softmax(node, any_dim=True) is None:
+        return None
+    order = tuple(x.args[1])
+    back = [order.index(i) for i in range(dims)]
+
+    def moved(argument: Any) -> Any:
+        if argument is x:
+            return x.args[0]
+        return permuted(e, _widened(e, argument, dims), back) if is_tensor(argument) and rank(argument) else argument
+
+    return permuted(e, e.call(node.target, *map(moved, node.args), **node.kwargs), order)
+
+
+def _widened(e: Editor, x: fx.Node, dims: int) -> fx.Node:
+    """`x` with dims of size one in front, as broadcasting adds them."""
+    while rank(x) < dims:
+        x = e.call(torch.unsqueeze, x, 0)
+    return x
+
+
+@rule(F.dropout, "to", "contiguous")
+def probabilities_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
+    """dropout(probabilities.permute(order)) -> dropout(probabilities).permute(order)."""
+    x = node.args[0]
+    if not is_tensor(x) or x.target is not torch.permute or len(x.users) != 1 or not _from_softmax(x.args[0]):
+        return None
+    if not e.same_region(node, x):
+        return None
+    return permuted(e, e.call(node.target, x.args[0], *node.args[1:], **node.kwargs), tuple(x.args[1]))
+
+
+@rule(torch.matmul)
+def product_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
+    """probabilities.permute(order) @ v -> (probabilities @ v permuted back).permute(order), if leading dims alone move."""
+    p, v = node.args
+    if not is_tensor(p) or p.target is not torch.permute or len(p.users) != 1 or not _from_softmax(p.args[0]):
+        return None
+    order, dims = tuple(p.args[1]), rank(p)
+    if order[-2:] != (dims - 2, dims - 1) or rank(v) > dims or not e.same_region(node, p):
+        return None
+    v = permuted(e, _widened(e, v, dims), [order.index(i) for i in range(dims)])
+    return permuted(e, e.call(torch.matmul, p.args[0], v), order)
+
+
+@rule(torch.matmul, F.scaled_dot_product_attention)
+def queries_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
+    """q @ k on its way to a softmax, where the rows of k share their queries (learned ones, say) -> q.expand(...) @ k."""
+    q, k, *values = node.args
+    if node.kwargs.get("enable_gqa") or not all(map(is_tensor, node.args)) or min(map(rank, node.args)) < 2:
+        return None
+    if not values and (is_weight(k) or _toward_softmax(node) is None):
+        return None
+    dims = max(rank(q), rank(k))
+    k, *values = (_widened(e, x, dims) for x in (k, *values))
+    every = _widened(e, q, dims)
+    lead = zip(shape(every)[:-2], shape(k)[:-2], strict=True)
+    shared = [same_size(own, 1) and not same_size(size, 1) for own, size in lead]
+    if any(shared):
+        every = e.call("expand", every, *(e.size(k, i) if s else -1 for i, s in enumerate(shared)), -1, -1)
+    if (every, k, *values) == node.args:
+        return None
+    return e.call(node.target, every, k, *values, **node.kwargs)
+
+
+@rule(torch.matmul)
+def values_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
+    """probabilities @ v, where v has fewer dims -> the same with dims of size one in front of v."""
+    p, v = node.args
+    if not is_tensor(v) or not 2 <= rank(v) < rank(p) or is_weight(v) or not _from_softmax(p):
+        return None
+    return e.call(torch.matmul, p, _widened(e, v, rank(p)))
+
+
+@rule(torch.square, operator.pow)
+def squared_distances(e: Editor, node: fx.Node) -> fx.Node | None:
+    """cdist(q, k)^2 on its way to a softmax -> |k|^2 - 2 q @ kT, for |q|^2 is the same for all keys of a row.
+
+    cdist computes large ones by products as well; it takes no 16-bit types, in which the difference would be lost.
+    """
+    distances = node.args[0]
+    if node.target is operator.pow and node.args[1] != 2:
+        return None
+    if not is_tensor(distances) or distances.target is not torch.cdist or len(distances.users) != 1:
+        return None
+    found = Arguments(distances, "x1", "x2", ("p", 2.0), "compute_mode")
+    q, k, p = found.take("x1", "x2", "p")
+    chain = _toward_softmax(node)
+    if p != 2 or is_weight(k) or chain is None or not all(map(_keeps_shifts, [node, *chain], chain)):
+        return None
+    if not e.same_region(node, distances, chain[-1]):
+        return None
+    lengths = e.call(torch.unsqueeze, e.call(torch.sum, e.call(torch.square, k), -1), -2)
+    product = e.call(torch.matmul, q, permuted(e, k, _swap(rank(k))))
+    return e.call(operator.sub, lengths, e.call(operator.mul, product, 2.0))
+
+
 @rule(torch.permute)
 def transposed_scores(e: Editor, node: fx.Node) -> fx.Node | None:
     """f(q @ k).mT on its way to a softmax -> f(k.mT @ q.mT): two modalities that attend to each other by one product."""
     dims = rank(node)
-    swap = (*range(dims - 2), dims - 1, dims - 2)
+    swap = _swap(dims)
     if tuple(node.args[1]) != swap or _toward_softmax(node) is None:
         return None
-    steps: list[fx.Node] = []
+    steps: list[tuple[fx.Node, fx.Node]] = []
     x = node.args[0]
     while isinstance(x, fx.Node) and x.target in _PER_SCORE - {torch.reshape} and len(steps) < _CHAIN:
-        others = [a for a in x.args[1:] if isinstance(a, fx.Node)]
-        if any(rank(a) for a in others):
+        above = next((a for a in x.args if is_float(a) and same_shape(shape(a), shape(x)) and _of_product(a)), None)
+        if above is None:
             return None
-        steps.append(x)
-        x = x.args[0]
-    if not _is_scores(x) or any(rank(a) != dims for a in x.args) or not e.same_region(node, x, *steps):
+        steps.append((x, above))
+        x = above
+    if not _is_scores(x) or any(rank(a) != dims for a in x.args) or not e.same_region(node, x, *(s for s, _ in steps)):
         return None
     result = e.call(torch.matmul, permuted(e, x.args[1], swap), permuted(e, x.args[0], swap))
-    for step in reversed(steps):
-        result = e.call(step.target, result, *step.args[1:], **step.kwargs)
+    for step, above in reversed(steps):
+        others = [permuted(e, _widened(e, a, dims), swap) if is_tensor(a) and rank(a) and a is not above else a for a in step.args]
+        result = e.call(step.target, *(result if a is above else a for a in others), **step.kwargs)
     return result
 
 
@@ -373,11 +606,12 @@ def probabilities_to_the_left(e: Editor, node: fx.Node) -> fx.Node | None:
     v, p = node.args
     if not isinstance(p, fx.Node) or p.target is not torch.permute or not _from_softmax(p.args[0]) or _from_softmax(v):
         return None
-    dims = rank(p)
-    swap = (*range(dims - 2), dims - 1, dims - 2)
-    if tuple(p.args[1]) != swap or rank(v) != dims or not e.same_region(node, p):
+    dims, order = rank(p), tuple(p.args[1])
+    swap = _swap(dims)
+    if order[-2:] != swap[-2:] or rank(v) != dims or not e.same_region(node, p):
         return None
-    return e.call(torch.permute, e.call(torch.matmul, p.args[0], permuted(e, v, swap)), swap)
+    probabilities = permuted(e, p.args[0], [order[i] for i in swap])
+    return permuted(e, e.call(torch.matmul, probabilities, permuted(e, v, swap)), swap)
 
 
 @rule(operator.mul, operator.truediv)
@@ -465,14 +699,12 @@ def _keeps_sign(x: fx.Node, step: fx.Node) -> bool:
     return isinstance(other, (int, float)) and other > 0
 
 
-@rule(operator.add)
-def add_bool_as_numbers(e: Editor, node: fx.Node) -> fx.Node | None:
-    """scores + mask with a bool mask -> scores + mask.to(dtype): it adds one where the mask holds."""
-    for x, mask in (node.args, node.args[::-1]):
-        if is_float(x) and is_tensor(mask) and dtype(mask) is torch.bool and rank(mask):
-            args = [e.call("to", a, dtype(x)) if a is mask else a for a in node.args]
-            return e.call(operator.add, *args)
-    return None
+@rule(operator.add, operator.sub)
+def add_whole_numbers_as_floats(e: Editor, node: fx.Node) -> fx.Node | None:
+    """scores + mask with a mask of integers -> scores + mask.to(dtype), which adding does by itself; True counts as one."""
+    if not is_float(node) or not all(map(is_tensor, node.args)) or all(map(is_float, node.args)):
+        return None
+    return e.call(node.target, *(a if is_float(a) else e.call("to", a, dtype(node)) for a in node.args))
 
 
 @rule(torch.matmul)
@@ -491,23 +723,36 @@ def sink_to_key(e: Editor, node: fx.Node) -> fx.Node | None:
     key, softmax = p.args[1], p.args[0]
     full = slice(None, None, None)
     *lead, last = key if isinstance(key, tuple) else (None,)
-    if last != slice(None, -1, None) or any(i is not Ellipsis and i != full for i in lead):
+    if last not in (slice(None, -1, None), slice(1, None, None)) or any(i is not Ellipsis and i != full for i in lead):
         return None
     if not lead or (Ellipsis not in lead and len(lead) != rank(softmax) - 1):
         return None
     if softmax.target is not F.softmax or softmax.kwargs.get("dim") != -1 or len(softmax.users) != 1:
         return None
     joined = softmax.args[0]
-    if joined.target not in (torch.cat, torch.concat) or len(joined.users) != 1 or len(joined.args[0]) != 2:
+    if len(joined.users) != 1 or not e.same_region(node, softmax, joined):
         return None
+    scores, sink = _without_sink(joined, first=last.start == 1)
+    return None if sink is None else _with_sink(e, scores, sink, between, v)
+
+
+def _without_sink(joined: fx.Node, first: bool) -> tuple[Any, Any]:
+    """(scores, sink: a tensor or a number) of scores with a sink in front of them, or behind; (None, None) of others."""
+    if joined.target is F.pad:
+        found = Arguments(joined, "input", "pad", ("mode", "constant"), "value")
+        number = 0.0 if found["value"] is None else found["value"]
+        is_sink = tuple(found["pad"]) == ((1, 0) if first else (0, 1)) and found["mode"] == "constant"
+        return (found["input"], float(number)) if is_sink and isinstance(number, (int, float)) else (None, None)
+    if joined.target not in (torch.cat, torch.concat) or len(joined.args[0]) != 2:
+        return None, None
     if Arguments(joined, "tensors", ("dim", 0))["dim"] not in (-1, rank(joined) - 1):
-        return None
-    scores, sink = joined.args[0]
-    if shape(sink)[-1] != 1 or not e.same_region(node, softmax, joined):
-        return None
+        return None, None
+    scores, sink = joined.args[0][:: -1 if first else 1]
+    if shape(sink)[-1] != 1:
+        return None, None
     while sink.target == "expand" and rank(sink.args[0]) == rank(sink):
         sink = sink.args[0]
-    return _with_sink(e, scores, sink, between, v)
+    return scores, sink
 
 
 @rule(operator.mul)
@@ -553,12 +798,17 @@ def gate_to_sink(e: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _with_sink(
-    e: Editor, scores: Any, sink: fx.Node, between: list[fx.Node], v: fx.Node, read_twice: fx.Node | None = None
+    e: Editor, scores: Any, sink: fx.Node | float, between: list[fx.Node], v: fx.Node, read_twice: fx.Node | None = None
 ) -> fx.Node:
     """`between` (reversed) of softmax([sink, scores]), times [0, v]. read_twice: the scores if another reader will go."""
-    padded = _with_a_key(e, scores, read_twice)
-    keys = e.size(scores, -1)
-    logits = e.call(operator.add, padded, e.call(F.pad, sink, (0, keys)))
+    if not all(isinstance(s, int) for s in shape(scores)):
+        raise Unknown  # padding makes numbers of symbolic sizes
+    logits = _with_a_key(e, scores, read_twice)
+    number = sink if isinstance(sink, float) else e.constant(sink)
+    if number != 0:  # the score of the zero key is zero as it is
+        if not isinstance(sink, fx.Node):
+            sink = e.call(torch.full, (1, 1), sink, dtype=dtype(scores), device=value(scores).device)
+        logits = e.call(operator.add, logits, e.call(F.pad, sink, (0, e.size(scores, -1))))
     result = e.call(F.softmax, logits, dim=-1)
     for step in reversed(between):
         result = e.call(step.target, result, *step.args[1:], **step.kwargs)
@@ -575,10 +825,11 @@ def _with_a_key(e: Editor, scores: Any, read_twice: fx.Node | None = None) -> fx
         return e.call(scores.target, _with_a_key(e, scores.args[0], read_twice), scores.args[1])
     if scores.target == "to":
         return e.call("to", _with_a_key(e, scores.args[0], read_twice), *scores.args[1:])
-    if scores.target not in (operator.add, torch.masked_fill):
+    if scores.target not in (operator.add, operator.sub, torch.masked_fill, torch.where):
         raise Unknown
-    x, mask = scores.args[:2]
-    if not isinstance(mask, fx.Node) or not same_shape(shape(x), shape(scores)) or shape(mask)[-1] != shape(scores)[-1]:
+    keeps = scores.target is torch.where  # a mask of what stays; in the others, of what is added or filled
+    mask, x = scores.args[:2] if keeps else scores.args[1::-1]
+    if not is_tensor(x) or not is_tensor(mask) or not same_shape(shape(x), shape(scores)) or shape(mask)[-1] != shape(scores)[-1]:
         raise Unknown
-    padding = e.call(F.pad, mask, (1, 0))  # nothing is added, nothing is filled
-    return e.call(scores.target, _with_a_key(e, x, read_twice), padding, *scores.args[2:])
+    padded = _with_a_key(e, x, read_twice), e.call(F.pad, mask, (1, 0), value=1.0 if keeps else None)
+    return e.call(scores.target, *(padded[::-1] if keeps else padded), *scores.args[2:])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..graph import Arguments, dtype, is_float, is_tensor, mutated_arguments, rank, same_shape, shape, value
-from .editor import FOLDABLE, PURE, Editor, rule
+from .editor import FILLS, FOLDABLE, PURE, Editor, rule
 
 # One argument: canonical function -> other spellings (strings are methods).
 _UNARY: dict[Callable, tuple] = {
@@ -160,13 +160,14 @@ def spell_gelu(e: Editor, node: fx.Node) -> fx.Node | None:
     torch.clamp,
 )
 def fold_numbers(e: Editor, node: fx.Node) -> fx.Node | None:
-    """A 0-d tensor that the graph builds from numbers, next to a larger tensor -> the number."""
+    """A tensor that the graph fills with one number, 0-d or what a mask chooses, next to a larger tensor -> the number."""
     if not is_float(node) or not rank(node):
         return None
     start = 1 if node.target in (torch.masked_fill, torch.where) else 0
     args = list(node.args)
     for i, a in enumerate(args[start:], start):
-        if isinstance(a, fx.Node) and rank(a) == 0 and (number := e.constant(a)) is not None:
+        is_number = isinstance(a, fx.Node) and (rank(a) == 0 or node.target is torch.where)
+        if is_number and (number := e.constant(a)) is not None:
             args[i] = number
     if args == list(node.args) or not any(is_float(a) and rank(a) for a in args):
         return None  # between numbers alone, torch's default dtype would decide
@@ -296,6 +297,12 @@ def _permutation(node: fx.Node, dims: int) -> tuple[int, ...] | None:
     return tuple(order)
 
 
+@rule(torch._C._nn.pad)
+def spell_pad(e: Editor, node: fx.Node) -> fx.Node | None:
+    """The builtin behind F.pad -> F.pad."""
+    return e.retarget(node, F.pad, node.args, dict(node.kwargs))
+
+
 @rule("contiguous")
 def drop_contiguous(e: Editor, node: fx.Node) -> fx.Node | None:
     """.contiguous() of what is provably contiguous -> nothing."""
@@ -351,12 +358,13 @@ def spell_dropout(e: Editor, node: fx.Node) -> fx.Node | None:
 
 
 PURE |= {
+    *FILLS,
     *_UNARY,
     *_BINARY,
     *_SUMS,
     *_LOGICAL,
     *_SPELLING,
-    *(torch.tensor, torch.scalar_tensor, torch.full, torch.zeros, torch.ones),
+    *(torch.tensor, torch.scalar_tensor),
     *(
         operator.truediv,
         operator.getitem,
@@ -366,16 +374,17 @@ PURE |= {
         torch.matmul,
         F.linear,
         F.softmax,
+        F.pad,
     ),
     *(torch.reshape, torch.permute, torch.t, torch.unsqueeze, "to", "contiguous", "view", "reshape", "max", "amax"),
     *_EXPANDS,
-    *("log_softmax", torch.log_softmax, F.log_softmax),
+    *("log_softmax", torch.log_softmax, F.log_softmax, torch.isnan, "isnan"),
     *(torch.logsumexp, "logsumexp", "unsqueeze", "mean", torch.mean, "sum", torch.sum),
     *(torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
 }
 
 FOLDABLE |= {
-    *(torch.tensor, torch.scalar_tensor, torch.full, torch.zeros, torch.ones, "to", *_CAST_METHODS),
+    *(torch.tensor, torch.scalar_tensor, "to", *_CAST_METHODS),
     *(torch.exp, torch.log, torch.sqrt, torch.rsqrt, torch.abs, torch.reciprocal, "exp", "log", "sqrt", "rsqrt"),
     *(
         operator.neg,

@@ -20,10 +20,12 @@ from torch.fx import Node
 from ..canonicalize import is_weight
 from ..errors import Reject
 from ..graph import (
+    Arguments,
     describe,
     dtype,
     is_bounded,
     is_float,
+    is_hook,
     is_one_element,
     is_tensor,
     mutated_arguments,
@@ -199,6 +201,7 @@ _REARRANGES = {
         torch.topk,
         "topk",
     ),
+    *(F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.normalize),
     *(F.dropout, torch.minimum, torch.nan_to_num, "nan_to_num", torch.sqrt, torch.abs, F.softmax, torch.scatter),
 }
 
@@ -210,6 +213,20 @@ def _is_product(node: Any) -> bool:
     return isinstance(node, Node) and node.target is torch.matmul and not is_weight(node.args[1])
 
 
+def _is_distance(node: Node) -> bool:
+    """Whether a call gives distances of each query and key, or their squares: seen only to name a near miss."""
+    if node.target is torch.cdist:
+        return not is_weight(Arguments(node, "x1", "x2")["x2"])
+    square = node.args[0] if node.target in ("sum", torch.sum) and node.args else None
+    if not isinstance(square, Node) or square.target not in (torch.square, operator.pow) or rank(node) != rank(square) - 1:
+        return False
+    apart = square.args[0]
+    if not isinstance(apart, Node) or apart.target is not operator.sub or min(map(rank, apart.args)) < 3:
+        return False
+    (*_, a, b, _), (*_, c, d, _) = map(shape, apart.args)
+    return (same_size(b, 1) and same_size(c, 1)) or (same_size(a, 1) and same_size(d, 1))
+
+
 def _mixes_heads(node: Node) -> bool:
     """A linear layer, or a 1x1 convolution, over the heads of scores (talking heads): seen only to name a near miss."""
     if node.target is F.linear:
@@ -217,6 +234,11 @@ def _mixes_heads(node: Node) -> bool:
         order = x.args[1] if isinstance(x, Node) and x.target is torch.permute else (0,)
         return rank(node) > 3 and order[-1] not in (len(order) - 1, len(order) - 2)  # type: ignore[index, arg-type]
     return node.target in (F.conv2d, torch.conv2d)
+
+
+def _is_near(node: Node) -> bool:
+    """Whether a call, though no step between scores and values, may stand there in something like an attention."""
+    return node.target in _REARRANGES or _mixes_heads(node) or is_hook(node)
 
 
 def _score_levels(context: Context) -> dict[Node, int]:
@@ -236,8 +258,11 @@ def _score_levels(context: Context) -> dict[Node, int]:
             if _is_product(node):
                 levels[node] = _PLAIN
             continue
+        if _is_distance(node):
+            levels[node] = _LOOSE
+            continue
         known = node.target in STEPS
-        if not known and node.target not in _REARRANGES and not _mixes_heads(node):
+        if not known and not _is_near(node):
             continue
         above = max((levels.get(i, _NOTHING) for i in node.all_input_nodes), default=_NOTHING)
         if above:
@@ -369,7 +394,7 @@ def _plus(logits: Logits, node: Node) -> Node | Reject:
 def _filled(logits: Logits, node: Node, x: Any, mask: Any, fill: Any, masks: list[Node], inverse: list[Node]) -> Node | Reject:
     value = number(fill)
     if value is None:
-        return Reject("masked scores are taken from a tensor ({})", describe(fill))
+        return Reject("masked scores are taken from a tensor ({}), whose value is not known before it runs", describe(fill))
     if not isinstance(x, Node) or not same_shape(shape(x), shape(node)):
         return Reject("a mask widens the scores")
     refused = logits.sealed("a mask is applied")
@@ -452,6 +477,8 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
         if reader is None:
             if current.target in (torch.cat, torch.concat):
                 return Reject("the scores are joined with others before the softmax (sinks, or keys of two kinds)")
+            if any(map(_is_distance, (current, *current.all_input_nodes))):
+                return Reject("the scores are distances between queries and keys, no products of them")
             return Reject("{} between the scores and the softmax", describe(current))
         logits.nodes.append(current)
         above = reader(logits, current)
@@ -494,7 +521,7 @@ def _leads_to_product(start: Node) -> bool:
         for user in stack.pop().users:
             if _is_product(user):
                 return True
-            follows = user.target in STEPS or user.target in _REARRANGES or user.target in _AFTER or _mixes_heads(user)
+            follows = user.target in STEPS or user.target in _AFTER or _is_near(user)
             if user not in seen and follows:
                 seen.add(user)
                 stack.append(user)
@@ -506,7 +533,7 @@ class _Below:
     nodes: list[Node]
     product: Node
     dropout_p: float
-    zeroed: bool = False  # hidden probabilities are set to zero again, which makes rows without keys zero and not nan
+    zeroed: bool = False  # probabilities of rows without keys, nan at first, are set to zero again
 
 
 def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
@@ -514,7 +541,7 @@ def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
     nodes, dropout_p, current, zeroed = [softmax], 0.0, softmax, False
     while True:
         user = next(iter(current.users)) if len(current.users) == 1 else None
-        if user is not None and not zeroed and _hides_again(logits, user, current):
+        if user is not None and (user.target is torch.nan_to_num or (not zeroed and _hides_again(logits, user, current))):
             nodes.append(user)
             current, zeroed = user, True
             continue
@@ -576,9 +603,11 @@ def capture_chain(context: Context, node: Node) -> Candidate | Reject | None:
     below = _read_below(node, logits)
     if isinstance(below, Reject):
         return below
-    empty = "zero" if below.zeroed else _empty_rows(logits)
+    empty = _empty_rows(logits)
     if isinstance(empty, Reject):
         return empty
+    if below.zeroed and empty == "nan":
+        empty = "zero"
     product = logits.nodes[-1]
     q, k = product.args
     v = below.product.args[1]
@@ -682,6 +711,23 @@ def capture_disabled(context: Context, node: Node) -> Reject | None:
     return Reject(DISABLED)
 
 
+EXPONENTIALS = (
+    "a softmax written out that may not be one: what is subtracted is not the scores' maximum (they may overflow), or their sum "
+    "has something added"
+)
+
+
+def capture_exponentials(context: Context, node: Node) -> Reject | None:
+    """exp of scores, divided by a sum over the keys, that the canonicaliser could not prove to be a softmax."""
+    summed = [u for u in node.users if u.target in ("sum", torch.sum)]
+    if len(summed) != 1 or not context.fact(_score_levels).get(node) or rank(node) < 3:
+        return None
+    if Arguments(summed[0], "input", "dim")["dim"] not in (-1, rank(node) - 1) or not _leads_to_product(node):
+        return None
+    static = all(isinstance(s, int) for s in shape(node))
+    return Reject(EXPONENTIALS) if static else Reject("{}; a sink is followed at static sizes only", EXPONENTIALS)
+
+
 CALL = Pattern(
     name="sdpa",
     kind="attention",
@@ -721,4 +767,12 @@ OUTSIDE = Pattern(
     capture=capture_disabled,
 )
 
-PATTERNS = (CALL, CHAIN, FLEX, CUT, OUTSIDE)
+WRITTEN_OUT = Pattern(
+    name="softmax-written-out",
+    kind="attention",
+    equation="exp(q @ kT) / (sum + something) @ v stays",
+    anchors=(torch.exp,),
+    capture=capture_exponentials,
+)
+
+PATTERNS = (CALL, CHAIN, FLEX, CUT, OUTSIDE, WRITTEN_OUT)

@@ -21,7 +21,20 @@ from torch.fx import Node
 from ..canonicalize import is_weight
 from ..errors import ExpressionError, Reject
 from ..expression import Expression, call, evaluate, substitute, var
-from ..graph import Arguments, describe, dtype, is_float, is_tensor, number, rank, same_shape, same_size, shape, without_casts
+from ..graph import (
+    Arguments,
+    describe,
+    dtype,
+    is_float,
+    is_hook,
+    is_tensor,
+    number,
+    rank,
+    same_shape,
+    same_size,
+    shape,
+    without_casts,
+)
 from ..pattern import CUSTOM, Candidate, Context, Pattern, is_custom
 
 log = logging.getLogger(__name__)
@@ -29,11 +42,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Weight:
-    """Rows `start:stop` of what F.linear takes ([F, E] or a bias [F]); None: from the first, to the last."""
+    """Rows `start:stop:step` of what F.linear takes ([F, E] or a bias [F]); None: from the first, to the last, each."""
 
     node: Node
     start: int | None = None
     stop: int | None = None
+    step: int | None = None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop, self.step)
 
 
 @dataclass(frozen=True)
@@ -199,6 +217,13 @@ def _leaky_relu(x: Any, negative_slope: float = 0.01, inplace: bool = False) -> 
     return call("where", call(">", x, 0.0), x, x * float(negative_slope))
 
 
+@elementwise(F.rrelu, torch.rrelu)
+def _rrelu(x: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False) -> Expression:
+    if training:
+        raise ExpressionError("it draws its slopes at random")
+    return _leaky_relu(x, (lower + upper) / 2)
+
+
 @elementwise(F.prelu, torch.prelu)
 def _prelu(x: Any, weight: Any) -> Expression:
     return call("where", call(">", x, 0.0), x, call("*", weight, x))
@@ -341,33 +366,38 @@ class Projection:
     """A pre-activation: rows of a linear layer's output, with the low-rank branches that are added to it.
 
     Attributes:
-        linear: the call. start, stop: rows (None: all), also of the branches. nodes: the calls that make it, the linear one
-        included. lora: the branches. refused: why it cannot be part of a site.
+        linear: the call. start, stop, step: rows (None: all), also of the branches. nodes: the calls that make it, the linear
+        one included. lora: the branches. refused: why it cannot be part of a site.
     """
 
     linear: Node
     start: int | None = None
     stop: int | None = None
+    step: int | None = None
     nodes: tuple[Node, ...] = ()
     lora: tuple[Lora, ...] = ()
     refused: Reject | None = None
 
     @property
     def rows(self) -> tuple[Any, ...]:
-        return self.linear, self.start, self.stop, self.lora
+        return self.linear, self.start, self.stop, self.step, self.lora
+
+    def of(self, node: Any) -> Weight:
+        """These rows of a weight, or of a bias."""
+        return Weight(node, self.start, self.stop, self.step)
 
 
 @dataclass(frozen=True)
 class Parts:
     """Several equal or unequal pieces of a projection's last dim, as chunk or split return them.
 
-    stacked: they are not a tuple but a dim of their own, before the last.
+    bounds: start, stop and step of each. dim: they are not a tuple but a dim of their own, the last (-1) or the one before.
     """
 
     whole: Projection
-    bounds: tuple[tuple[int, int], ...]
+    bounds: tuple[tuple[int, int, int | None], ...]
     nodes: tuple[Node, ...]
-    stacked: bool = False
+    dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -392,14 +422,28 @@ class Hidden:
 
     Attributes:
         sources: linear calls it depends on. nonlinear: whether a non-linearity was passed. refused: what breaks it.
+        curved: whether it has passed products or powers of projections: a block if nothing breaks it, and no near miss if
+            something does, because norms are made of those too.
     """
 
     sources: frozenset[Node]
     nonlinear: bool = False
     refused: Reject | None = None
+    curved: bool = False
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether a projection of it is a block, or the near miss of one."""
+        return self.nonlinear or (self.curved and self.refused is None)
 
 
 State = Projection | Parts | Branch | Hidden
+
+# Calls without which two layers are one that count as a non-linearity only where nothing else breaks a block.
+_CURVED = {
+    *(torch.square, operator.pow, torch.reciprocal, torch.abs, torch.sign, torch.floor),
+    *(torch.sqrt, torch.rsqrt, torch.log, torch.log1p),
+}
 
 # Calls whose result takes a factor >= 0 of their argument as its own.
 _HOMOGENEOUS = {operator.mul, operator.neg, F.relu, F.leaky_relu}
@@ -431,7 +475,8 @@ _MAX_SOURCES = 4
 
 
 def _stacked(node: Node) -> Reject | None:
-    """Why a product with weights of several experts in one tensor is no projection of a site; None for other calls."""
+    """Why a product with a weight that is no linear layer, of several experts most often, is no projection of a site; None
+    for other calls."""
     name = str(getattr(node.target, "__name__", node.target)).rpartition(".")[2]
     if name in _GROUPED or "grouped_mm" in name:
         return Reject("grouped_mm gives the rows of each token to its own expert's weights (mixture of experts)")
@@ -441,6 +486,8 @@ def _stacked(node: Node) -> Reject | None:
         return Reject("each token picks the weights of its experts (mixture of experts)")
     if any(rank(a) == 3 and is_weight(a) for a in node.args):
         return Reject("its weights are stacked by expert in one batched product (mixture of experts)")
+    if rank(node.args[0]) == 2 and is_weight(node.args[0]) and not is_weight(node.args[1]):
+        return Reject("its weights stand on the left of activations whose features are rows (w @ x.mT)")
     return None
 
 
@@ -515,7 +562,7 @@ def states(context: Context) -> dict[Node, State]:
     found: dict[Node, State] = {}
     for node in context.analysis.nodes:
         if node.op in ("call_function", "call_method"):
-            state = _state(node, found)
+            state = _linear_state(context, node, found) if node.target is F.linear else _state(node, found)
             if state is not None:
                 found[node] = state
     return found
@@ -523,8 +570,6 @@ def states(context: Context) -> dict[Node, State]:
 
 def _state(node: Node, found: dict[Node, State]) -> State | None:
     target = node.target
-    if target is F.linear:
-        return _linear_state(node, found)
     if _one_by_one(node) is not None:
         reason = Reject("its experts are multiplied one by one, each with its share of the rows (mixture of experts)")
         return Projection(node, nodes=(node,), refused=reason)
@@ -551,7 +596,7 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         piece = _piece(node, first)
         if piece is not None:
             return piece
-    if isinstance(first, Parts) and (first.stacked or target is operator.getitem):
+    if isinstance(first, Parts) and (first.dim is not None or target is operator.getitem):
         return None
     if target in (torch.matmul, F.scaled_dot_product_attention) and not any(_is_refused_block(s) for s in above):
         return None  # what attention does with it is attention's business
@@ -571,10 +616,19 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         if target is operator.mul and (gated := _gated(node, found)) is not None:
             reason = Reject("a gate on {}, which is no projection of the same input: a gated output, no block", describe(gated))
             return replace(merged, refused=reason)
-        return replace(merged, nonlinear=merged.nonlinear or target in NONLINEAR)
+        return replace(merged, nonlinear=merged.nonlinear or target in NONLINEAR, curved=merged.curved or _is_curved(node, found))
     if _pointwise_convolution(node):
         return Projection(node, nodes=(node,), refused=Reject("a 1x1 convolution in place of a linear layer"))
     return _broken(merged, node)
+
+
+def _is_curved(node: Node, found: dict[Node, State]) -> bool:
+    """Whether an element-wise call makes something of projections that no linear layer makes, without a non-linearity."""
+    if node.target is operator.mul:
+        return all(isinstance(a, Node) and a in found for a in node.args)
+    if node.target is operator.truediv:
+        return node.args[1] in found
+    return node.target in _CURVED
 
 
 def _is_refused_block(state: State) -> bool:
@@ -582,12 +636,16 @@ def _is_refused_block(state: State) -> bool:
     return isinstance(state, Hidden) and state.nonlinear and state.refused is not None
 
 
-def _linear_state(node: Node, found: dict[Node, State]) -> State | None:
+def _is_computed(context: Context, weight: Any) -> bool:
+    """Whether a weight, or a bias, is a parameter or computed from parameters alone (normalised, quantised, with adapters)."""
+    return is_weight(weight) or weight in context.analysis.from_parameters
+
+
+def _linear_state(context: Context, node: Node, found: dict[Node, State]) -> State | None:
     x, w = node.args[0], node.args[1]
-    if not is_weight(w):
-        return Projection(
-            node, nodes=(node,), refused=Reject("the in-projection's weight is no parameter ({})", describe(w))
-        )
+    if not _is_computed(context, w):
+        reason = Reject("the in-projection's weight is no parameter, nor computed from parameters alone ({})", describe(w))
+        return Projection(node, nodes=(node,), refused=reason)
     below, _ = _source_of_branch(x)
     a = found.get(below)
     if isinstance(a, Projection) and a.linear is below and not a.lora and a.refused is None and len(below.args) == 2:
@@ -645,10 +703,10 @@ def _gated(node: Node, found: dict[Node, State]) -> Node | None:
 def _merged(above: list[State]) -> Hidden | None:
     """The union of what a node's inputs are; None if they are projections of different inputs (a residual sum, q and k)."""
     sources: frozenset[Node] = frozenset()
-    nonlinear, refused = False, None
+    nonlinear, curved, refused = False, False, None
     for state in above:
         if isinstance(state, Hidden):
-            sources, nonlinear = sources | state.sources, nonlinear or state.nonlinear
+            sources, nonlinear, curved = sources | state.sources, nonlinear or state.nonlinear, curved or state.curved
             refused = state.refused if refused is None else refused
         elif isinstance(state, Projection):
             sources, refused = sources | {state.linear}, state.refused if refused is None else refused
@@ -658,7 +716,7 @@ def _merged(above: list[State]) -> Hidden | None:
             return None
     if len(sources) > _MAX_SOURCES or len({without_casts(_read_by(s)) for s in sources}) > 1:
         return None
-    return Hidden(sources, nonlinear, refused)
+    return Hidden(sources, nonlinear, refused, curved)
 
 
 def _of_different_inputs(node: Node, above: list[State]) -> Hidden | None:
@@ -675,7 +733,7 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
     """The same with a reason not to be a site. Before the non-linearity, only steps that tell a look-alike are kept."""
     if node.target in _CONVOLUTIONS and any(s.target in _CONVOLUTIONS for s in merged.sources):
         return None
-    telling = node.target in _CONVOLUTIONS or node.target in _NORMS
+    telling = node.target in _CONVOLUTIONS or node.target in _NORMS or is_hook(node)
     is_piece = node.target in _SPLITS or (node.target is operator.getitem and not is_tensor(node.args[0]))
     if not is_tensor(node) and node.target not in _SPLITS:
         return None
@@ -689,7 +747,7 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
         reason = Reject("a norm or reduction ({}) between the projections", describe(node))
     else:
         reason = Reject("{} between the projections", describe(node))
-    # A norm or convolution says more than the layout around it.
+    # A norm, convolution or hook says more than the layout around it.
     return replace(merged, refused=reason if telling or merged.refused is None else merged.refused)
 
 
@@ -703,10 +761,13 @@ def _selects_features(node: Node) -> bool:
 def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
     """Rows of a fused projection: what chunk, split, slices, unflatten and unbind along the last dim select."""
     if isinstance(whole, Parts):
-        index = _stack_index(node) if whole.stacked else node.args[1] if node.target is operator.getitem else None
-        if index is None and whole.stacked and getattr(node.target, "__name__", node.target) == "unbind":
-            along = Arguments(node, "input", ("dim", 0))["dim"] in (-2, rank(node.args[0]) - 2)
-            return replace(whole, nodes=(*whole.nodes, node), stacked=False) if along else None
+        if whole.dim is not None and getattr(node.target, "__name__", node.target) == "unbind":
+            along = Arguments(node, "input", ("dim", 0))["dim"] in (whole.dim, rank(node.args[0]) + whole.dim)
+            return replace(whole, nodes=(*whole.nodes, node), dim=None) if along else None
+        if whole.dim is not None:
+            index = _stack_index(node, whole.dim)
+        else:
+            index = node.args[1] if node.target is operator.getitem else None
         if not isinstance(index, int):
             return None
         bounds = whole.bounds[index] if -len(whole.bounds) <= index < len(whole.bounds) else None
@@ -717,7 +778,9 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
         return None
     last = rank(source) - 1
     if node.target is torch.reshape and same_shape(shape(node), (*shape(source)[:-1], 2, width // 2)):
-        return Parts(whole, ((0, width // 2), (width // 2, width)), (node,), stacked=True)
+        return Parts(whole, ((0, width // 2, None), (width // 2, width, None)), (node,), dim=-2)
+    if node.target is torch.reshape and same_shape(shape(node), (*shape(source)[:-1], width // 2, 2)):
+        return Parts(whole, ((0, width, 2), (1, width, 2)), (node,), dim=-1)
     if node.target in _SPLITS:
         pieces = _split_bounds(node, last, width)
         return None if pieces is None else Parts(whole, pieces, (node,))
@@ -725,7 +788,7 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
         found = Arguments(node, "input", "dim", "start", "length")
         dim, start, length = found.take("dim", "start", "length")
         if isinstance(dim, int) and dim % (last + 1) == last and isinstance(start, int) and isinstance(length, int):
-            return _slice(whole, start, start + length, (node,))
+            return _slice(whole, start, start + length, None, (node,))
     if node.target is operator.getitem:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         lead, final = index[:-1], index[-1]
@@ -734,17 +797,15 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
         if (
             covers
             and isinstance(final, slice)
-            and all(i is None or isinstance(i, int) for i in (final.start, final.stop))
+            and all(i is None or isinstance(i, int) for i in (final.start, final.stop, final.step))
         ):
-            if final.step not in (None, 1):
-                return replace(whole, refused=Reject("gate and up are interleaved in one fused projection"))
-            start, stop, _ = final.indices(width)
-            return _slice(whole, start, stop, (node,))
+            start, stop, step = final.indices(width)
+            return _slice(whole, start, stop, None if step == 1 else step, (node,))
     return None
 
 
-def _stack_index(node: Node) -> Any:
-    """i of x[..., i, :], or of x[:, :, i] with all dims before it."""
+def _stack_index(node: Node, dim: int) -> Any:
+    """i of x[..., i] (dim -1) or of x[..., i, :] (dim -2), however the dims around it are written."""
     if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
         return None
     full, dims, keys = slice(None, None, None), rank(node.args[0]), list(node.args[1])
@@ -752,16 +813,19 @@ def _stack_index(node: Node) -> Any:
     keys[at : at + 1] = [full] * (dims - len([k for k in keys if k is not Ellipsis]))
     if len(keys) != dims or any(isinstance(k, Node) for k in keys):
         return None
-    *lead, index, final = keys
-    return index if all(k == full for k in (*lead, final)) else None
+    index = keys.pop(dim)
+    return index if all(k == full for k in keys) else None
 
 
-def _slice(whole: Projection, start: int, stop: int, nodes: tuple[Node, ...]) -> Projection:
+def _slice(whole: Projection, start: int, stop: int, step: int | None, nodes: tuple[Node, ...]) -> Projection:
+    nodes = (*whole.nodes, *nodes)
+    if whole.step is not None:
+        return replace(whole, nodes=nodes, refused=Reject("a part of an interleaved projection"))
     offset = whole.start or 0
-    return replace(whole, start=offset + start, stop=offset + stop, nodes=(*whole.nodes, *nodes))
+    return replace(whole, start=offset + start, stop=offset + stop, step=step, nodes=nodes)
 
 
-def _split_bounds(node: Node, last: int, width: int) -> tuple[tuple[int, int], ...] | None:
+def _split_bounds(node: Node, last: int, width: int) -> tuple[tuple[int, int, int | None], ...] | None:
     name = getattr(node.target, "__name__", node.target)
     pieces = node.meta.get("example_value")
     found = Arguments(node, "input", "sizes", "dim")
@@ -779,7 +843,7 @@ def _split_bounds(node: Node, last: int, width: int) -> tuple[tuple[int, int], .
     for piece in pieces:
         if not isinstance(piece, torch.Tensor) or not isinstance(piece.shape[-1], int):
             return None
-        bounds.append((at, at + piece.shape[-1]))
+        bounds.append((at, at + piece.shape[-1], None))
         at += piece.shape[-1]
     return tuple(bounds) if at == width else None
 
@@ -887,7 +951,7 @@ class _Reader:
             raise _Refused(Reject("a gated linear unit of something that is no projection"))
         half = width // 2
         self.nodes.update(dict.fromkeys(whole.nodes))
-        value, gate = (self.pre_activation(_slice(whole, *b, ())) for b in ((0, half), (half, width)))
+        value, gate = (self.pre_activation(_slice(whole, *b, None, ())) for b in ((0, half), (half, width)))
         return value * call("sigmoid", gate)
 
     def parameter(self, node: Node) -> Expression:
@@ -909,7 +973,7 @@ def capture_block(context: Context, node: Node) -> Candidate | Reject | None:
     found = context.fact(states)
     x = _read_by(node) if node.args else None
     hidden = found.get(x) if isinstance(x, Node) else None
-    if not isinstance(hidden, Hidden) or not hidden.nonlinear:
+    if not isinstance(hidden, Hidden) or not hidden.is_activation:
         return None
     if node.target is F.linear:
         return _read_block(context, node, hidden, found)
@@ -945,8 +1009,8 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
         # A head, a router or an adapter behind something that is no activation anyway is nothing to report.
         thin = isinstance(width, int) and isinstance(model_width, int) and width < model_width
         return hidden.refused if same_size(model_out, model_width) and not thin else None
-    if not is_weight(w_out):
-        return Reject("the out-projection's weight is no parameter ({})", describe(w_out))
+    if not _is_computed(context, w_out):
+        return Reject("the out-projection's weight is no parameter, nor computed from parameters alone ({})", describe(w_out))
     if any(_is_picked(w) for w in (w_out, *(s.args[1] for s in hidden.sources))):
         return Reject("its weights are picked by an index that is not fixed in the graph (mixture of experts)")
     tail = _branches_below(node, found)
@@ -980,9 +1044,9 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
     biases = []
     for p in reader.projections:
         bias = p.linear.args[2] if len(p.linear.args) > 2 else None
-        if bias is not None and not is_weight(bias):
+        if bias is not None and not _is_computed(context, bias):
             return Reject("the bias of a projection is no parameter ({})", describe(bias))
-        biases.append(None if bias is None else Weight(bias, p.start, p.stop))  # type: ignore[arg-type]
+        biases.append(None if bias is None else p.of(bias))
     try:
         expr, order = _normal_form(expr, len(reader.projections))
     except ExpressionError as error:
@@ -992,7 +1056,7 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
     projections = [reader.projections[i] for i in order]
     captured = FFNCapture(
         source,  # type: ignore[arg-type]
-        tuple(Weight(p.linear.args[1], p.start, p.stop) for p in projections),  # type: ignore[arg-type]
+        tuple(p.of(p.linear.args[1]) for p in projections),
         tuple(biases[i] for i in order),
         w_out,  # type: ignore[arg-type]
         b_out,  # type: ignore[arg-type]
@@ -1075,7 +1139,7 @@ def _added_branch(user: Node, total: Node, found: dict[Node, State]) -> Branch |
 
 
 def _width_of(p: Projection) -> Any:
-    return shape(p.linear)[-1] if p.start is None or p.stop is None else p.stop - p.start
+    return shape(p.linear)[-1] if p.start is None or p.stop is None else len(range(p.start, p.stop, p.step or 1))
 
 
 def _normal_form(expr: Expression, count: int) -> tuple[Expression, list[int]]:
