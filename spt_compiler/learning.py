@@ -250,9 +250,7 @@ def router_quality(
     scores = torch.nn.functional.linear(x, t["router_weight"].detach(), t["router_bias"].detach())
     n_keep = blocks_kept(density, n_blocks)
     kept = routing.choose(scores, t["always_on"], n_keep)
-    dense = h @ w_out.t()
-    norms = routing.block_norms(h, w_out, t["permutation"], n_blocks)
-    error, _ = routing.dropped_outputs(h, w_out, t["permutation"], kept)
+    dense, error, norms = routing.routed_outputs(h, w_out, t["permutation"], kept)
     del h
     if state.settings is None or state.settings.ffn.compensation:  # type: ignore[attr-defined]
         error -= (~kept).to(error.dtype) @ t["compensation"]

@@ -185,6 +185,23 @@ def block_norms(h: Tensor, w_out: Tensor, permutation: Tensor, n_blocks: int) ->
     return torch.stack(norms + [h.new_zeros(h.shape[0])] * (n_blocks - len(norms)), 1)
 
 
+def routed_outputs(h: Tensor, w_out: Tensor, permutation: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What routing does to known tokens, by one product over all blocks; one block at a time, to bound memory.
+
+    Args: as `dropped_outputs`.
+    Returns: the dense output [S, E]; what the dropped blocks add to it [S, E]; the norm of each block's contribution [S, G].
+    """
+    dense, missing = h.new_zeros(2, h.shape[0], w_out.shape[0])
+    norms = h.new_zeros(kept.shape[1], h.shape[0])
+    width = -(-h.shape[1] // kept.shape[1])
+    for units, dropped, norm in zip(permutation.long().split(width), (~kept).to(h.dtype).t().unsqueeze(-1), norms, strict=False):
+        outputs = h.index_select(1, units) @ w_out.index_select(1, units).t()
+        dense += outputs
+        missing.addcmul_(outputs, dropped)
+        torch.linalg.vector_norm(outputs, dim=1, out=norm)
+    return dense, missing, norms.t()
+
+
 def output_scale(y: Tensor) -> Tensor:
     """What an error in each output channel costs: the reciprocal of its spread, about 1 on average.
 

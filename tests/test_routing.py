@@ -267,6 +267,18 @@ def test_always_on():
     assert routing.always_on(kept[:0]).tolist() == [False] * 3
 
 
+@pytest.mark.parametrize(("n_units", "n_blocks"), [(50, 8), (9, 8), (48, 3), (7, 1)])
+def test_routed_outputs_are_those_of_the_blocks(n_units, n_blocks):
+    h, w_out, permutation = torch.randn(9, n_units), torch.randn(6, n_units), torch.randperm(n_units).int()
+    kept = torch.rand(9, n_blocks) > 0.5
+    y = routing.block_outputs(h, w_out, permutation, n_blocks)
+    dense, missing, norms = routing.routed_outputs(h, w_out, permutation, kept)
+    torch.testing.assert_close(dense, h @ w_out.t())
+    torch.testing.assert_close(missing, torch.where(kept.unsqueeze(-1), 0, y).sum(1))
+    torch.testing.assert_close(norms, y.norm(dim=2))
+    torch.testing.assert_close(missing, routing.dropped_outputs(h, w_out, permutation, kept)[0])
+
+
 def test_block_norms_and_outputs_agree():
     h, w_out, permutation = torch.randn(9, 50), torch.randn(6, 50), torch.randperm(50).int()
     y = routing.block_outputs(h, w_out, permutation, 8)
