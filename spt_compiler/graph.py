@@ -420,7 +420,7 @@ class Analysis:
 
 def _is_random(node: fx.Node) -> bool:
     name = describe(node)
-    return any(part in name for part in ("rand", "bernoulli", "normal", "multinomial", "dropout", "empty"))
+    return name == "normal" or any(part in name for part in ("rand", "bernoulli", "multinomial", "dropout", "empty"))
 
 
 def _regions(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, tuple]]:

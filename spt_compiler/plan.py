@@ -309,7 +309,7 @@ def _plan_ffn(match: Match, scope: Scope, config: SPTConfig) -> Plan | Reject:
     }
     adapters = [b for branches in (*weights["lora"], weights["lora_out"]) for b in branches]
     if weights["w_out"] is None or any(w is None for w in (*weights["w_in"], *weights["act_in"], *adapters)):
-        return Reject("its weights are computed from activations, or in more steps than are followed")
+        return Reject("its weights are computed from activations, by writes in place, or in more steps than are followed")
     learned = options.router == "learned" and not config.exact
     trainable = options.gate != "hard" and not config.exact
     learns = options.router in ("learned", "static") and not config.exact

@@ -135,7 +135,7 @@ class Scope:
     def recipe(self, node: fx.Node | None) -> Recipe | None:
         """How to compute `node` outside the graph if it depends on graph inputs that are parameters or buffers only.
 
-        Returns None where activations, sizes or random numbers are involved, or where the way is too long.
+        Returns None where activations, sizes, random numbers or writes in place are involved, or where the way is too long.
         """
         if node is None:
             return None
@@ -159,6 +159,8 @@ class Scope:
                     return None
             elif current.op not in ("call_function", "call_method", "get_attr") or "rand" in str(current.target):
                 return None
+            elif scope.is_written(current):
+                return None  # the write is no step that leads to the value
             stack.append((scope, current, True))
             stack.extend((*scope.source(a), False) for a in current.all_input_nodes)
         numbers = {current: i for i, (current, _) in enumerate(steps)}

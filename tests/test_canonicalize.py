@@ -75,6 +75,27 @@ def calls(module: fx.GraphModule) -> list[str]:
 Q, K, V = numbers(2, 3, 5, 4), numbers(2, 3, 7, 4, seed=1), numbers(2, 3, 7, 6, seed=2)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.exp(input=x),
+        lambda x: torch.square(input=x),
+        lambda x: torch.permute(input=x, dims=(0, 1, 3, 2)),
+        lambda x: torch.reshape(input=x, shape=(6, 5, 4)),
+        lambda x: F.dropout(input=x, p=0.5),
+        lambda x: torch.full_like(input=x, fill_value=2.0),
+        lambda x: F.leaky_relu(input=x, negative_slope=0.1),
+    ],
+)
+def test_a_first_argument_by_its_name_is_placed(function):
+    (call,) = (n for n in canonical(function, Q).graph.nodes if n.op == "call_function")
+    assert "input" not in call.kwargs and call.args
+
+
+def test_an_input_that_is_no_first_argument_stays():
+    canonical(lambda q: torch.where(condition=q > 0, input=q, other=-q), Q)
+
+
 def test_operators_that_dynamo_writes_as_methods():
     """As that of torch 2.11 does."""
     (captured,) = models.capture(Wrapped(lambda q: (q == q.abs(), q != 0)), Q)

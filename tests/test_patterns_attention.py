@@ -620,8 +620,13 @@ def test_exponentials_that_are_no_softmax_over_the_keys(function):
         (lambda q, k, v, w: F.conv2d(torch.softmax(q @ k.mT, -1), w[..., None, None]) @ v, "conv2d"),
         (lambda q, k, v, w: torch.softmax((q @ k.mT).detach(), -1) @ v, "detach between the scores"),
         (lambda q, k, v, w: torch.softmax(q @ k.mT, -1).detach() @ v, "detach between the softmax"),
+        (lambda q, k, v, w: torch.softmax(F.pad(q @ k.mT, (0, 1)), -1)[..., :-1].square() @ v, "joined with others"),
+        (lambda q, k, v, w: torch.softmax(-torch.cdist(q, k).square().masked_fill(HIDDEN, 50.0), -1) @ v, "does not hide"),
     ],
-    ids=["talking heads", "by einsum", "by convolution", "after softmax", "detached scores", "detached probabilities"],
+    ids=[
+        *("talking heads", "by einsum", "by convolution", "after softmax", "detached scores", "detached probabilities"),
+        *("a key that is padded", "distances with a weak mask"),
+    ],
 )
 def test_near_misses_are_named(function, reason):
     class Mixed(nn.Module):

@@ -375,6 +375,18 @@ class Rounded(nn.Module):
         return weight + ((weight * 8).round() / 8 - weight).detach()
 
 
+class OfUnitLength(nn.Module):
+    def forward(self, weight):
+        return F.normalize(weight, dim=-1)
+
+
+class WithoutOneRow(nn.Module):
+    def forward(self, weight):
+        weight = weight.clone()
+        weight[0] = 0.0
+        return weight
+
+
 @pytest.mark.parametrize(
     "parametrise",
     [
@@ -382,8 +394,9 @@ class Rounded(nn.Module):
         lambda m: parametrizations.spectral_norm(m).eval(),
         parametrizations.orthogonal,
         lambda m: register_parametrization(m, "weight", Rounded()),
+        lambda m: register_parametrization(m, "weight", OfUnitLength()),
     ],
-    ids=["weight norm", "spectral norm", "orthogonal", "rounded"],
+    ids=["weight norm", "spectral norm", "orthogonal", "rounded", "normalised"],
 )
 def test_weights_that_are_computed_from_parameters(parametrise):
     model = Computed(parametrise)
@@ -411,6 +424,13 @@ def test_a_block_with_computed_weights_learns(checkpointed):
 def test_weights_that_change_in_the_forward_stay(parametrise):
     matches, skipped = sites(Computed(parametrise).train(), X)
     assert not matches and "nor computed from parameters alone" in str(skipped[0].reason)
+
+
+def test_weights_that_are_written_in_place_stay():
+    """What routers and states see of a weight is computed anew without the write."""
+    model = Computed(lambda m: m.in_features == WIDTH and register_parametrization(m, "weight", WithoutOneRow()))
+    (site,) = spt_compiler.explain(model, X, options=blocks.SPARSE).sites
+    assert site.status == "skipped" and "by writes in place" in site.reason
 
 
 def test_a_checkpointed_block_is_a_graph_of_its_own():

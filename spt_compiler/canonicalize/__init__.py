@@ -30,6 +30,7 @@ from .editor import MAX_PASSES, Editor, rule
 from .inplace import functionalize
 from .opaque import expand_opaque
 from .products import is_weight
+from .spelling import place_inputs
 
 __all__ = ["Editor", "canonicalize", "is_weight", "rule"]
 
@@ -43,6 +44,7 @@ def canonicalize(module: fx.GraphModule) -> None:
         module: a copy of a Dynamo graph, nodes with `meta["example_value"]`. New nodes carry the metadata of the node
             that they replace, and their own example value.
     """
+    place_inputs(module.graph)
     editor = Editor(module)
     editor.sweep()
     expand_opaque(editor)

@@ -303,7 +303,7 @@ def _from_softmax(node: Any) -> bool:
 
 def _is_batch_reshape(node: Any) -> bool:
     """Whether `node` reshapes leading dims only and keeps the last two."""
-    if not isinstance(node, fx.Node) or node.target is not torch.reshape:
+    if not isinstance(node, fx.Node) or node.target is not torch.reshape or node.kwargs:
         return False
     before, after = shape(node.args[0]), shape(node)
     return len(before) >= 2 and len(after) >= 2 and same_shape(before[-2:], after[-2:])
@@ -505,7 +505,7 @@ def transposed_scores(e: Editor, node: fx.Node) -> fx.Node | None:
     """f(q @ k).mT on its way to a softmax -> f(k.mT @ q.mT): two modalities that attend to each other by one product."""
     dims = rank(node)
     swap = _swap(dims)
-    if tuple(node.args[1]) != swap or _toward_softmax(node) is None:
+    if node.kwargs or tuple(node.args[1]) != swap or _toward_softmax(node) is None:
         return None
     steps: list[tuple[fx.Node, fx.Node]] = []
     x = node.args[0]

@@ -64,6 +64,20 @@ _SPELLING: dict[Any, Callable] = {
     alias: name for table in (_UNARY, _BINARY, _SUMS, _LOGICAL) for name, aliases in table.items() for alias in aliases
 }
 
+# Functions of torch whose `input` is not their first argument.
+_INPUT_BEHIND = {torch.where, torch.searchsorted, torch.polygamma}
+
+
+def place_inputs(graph: fx.Graph) -> None:
+    """torch.exp(input=x) -> torch.exp(x): rules and patterns read the first argument by its position."""
+    for node in graph.nodes:
+        if node.op != "call_function" or node.args or "input" not in node.kwargs or node.target in _INPUT_BEHIND:
+            continue
+        name = getattr(node.target, "__name__", "")
+        if node.target in (getattr(torch, name, None), getattr(F, name, None)):
+            node.args = (node.kwargs["input"],)
+            node.kwargs = {k: a for k, a in node.kwargs.items() if k != "input"}
+
 
 @rule(*(a for aliases in _UNARY.values() for a in aliases), F.relu, F.silu)
 def spell_unary(e: Editor, node: fx.Node) -> fx.Node | None:

@@ -196,6 +196,7 @@ _REARRANGES = {
         torch.exp,
         torch.pow,
         operator.pow,
+        torch.square,
         F.relu,
         torch.sigmoid,
         torch.topk,
@@ -475,7 +476,7 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
     while not _is_product(current):
         reader = STEPS.get(current.target)
         if reader is None:
-            if current.target in (torch.cat, torch.concat):
+            if current.target in (torch.cat, torch.concat, F.pad):
                 return Reject("the scores are joined with others before the softmax (sinks, or keys of two kinds)")
             if any(map(_is_distance, (current, *current.all_input_nodes))):
                 return Reject("the scores are distances between queries and keys, no products of them")

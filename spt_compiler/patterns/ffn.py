@@ -932,8 +932,9 @@ class _Reader:
         for a in (*node.args, *node.kwargs.values()):
             if isinstance(a, Node) and a in self.found and not same_shape(shape(a), shape(node)):
                 raise _Refused(Reject("{} broadcasts the hidden activation", describe(node)))
-        if node.target in (F.prelu, torch.prelu) and rank(node) > 2 and shape(node.args[1]) not in ((), (1,)):
-            raise _Refused(Reject("prelu scales the channels of dim 1, which are not the hidden units"))
+        if node.target in (F.prelu, torch.prelu) and rank(node) > 2:
+            if shape(Arguments(node, "input", "weight")["weight"]) not in ((), (1,)):
+                raise _Refused(Reject("prelu scales the channels of dim 1, which are not the hidden units"))
         # relu(c * h) = c * relu(h) for c >= 0, as leaky_relu does: dropout may stand on either side of them.
         multiplies = factor and node.target in _HOMOGENEOUS
         args = [self.read(a, multiplies) for a in node.args]
