@@ -128,6 +128,19 @@ def test_a_failure_ends_the_recording():
     assert torch.equal(call(tapes, torch.neg, x), -x) and len(tapes) == 1
 
 
+def test_a_call_that_first_prepares_a_kernel_is_recorded_later():
+    def preparing(x):
+        if tape.recorder() is not None and preparing.calls == 1:
+            tape.recorder().fault, tape.recorder().once = "a kernel was not ready", True
+        preparing.calls += 1
+        return -x
+
+    preparing.calls, tapes = 0, Tapes()
+    for n in (1, 2, 3, 3):
+        x = torch.randn(3)
+        assert torch.equal(call(tapes, preparing, x), -x) and preparing.calls == n and len(tapes) == (n == 3)
+
+
 def test_tapes_hold_no_tensor():
     tapes, args = Tapes(), draw()
     seen = [weakref.ref(args[0])]

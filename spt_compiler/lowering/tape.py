@@ -171,6 +171,8 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.steps: list[_Step] = []
         self.fault: str | None = None
+        # Whether the fault is of this call alone: a kernel that was launched for the first time.
+        self.once = False
         # What the launch of a kernel calls, in the interpreter most of all, belongs to the launch.
         self.paused = False
         # Held, so that no id comes again while this lasts.
@@ -341,8 +343,9 @@ class Tapes:
                 raise _Unrecordable(recording.fault)
             self._known[kind] = Tape(recording, len(arguments), result)
         except _Unrecordable as reason:
-            log.debug("calls of %s of one kind are not recorded: %s", run.__name__, reason)
-            self._refused.add(kind)
+            if not recording.once:
+                log.debug("calls of %s of one kind are not recorded: %s", run.__name__, reason)
+                self._refused.add(kind)
         return result
 
     def __len__(self) -> int:

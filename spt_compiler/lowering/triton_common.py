@@ -351,7 +351,7 @@ def launch(
         what = (*kind, tuple(constants.values()), tuple(map(_specialisation, values)))
         settings = (Setting(num_warps, num_stages), *(alternatives() if callable(alternatives) else alternatives))
         if recorder is not None:
-            recorder.fault = "a kernel was not ready"
+            recorder.fault, recorder.once = "a kernel was not ready", True
         ready = _prepare(what, module, kernel, grid, args, constants, settings)
         if ready is not None:
             if len(_ready) >= _MOST_READY:
