@@ -364,7 +364,7 @@ class Analysis:
         order: position of every node.
         regions: mode each node runs in (grad mode, autocast, functorch level), as comparable values.
         from_parameters: nodes that depend on parameters only, beside constants and buffers that nobody writes, parameters
-            included.
+            included. Integers are neither: a quantised weight is no weight that a site could learn from or train.
         writes: (position, storage) of every in-place write, in graph order.
     """
 
@@ -385,9 +385,9 @@ class Analysis:
         found: set[fx.Node] = set()
         constant: set[fx.Node] = set()
         for node in self.nodes:
-            if is_parameter(node):
+            if is_parameter(node) and is_float(node):
                 found.add(node)
-            elif is_buffer(node) and not self.is_written(node):
+            elif is_buffer(node) and is_float(node) and not self.is_written(node):
                 constant.add(node)
             elif node.op in ("call_function", "call_method") and not mutated_arguments(node):
                 inputs = node.all_input_nodes

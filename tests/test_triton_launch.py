@@ -174,6 +174,8 @@ class OfAnotherDevice(torch.Tensor):
 @pytest.fixture
 def device(monkeypatch):
     """Launches kernels of the test on tensors without storage."""
+    for known in ("_compiled", "_ready", "_runtime", "_failed", "_preferred"):  # by names that are ids, which come again
+        monkeypatch.setattr(triton_common, known, {})
 
     def put(kernel):
         module = types.SimpleNamespace(__name__=f"module_{id(kernel)}", some_kernel=kernel)
