@@ -11,6 +11,8 @@ because the FFN is pretrained and its needs can be measured.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
@@ -26,9 +28,9 @@ _COMPENSATION_RIDGE = 0.1
 # Ridge of the correction, relative to the mean squared norm of the tokens along one direction, and extra directions and rounds
 # of the search for its best few.
 _CORRECTION_RIDGE = 0.1
+_OVERSAMPLE, _SEARCH_ROUNDS = 8, 3
 # Tokens whose hidden units are copied at a time.
 _ROWS = 512
-_OVERSAMPLE, _SEARCH_ROUNDS = 8, 3
 
 
 def block_sizes(n_units: int, n_blocks: int) -> list[int]:
@@ -162,43 +164,42 @@ def _even_out(block: Tensor, value: Tensor, sizes: list[int]) -> Tensor:
     return block
 
 
+def _by_block(h: Tensor, w_out: Tensor, permutation: Tensor, n_blocks: int) -> Iterator[Tensor]:
+    """Contribution [S, E] of each block that has units, in order; one block at a time, to bound memory."""
+    for units in permutation.long().split(-(-h.shape[1] // n_blocks)):
+        yield h.index_select(1, units) @ w_out.index_select(1, units).t()
+
+
 def block_outputs(h: Tensor, w_out: Tensor, permutation: Tensor, n_blocks: int) -> Tensor:
     """Contribution of each block to the output.
 
     Args: h: [S, F] hidden units.  w_out: [E, F].  permutation: [F] int.
     Returns: [S, G, E].
     """
-    width = -(-h.shape[1] // n_blocks)
     out = h.new_zeros(h.shape[0], n_blocks, w_out.shape[0])
-    for g in range(n_blocks):
-        units = permutation[g * width : (g + 1) * width].long()
-        if len(units):
-            out[:, g] = h[:, units] @ w_out[:, units].t()
+    for g, outputs in enumerate(_by_block(h, w_out, permutation, n_blocks)):
+        out[:, g] = outputs
     return out
 
 
 def block_norms(h: Tensor, w_out: Tensor, permutation: Tensor, n_blocks: int) -> Tensor:
-    """Norm of each block's contribution: [S, F], [E, F] -> [S, G]; one block at a time, to bound memory."""
-    width = -(-h.shape[1] // n_blocks)
-    parts = permutation.long().split(width)
-    norms = [(h.index_select(1, units) @ w_out.index_select(1, units).t()).norm(dim=1) for units in parts]
+    """Norm of each block's contribution: [S, F], [E, F] -> [S, G]."""
+    norms = [outputs.norm(dim=1) for outputs in _by_block(h, w_out, permutation, n_blocks)]
     return torch.stack(norms + [h.new_zeros(h.shape[0])] * (n_blocks - len(norms)), 1)
 
 
 def routed_outputs(h: Tensor, w_out: Tensor, permutation: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What routing does to known tokens, by one product over all blocks; one block at a time, to bound memory.
+    """What routing does to known tokens, by one product over all blocks.
 
     Args: as `dropped_outputs`.
     Returns: the dense output [S, E]; what the dropped blocks add to it [S, E]; the norm of each block's contribution [S, G].
     """
     dense, missing = h.new_zeros(2, h.shape[0], w_out.shape[0])
-    norms = h.new_zeros(kept.shape[1], h.shape[0])
-    width = -(-h.shape[1] // kept.shape[1])
-    for units, dropped, norm in zip(permutation.long().split(width), (~kept).to(h.dtype).t().unsqueeze(-1), norms, strict=False):
-        outputs = h.index_select(1, units) @ w_out.index_select(1, units).t()
+    norms, dropped = h.new_zeros(kept.shape[1], h.shape[0]), (~kept).to(h.dtype).t().unsqueeze(-1)
+    for g, outputs in enumerate(_by_block(h, w_out, permutation, kept.shape[1])):
         dense += outputs
-        missing.addcmul_(outputs, dropped)
-        torch.linalg.vector_norm(outputs, dim=1, out=norm)
+        missing.addcmul_(outputs, dropped[g])
+        torch.linalg.vector_norm(outputs, dim=1, out=norms[g])
     return dense, missing, norms.t()
 
 

@@ -356,8 +356,12 @@ def _kind(value: Any, arguments: list[Tensor]) -> Any:
     """What of an argument decides how a lowering acts; tensors are appended to `arguments`."""
     if isinstance(value, Tensor):
         arguments.append(value)
-        small = torch.version.hip is not None and value.untyped_storage().size() < 2**31
-        return value.dtype, value.device, value.shape, value.stride(), value.data_ptr() & 15, small
+        return value.dtype, value.device, value.shape, value.stride(), value.data_ptr() & 15, is_small(value)
     if isinstance(value, (list, tuple)):
         return tuple([_kind(v, arguments) for v in value])
     return value
+
+
+def is_small(tensor: Tensor) -> bool:
+    """Whether Triton takes offsets into this memory for 32 bits, as it does on AMD chips."""
+    return torch.version.hip is not None and tensor.untyped_storage().size() < 2**31

@@ -224,15 +224,10 @@ _MOST_READY = 8192
 def _specialisation(value: Any) -> Any:
     """What of an argument decides the compiled code: types, and whether it is one or a multiple of 16."""
     if isinstance(value, Tensor):
-        return value.dtype, value.get_device(), value.data_ptr() % 16 == 0, _is_small(value)
+        return value.dtype, value.get_device(), value.data_ptr() % 16 == 0, tape.is_small(value)
     if type(value) is int:
         return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
     return type(value)
-
-
-def _is_small(tensor: Tensor) -> bool:
-    """Whether Triton takes offsets into this memory for 32 bits, as it does on AMD chips."""
-    return torch.version.hip is not None and tensor.untyped_storage().size() < 2**31
 
 
 @functools.lru_cache(maxsize=1)
@@ -344,7 +339,7 @@ def launch(
     values = [args[name] for _, name in runtime]
     seen = tuple([x if type(x) in _NUMBERS else (x.dtype, x.get_device(), x.data_ptr() & 15) for x in values])
     if torch.version.hip is not None:
-        seen += tuple([_is_small(x) for x in values if isinstance(x, Tensor)])
+        seen += tuple([tape.is_small(x) for x in values if isinstance(x, Tensor)])
     place = (*kind, tuple(constants.values()), seen)
     ready = _ready.get(place)
     if ready is None:

@@ -637,7 +637,7 @@ def _is_refused_block(state: State) -> bool:
 
 
 def _is_computed(context: Context, weight: Any) -> bool:
-    """Whether a weight, or a bias, is a parameter or computed from parameters alone (normalised, quantised, with adapters)."""
+    """Whether a weight, or a bias, is a parameter or computed from parameters alone (normalised, masked, with adapters)."""
     return is_weight(weight) or weight in context.analysis.from_parameters
 
 
