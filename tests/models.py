@@ -197,11 +197,6 @@ class Captured:
     inputs: list[Any]
 
 
-def copied(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy that may be edited, with the metadata and the sources of the nodes."""
-    return copy_graph(module)
-
-
 def capture(model: Callable, *args: Any, dynamic: bool | None = None, **kwargs: Any) -> list[Captured]:
     """The Dynamo graphs of one call (several if the graph breaks), in the order they were compiled."""
     torch._dynamo.reset()
@@ -224,7 +219,7 @@ def capture(model: Callable, *args: Any, dynamic: bool | None = None, **kwargs: 
 def graph_of(model: Callable, *args: Any, dynamic: bool | None = None, **kwargs: Any) -> fx.GraphModule:
     """A copy of the only graph of a call."""
     (only,) = capture(model, *args, dynamic=dynamic, **kwargs)
-    return copied(only.module)
+    return copy_graph(only.module)
 
 
 def values(captured: Captured, module: fx.GraphModule | None = None) -> dict[fx.Node, Any]:

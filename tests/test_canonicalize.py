@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.graph import describe
+from spt_compiler.rewrite import copy_graph
 
 
 class Wrapped(nn.Module):
@@ -42,7 +43,7 @@ def canonical(
     """The canonical graph of a function, after checking that it computes the same and that a second run changes nothing."""
     model = function if isinstance(function, nn.Module) else Wrapped(function)
     (captured,) = models.capture(model, *inputs, dynamic=dynamic)
-    module = models.copied(captured.module)
+    module = copy_graph(captured.module)
     canonicalize(module)
     before = str(module.graph)
     canonicalize(module)
@@ -99,7 +100,7 @@ def test_an_input_that_is_no_first_argument_stays():
 def test_operators_that_dynamo_writes_as_methods():
     """As that of torch 2.11 does."""
     (captured,) = models.capture(Wrapped(lambda q: (q == q.abs(), q != 0)), Q)
-    module = models.copied(captured.module)
+    module = copy_graph(captured.module)
     methods = {"eq": "__eq__", "ne": "__ne__", "abs": "__abs__"}
     for node in module.graph.nodes:
         if describe(node).strip(".") in methods:
@@ -332,7 +333,7 @@ def test_symbolic_sizes_stay_symbolic():
     compiled = []
 
     def backend(module, _):
-        module = models.copied(module)
+        module = copy_graph(module)
         canonicalize(module)
         compiled.append(module)
         return module.forward
@@ -673,7 +674,7 @@ def test_new_nodes_know_their_origin():
 def test_real_models_keep_their_values(name):
     model = models.build(name, "eager", layers=1, zero_dropout=True)
     for captured in models.capture(model, **models.inputs(name)):
-        module = models.copied(captured.module)
+        module = copy_graph(captured.module)
         canonicalize(module)
         text = str(module.graph)
         canonicalize(module)

@@ -12,6 +12,7 @@ from torch import Tensor
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.expression import evaluate, parse, var
 from spt_compiler.lifting import Builder, Lifter, NotLifted, renamed
+from spt_compiler.rewrite import copy_graph
 from spt_compiler.scope import Scope
 
 B, T, S = 3, 5, 7  # batch, queries, keys
@@ -20,7 +21,7 @@ B, T, S = 3, 5, 7  # batch, queries, keys
 def lifted(function: Callable[..., Tensor], *inputs: Tensor, dynamic: bool | None = None) -> str:
     """Text of the element b, q, k of what `function` returns, checked entry by entry."""
     (captured,) = models.capture(function, *inputs, dynamic=dynamic)
-    module = models.copied(captured.module)
+    module = copy_graph(captured.module)
     canonicalize(module)
     computed = models.values(captured, module)
     (node,) = module.graph.output_node().args[0]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import spt_compiler
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.patterns import AttentionCapture, find
+from spt_compiler.rewrite import copy_graph
 
 LOW = torch.finfo(torch.float64).min
 CAUSAL = torch.ones(6, 6, dtype=torch.bool).tril()
@@ -65,7 +66,7 @@ def attend(c: AttentionCapture, values: dict[Any, Any]) -> Tensor:
 def sites(function: Callable, *inputs: Tensor, check: bool = True, dynamic: bool | None = None, **named: Any):
     """(matches, skipped) of the only graph of a call; every attention match is checked by value."""
     (captured,) = models.capture(function, *inputs, dynamic=dynamic, **named)
-    module = models.copied(captured.module)
+    module = copy_graph(captured.module)
     canonicalize(module)
     before = str(module.graph)
     matches, skipped = find(module)
@@ -333,7 +334,7 @@ def test_between_softmax_and_values(after):
 )
 def test_products(product):
     (captured,) = models.capture(lambda q, k, v: torch.softmax(product(q, k), -1) @ v, Q, K, V)
-    module = models.copied(captured.module)
+    module = copy_graph(captured.module)
     canonicalize(module)
     (match,), skipped = find(module)
     assert not skipped and match.capture.q.meta["example_value"].dim() == 4
@@ -938,7 +939,7 @@ def test_flex_attention_stays_with_a_reason():
     flex = pytest.importorskip("torch.nn.attention.flex_attention").flex_attention
     x = torch.randn(1, 2, 128, 16)
     (captured,) = models.capture(lambda x: flex(x, x, x), x)
-    module = models.copied(captured.module)
+    module = copy_graph(captured.module)
     canonicalize(module)
     matches, skipped = find(module)
     assert not matches and "flex_attention" in str(skipped[0].reason)

@@ -27,6 +27,7 @@ import spt_compiler
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.expression import evaluate, parse
 from spt_compiler.patterns import FFNCapture, Lora, Weight, find
+from spt_compiler.rewrite import copy_graph
 
 WIDTH, HIDDEN = 6, 10
 
@@ -79,7 +80,7 @@ def compute(c: FFNCapture, values: dict[Any, Any]) -> Tensor:
 def sites(model: Callable, *inputs: Tensor, dynamic: bool | None = None):
     """(matches, skipped) of the only graph of a call; every FFN match is checked by value."""
     (captured,) = models.capture(model, *inputs, dynamic=dynamic)
-    module = models.copied(captured.module)
+    module = copy_graph(captured.module)
     canonicalize(module)
     before = str(module.graph)
     matches, skipped = find(module)
@@ -438,10 +439,10 @@ def test_a_checkpointed_block_is_a_graph_of_its_own():
     block = Block(lambda m, x: m.down(F.gelu(m.up(x))))
     (captured,) = models.capture(lambda x: checkpoint(block, x, use_reentrant=False), X.requires_grad_())
     X.requires_grad_(False)
-    outer = models.copied(captured.module)
+    outer = copy_graph(captured.module)
     canonicalize(outer)
     assert find(outer) == ([], [])
-    (body,) = (models.copied(m) for m in captured.module.children() if isinstance(m, torch.fx.GraphModule))
+    (body,) = (copy_graph(m) for m in captured.module.children() if isinstance(m, torch.fx.GraphModule))
     canonicalize(body)
     matches, skipped = find(body)
     assert len(matches) == 1 and not skipped
