@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -105,6 +106,26 @@ def test_runs_resumes_and_reports(smoke):
     pages[0].write_text(text.replace(report.REMARKS[0], f"{report.REMARKS[0]}\nWe tried this.", 1))
     report.write(results, smoke.out)
     assert "We tried this." in pages[0].read_text(), "remarks survive a rewrite"
+
+
+def test_a_given_model_is_fine_tuned_on_text_in_its_own_tokens(smoke, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path / "given-lm"
+    shutil.copytree(smoke.models / "llama-code", folder)
+    words = Tokenizer(models.WordLevel({"the": 7, "other": 3}, unk_token="other"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "other"}')
+    train, heldout = texts.read_by(folder, "english")
+    assert set(train.tolist()) == set(heldout.tolist()) == {7, 3} and len(train) < len(texts.tokens("english")[0]) / 3
+    assert torch.equal(texts.read_by(smoke.models / "llama-code", "english")[0], texts.tokens("english")[0])
+
+    bench = parts.Bench(parts.Plan.smoke(), tmp_path / "out", minilm=None, model=folder, log=lambda line: None)
+    bench.run(("parity",), "given.lora.dense")
+    units = parts.collect(bench)["units"]
+    assert list(goals.parity_runs(units)) == [("given-lm", "lora")]
+    assert "given-lm, LoRA" in goals.judge(units)[-2][0]
 
 
 def test_a_budget_becomes_a_plan_once_and_a_run_keeps_to_it(tmp_path, monkeypatch):

@@ -17,11 +17,12 @@ def of_part(units: dict[str, Any], part: str) -> dict[str, Any]:
 
 
 def parity_runs(units: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict[int, Any]]]:
-    """{(architecture, "full" | "lora"): {variant: {seed: run}}}."""
+    """{(name of the model, "full" | "lora"): {variant: {seed: run}}}."""
     found: dict[tuple[str, str], dict[str, dict[int, Any]]] = {}
     for name, unit in of_part(units, "parity").items():
-        _, architecture, kind, variant, seed = name.split(".")
-        found.setdefault((architecture, kind), {}).setdefault(variant, {})[int(seed)] = unit["value"]
+        _, model, kind, variant, seed = name.split(".")
+        run = unit["value"]
+        found.setdefault((run.get("name", f"{model} LM"), kind), {}).setdefault(variant, {})[int(seed)] = run
     return found
 
 
@@ -88,9 +89,9 @@ def _against(own: dict[int, float], other: dict[int, float]) -> tuple[float, flo
 
 def _parity(units: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = []
-    for (architecture, kind), variants in parity_runs(units).items():
+    for (model, kind), variants in parity_runs(units).items():
         final = {name: {seed: run["heldout"][-1][1] for seed, run in runs.items()} for name, runs in variants.items()}
-        where = f"{architecture}, {'all weights' if kind == 'full' else 'LoRA'}"
+        where = f"{model}, {'all weights' if kind == 'full' else 'LoRA'}"
         goals = (f"held-out loss within 1 % of dense ({where})", f"no worse than any baseline at equal density ({where})")
         mean = {name: _against(final.get("balanced", {}), runs) for name, runs in final.items() if name != "balanced"}
         if mean.get("dense") is None:

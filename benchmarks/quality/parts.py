@@ -164,10 +164,11 @@ class Bench:
         yield "guard", lambda: guard.measure(start, plan.tune, self.log)
         yield "speed", lambda: self._speed(start)
         # Seeds outermost: whenever it stops, the variants have been treated alike.
-        runs = itertools.product(plan.parity_architectures, plan.seeds, _TUNING_KINDS, tuning.VARIANTS)
-        for architecture, seed, kind, variant in runs:
-            name = f"parity.{architecture}.{kind}.{variant.name}.{seed}"
-            yield name, lambda a=architecture, r=_TUNING_KINDS[kind], v=variant, s=seed: self._tune(a, r, v, s)
+        given = ("given",) if self.model is not None else ()
+        runs = itertools.product((*plan.parity_architectures, *given), plan.seeds, _TUNING_KINDS, tuning.VARIANTS)
+        for model, seed, kind, variant in runs:
+            name = f"parity.{model}.{kind}.{variant.name}.{seed}"
+            yield name, lambda m=model, r=_TUNING_KINDS[kind], v=variant, s=seed: self._tune(m, r, v, s)
 
     def _subjects(self) -> Iterator[tuple[str, Callable[[], subjects.Subject], int | None]]:
         """(name, function that loads it, context or None where there is but one)."""
@@ -193,17 +194,19 @@ class Bench:
     def _ffn(self, subject: subjects.Subject, density: float) -> dict[str, Any]:
         return {"name": subject.name, "density": density, "routers": ffn.measure(subject, density)}
 
-    def _tune(self, architecture: str, rank: int, variant: tuning.Variant, seed: int) -> dict[str, Any]:
-        start = self.models / f"{architecture}-{language_models.DOMAINS[0]}"
+    def _tune(self, model: str, rank: int, variant: tuning.Variant, seed: int) -> dict[str, Any]:
+        given = self.model is not None and model == "given"
+        start = self.model if given else self.models / f"{model}-{language_models.DOMAINS[0]}"
         recipe = dataclasses.replace(self.plan.tune, lora_rank=rank)
-        return tuning.run(start, variant, recipe, seed, self.log)
+        name = start.name if given else f"{model} LM"
+        return {"name": name, **tuning.run(start, variant, recipe, seed, self.log)}
 
     def _speed(self, start: Path) -> dict[str, Any]:
         plan, times = self.plan, {}
         for kind, rank in _TUNING_KINDS.items():
             recipe = dataclasses.replace(plan.tune, lora_rank=rank)
             times[kind] = tuning.step_times(start, recipe, plan.speed_rounds, plan.inner)
-        return {"inner": plan.inner, **times}
+        return {"name": f"{plan.parity_architectures[0]} LM", "inner": plan.inner, **times}
 
 
 def collect(bench: Bench) -> dict[str, Any]:

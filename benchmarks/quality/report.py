@@ -172,7 +172,7 @@ def _guard(units: dict[str, Any]) -> str:
 
 def _parity(units: dict[str, Any]) -> str:
     parts = []
-    for (architecture, kind), variants in parity_runs(units).items():
+    for (model, kind), variants in parity_runs(units).items():
         dense = _finals(variants.get("dense", {}))
         rows = []
         for name, runs in variants.items():
@@ -182,14 +182,14 @@ def _parity(units: dict[str, Any]) -> str:
             gaps = [100 * (finals[seed] / dense[seed] - 1) for seed in finals if seed in dense]
             gap, gap_spread = _mean_spread(gaps)
             finalized = statistics.fmean(run["dense"] for run in runs.values())
-            speed = units.get("speed", {}).get("value", {}).get(kind, {}).get(name)
+            speed = _speeds(units, model, kind).get(name)
             rows.append(
                 (name, len(runs), f"{mean:.4f} ± {spread:.4f}", f"{gap:+.2f} % ± {gap_spread:.2f}", f"{finalized:.4f}",
                  f"{speed['ratio']:.2f}" if speed else "-", f"{statistics.median(r['cpu_seconds'] for r in runs.values()):.0f} s")
             )  # fmt: skip
         columns = ("variant", "seeds", "held-out loss", "against dense", "same weights run dense", "step time / dense", "CPU time")
         title = {"full": "all weights", "lora": "LoRA of rank 8 on every linear layer"}[kind]
-        parts.append(f"{architecture} LM, {title}:\n\n{table(columns, rows)}")
+        parts.append(f"{model}, {title}:\n\n{table(columns, rows)}")
         own = [run for run in variants.get("balanced", {}).values() if "upkeep_seconds" in run]
         if own:
             share = sum(run["upkeep_seconds"] for run in own) / sum(run["cpu_seconds"] for run in own)
@@ -199,6 +199,12 @@ def _parity(units: dict[str, Any]) -> str:
                 '"balanced", in which sites learn at steps 1, 2, 4, 8, 16 and every 32.'
             )
     return "\n\n".join(parts)
+
+
+def _speeds(units: dict[str, Any], model: str, kind: str) -> dict[str, Any]:
+    """Step times of the variants, {} for a model whose steps were not timed."""
+    speed = units.get("speed", {}).get("value", {})
+    return speed.get(kind, {}) if speed.get("name") == model else {}
 
 
 def _finals(runs: dict[int, Any]) -> dict[int, float]:
@@ -334,10 +340,10 @@ def _draw_parity(plt: Any, units: dict[str, Any]) -> Any:
     runs = parity_runs(units)
     if not runs:
         return None
-    speeds = units.get("speed", {}).get("value", {})
     figure, panels = _grid(plt, 2 * len(runs), 2, (5.2, 3.2))
     titles = {"full": "all weights", "lora": "LoRA"}
-    for i, ((architecture, kind), variants) in enumerate(runs.items()):
+    for i, ((model, kind), variants) in enumerate(runs.items()):
+        speeds = _speeds(units, model, kind)
         steps_panel, time_panel = panels[2 * i : 2 * i + 2]
         for name, by_seed in variants.items():
             curves = [dict(map(tuple, run["heldout"])) for run in by_seed.values()]
@@ -347,13 +353,11 @@ def _draw_parity(plt: Any, units: dict[str, Any]) -> Any:
             colour, line = _STYLE[name]
             steps_panel.plot(steps, mean, line, color=colour, marker="o", ms=3, label=name)
             steps_panel.fill_between(steps, low, high, color=colour, alpha=0.12)
-            speed = speeds.get(kind, {}).get(name)
-            if speed:
-                dense = speeds[kind]["dense"]["seconds"]
-                seconds = [s * speed["ratio"] * dense for s in steps]
+            if name in speeds:
+                seconds = [s * speeds[name]["ratio"] * speeds["dense"]["seconds"] for s in steps]
                 time_panel.plot(seconds, mean, line, color=colour, marker="o", ms=3, label=name)
-        time_panel.set_visible(kind in speeds)
-        steps_panel.set_title(f"{architecture} LM, {titles[kind]}", fontsize=9)
+        time_panel.set_visible(bool(speeds))
+        steps_panel.set_title(f"{model}, {titles[kind]}", fontsize=9)
         steps_panel.set_xlabel("steps")
         steps_panel.set_ylabel("held-out loss")
         steps_panel.legend(frameon=False, fontsize=8)

@@ -1,4 +1,4 @@
-"""English and code that every Python carries, as bytes: one token per byte, so no tokenizer has to be trained."""
+"""English and code that every Python carries. Models trained here read bytes, one token each, so no tokenizer has to be trained."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ def tokens(domain: str) -> tuple[Tensor, Tensor]:
     paths = [path for path in paths if not _SKIPPED_FOLDERS & set(path.parts) and not _is_held_out(path)]
     text = b"\n\n".join((root / path).read_bytes() for path in paths)
     return training.byte_tokens(text), training.byte_tokens(training.code_bytes(training.HELD_OUT_MODULES))
+
+
+@functools.cache
+def read_by(folder: Path, domain: str) -> tuple[Tensor, Tensor]:
+    """(training, held-out) text of a domain in the tokens of the model in `folder`: its tokenizer's, or bytes if it has none."""
+    if not (folder / "tokenizer.json").exists():
+        return tokens(domain)
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    train, heldout = (bytes(text.tolist()).decode(errors="ignore") for text in tokens(domain))
+    return tuple(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (train, heldout))
 
 
 def batch(text: Tensor, shape: tuple[int, int], seed: int) -> Tensor:

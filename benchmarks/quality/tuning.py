@@ -75,7 +75,7 @@ class Tuning:
         torch._dynamo.reset()
         torch.manual_seed(seed)
         self.variant, self.recipe, self.seed = variant, recipe, seed
-        self.text, heldout = texts.tokens(recipe.domain)
+        self.text, heldout = texts.read_by(start, recipe.domain)
         self.heldout = texts.spread(heldout, (recipe.heldout, recipe.shape[1]))
         model = language_models.load(start)
         rate = recipe.learning_rate
