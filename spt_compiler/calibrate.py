@@ -40,8 +40,8 @@ def maintain(state: SiteState, weights: Callable[[], Any], *, after_backward: bo
     With several processes everything that is decided here is decided on the samples of all of them, and at steps that the
     number of backwards alone fixes: their states stay equal, and none waits for a collective that another does not enter.
     """
-    if after_backward and state.settled and _only_counts(state):
-        state.set_counter("steps", state.counter("steps") + 1)
+    if after_backward and state.idle:
+        state.count_step()
         return
     # The call may stand in the user's autocast region: states are fp32, and so is what is computed for them.
     device = state.tensors["budget"].device.type
@@ -104,12 +104,15 @@ def _maintain(state: SiteState, weights: Callable[[], Any], after_backward: bool
         and not (learns and not learning.ring_is_full(state))
         and not (interval > 0 and state.counter("measured_at") == 0)
     )
+    state.idle = _idle_turns(state, steps, interval) if state.settled else 0
 
 
-def _only_counts(state: SiteState) -> bool:
-    """Whether the turn of a settled site does nothing else: nothing was asked of the last forward or will be of the next."""
-    turn, interval = state.counter("steps") + 1, state.settings.guard.interval  # type: ignore[union-attr]
-    return not any(learning.is_due(step) or _is_looked_at(state, step, interval) for step in (turn, turn + 1))
+def _idle_turns(state: SiteState, steps: int, interval: int) -> int:
+    """How many turns of a settled site after this one only count: nothing was asked of the forward before, or will be after."""
+    turn = steps + 1
+    while not any(learning.is_due(step) or _is_looked_at(state, step, interval) for step in (turn, turn + 1)):
+        turn += 1
+    return turn - steps - 1
 
 
 def _is_measured(steps: int, interval: int) -> bool:

@@ -91,7 +91,7 @@ class _Bound:
         self.states = [STORE.get(t, b.spec, path=b.path) for t, b in zip(real, graph.bindings, strict=True)]
         for state, binding in zip(self.states, graph.bindings, strict=True):
             if not binding.settings.exact:  # with two sets of options on one model, the last that learns is in force
-                state.settings, state.settled = binding.settings, False
+                state.settings, state.settled, state.idle = binding.settings, False, 0
         for state, anchor in zip(self.states, real, strict=True):
             if state.tensors["budget"].device != anchor.device:
                 state.to(anchor.device)

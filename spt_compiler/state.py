@@ -117,7 +117,8 @@ class SiteState:
     auxiliary_loss: Tensor | None = None
     ledger: Any = None  # the run-time wrapper's account of open forwards
     fault: str = ""
-    settled: bool = False  # upkeep only counts steps until learning or measuring is due again
+    settled: bool = False  # it learns and is measured at the regular steps alone
+    idle: int = 0  # turns of upkeep from the next one on that only count, until learning or measuring is due again
 
     @property
     def kind(self) -> str:
@@ -134,7 +135,13 @@ class SiteState:
         return int(self.tensors["counters"][COUNTERS[name]])
 
     def set_counter(self, name: str, value: int) -> None:
+        self.idle = 0  # what is due when may have changed
         self.tensors["counters"][COUNTERS[name]] = int(value)
+
+    def count_step(self) -> None:
+        """A turn of upkeep in which nothing else is due: one of `idle`."""
+        self.idle -= 1
+        self.tensors["counters"].select(0, COUNTERS["steps"]).add_(1)
 
     @property
     def initialised(self) -> bool:
@@ -394,7 +401,7 @@ def _check(state: SiteState, saved: Mapping[str, Tensor], site: str) -> None:
 def _fill(state: SiteState, saved: Mapping[str, Tensor], site: str) -> None:
     _check(state, saved, site)
     state.assign(**saved)
-    state.settled = False
+    state.settled, state.idle = False, 0
     if state.ledger is not None:
         state.ledger.backward_ran = bool(state.counter("pending"))
 
