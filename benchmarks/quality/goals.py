@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from .tuning import VARIANTS
+
 MASS_SHARE = 0.92
 TILE_POINTS = 0.01
 COSINE = 0.90
@@ -100,7 +102,7 @@ def _parity(units: dict[str, Any]) -> list[tuple[str, str, str]]:
             own, dense, n = mean["dense"]
             verdict = _verdict(own / dense - 1 <= LOSS_GAP, f"{100 * (own / dense - 1 - LOSS_GAP):.2f} points over")
             rows.append((goals[0], f"{100 * (own / dense - 1):+.2f} %, seeds: {n}", verdict))
-        rivals = {name: value for name, value in mean.items() if name != "dense" and value is not None}
+        rivals = {v.name: mean[v.name] for v in VARIANTS if v.baseline and mean.get(v.name) is not None}
         if not rivals:
             rows.append((goals[1], "not measured", "open"))
             continue

@@ -27,12 +27,14 @@ class Variant:
     """One way to fine-tune.
 
     Attributes:
-        options: of the backend; None: dense.  window: attention is dense over a window + sink mask, tile for tile as many
-            pairs as the product reads.  paper: routers and codebooks are trained by gradients, with the auxiliary loss.
+        options: of the backend; None: dense.  baseline: what the default is to be no worse than.  window: attention is dense over
+            a window + sink mask, tile for tile as many pairs as the product reads.  paper: routers and codebooks are trained by
+            gradients, with the auxiliary loss.
     """
 
     name: str
     options: dict[str, Any] | None
+    baseline: bool = False
     window: bool = False
     paper: bool = False
 
@@ -42,9 +44,10 @@ _EVERY_SIZE = {"attention.min_keys": 0, "ffn.min_width": 0}
 VARIANTS = (
     Variant("dense", None),
     Variant("balanced", {**DENSITY, **_EVERY_SIZE}),
-    Variant("paper", {**DENSITY, "preset": "paper"}, paper=True),
-    Variant("static", {**DENSITY, **_EVERY_SIZE, "ffn.router": "static"}),
-    Variant("window", {**DENSITY, **_EVERY_SIZE, "attention.min_keys": 10**9}, window=True),
+    Variant("finer", {**DENSITY, **_EVERY_SIZE, "ffn.blocks": 16}),
+    Variant("paper", {**DENSITY, "preset": "paper"}, baseline=True, paper=True),
+    Variant("static", {**DENSITY, **_EVERY_SIZE, "ffn.router": "static"}, baseline=True),
+    Variant("window", {**DENSITY, **_EVERY_SIZE, "attention.min_keys": 10**9}, baseline=True, window=True),
 )
 
 
