@@ -448,7 +448,9 @@ ONE_MORE: dict[str, Callable[[Tensor], Tensor]] = {
     "padded": lambda s: F.softmax(F.pad(s, (0, 1)), -1)[..., :-1],
     "padded in front": lambda s: F.softmax(F.pad(s, (1, 0), value=-1.0), -1)[..., 1:],
     "joined with zeros": lambda s: torch.softmax(torch.cat([s, torch.zeros_like(s[..., :1])], -1), -1)[..., :-1],
-    "joined in front": lambda s: torch.softmax(torch.cat([s.new_zeros(2, 4, 6, 1), s], -1), -1)[..., 1:],
+    "joined in front": lambda s: torch.softmax(torch.cat([s.new_zeros(*s.shape[:-1], 1), s], -1), -1)[..., 1:],
+    "padded, nan set to zero": lambda s: F.softmax(F.pad(s, (0, 1)), -1)[..., :-1].nan_to_num(),
+    "padded, nan set to zero at once": lambda s: torch.nan_to_num(F.softmax(F.pad(s, (0, 1)), -1))[..., :-1],
 }
 
 
@@ -467,6 +469,49 @@ def test_a_softmax_that_may_attend_to_nothing_has_a_sink_of_zero(name, mask):
 
     assert only(Attention(), Q, K, V).v.meta["example_value"].shape[-2] == 7
     assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+
+
+@pytest.mark.parametrize("name", ONE_MORE)
+def test_a_sink_of_zero_at_symbolic_lengths(name):
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(2)
+            return ONE_MORE[name]((q @ k.mT * 0.5).masked_fill(hidden, -1e9)) @ v
+
+    assert blocks.assert_exact_at_any_length(Attention(), Q, K, V) == ["attention"]
+
+
+class Sinks(nn.Module):
+    """A learned logit per head that takes probability, and `values` that makes the output of probabilities and values."""
+
+    def __init__(self, values: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.values, self.sink = values, nn.Parameter(numbers(4, seed=9))
+
+    def forward(self, q, k, v):
+        s = q @ k.mT * 0.5
+        s = torch.cat([s, self.sink.view(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], -1)], -1)
+        return self.values(F.softmax(s - s.max(-1, keepdim=True).values, -1)[..., :-1], v)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda p, v: p @ v,
+        lambda p, v: p.nan_to_num(0.0) @ v,
+        lambda p, v: (v.mT @ p.mT).mT,
+        lambda p, v: v.mT @ p.mT.nan_to_num(),
+        lambda p, v: torch.einsum("bhqk,bhke->bqhe", p, v),
+    ],
+)
+def test_sinks_at_symbolic_lengths(values):
+    assert blocks.assert_exact_is_eager(Sinks(values), Q, K, V) == ["attention"]
+    assert blocks.assert_exact_at_any_length(Sinks(values), Q, K, V) == ["attention"]
+
+
+@pytest.mark.parametrize("values", [lambda p, v: p.nan_to_num(1.0) @ v, lambda p, v: p.mT @ v, lambda p, v: (p + 0.1) @ v])
+def test_sinks_whose_probabilities_are_changed_are_none(values):
+    assert "joined with others" in refused(Sinks(values), Q, K, V)
 
 
 def test_a_softmax_with_one_more_that_divides_the_values():
@@ -587,7 +632,6 @@ def test_a_softmax_by_hand(softmax):
 
 def test_a_softmax_by_hand_that_may_overflow_says_so():
     assert "they may overflow" in refused(lambda q, k, v: (e := torch.exp(q @ k.mT)) / e.sum(-1, keepdim=True) @ v, Q, K, V)
-    assert "at static sizes only" in refused(lambda q, k, v: ONE_MORE["unshifted"](q @ k.mT) @ v, Q, K, V, dynamic=True)
 
 
 def test_a_softmax_by_hand_that_divides_the_values():

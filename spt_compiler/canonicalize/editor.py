@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..graph import Analysis, dtype, is_tensor, mutated_arguments, rank, same_shape, shape, storage, value
@@ -201,6 +202,8 @@ class Editor:
         with contextlib.ExitStack() as stack:
             if self.fake_mode is not None:
                 stack.enter_context(self.fake_mode)
+                # As Dynamo does: without it, F.pad makes numbers of symbolic sizes.
+                stack.enter_context(enable_python_dispatcher())
                 if self.fake_mode.shape_env is not None:
                     stack.enter_context(self.fake_mode.shape_env.suppress_guards())
             if region:
