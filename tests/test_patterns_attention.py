@@ -376,6 +376,67 @@ def test_scores_in_any_order_of_dims(scores, values):
     assert blocks.assert_exact_is_eager(Attention(), *inputs) == ["attention"]
 
 
+SHARED = [
+    ("bqhd,bkd->bhqk", "bhqk,bke->bqhe"),
+    ("bqhgd,bkhd->bhgqk", "bhgqk,bkhe->bqhge"),
+    ("bqhgd,bkhd->bhgqk", "bhgqk,bkhe->bhgqe"),
+    ("bhgqd,bkd->bhgqk", "bhgqk,bke->bqhge"),
+    ("qd,kd->qk", "qk,ke->qe"),
+    ("hqd,hkd->hqk", "hqk,hke->qhe"),
+    ("qd,bkd->bqk", "bqk,bke->bqe"),
+]
+
+
+@pytest.mark.parametrize("scores, values", SHARED)
+def test_keys_that_heads_share_by_einsum(scores, values):
+    """Grouped and single key heads, no heads, no batch."""
+    (left, right), result = scores.partition("->")[0].split(","), scores.partition("->")[2]
+    held = values.partition("->")[0].partition(",")[2]
+    mask = numbers(6, 7, seed=5) > 1.5
+
+    class Attention(nn.Module):
+        def forward(self, a, b, v):
+            s = torch.einsum(scores, a, b).masked_fill(mask, LOW)
+            return torch.einsum(values, torch.softmax(s, -1), v)
+
+    inputs = [numbers(*({**SIZES, "g": 3}[c] for c in letters), seed=i) for i, letters in enumerate((left, right, held))]
+    assert only(Attention(), *inputs).q.meta["example_value"].dim() == len(result)
+    assert blocks.assert_exact_is_eager(Attention(), *inputs) == ["attention"]
+
+
+@pytest.mark.parametrize("equation", ["bhqd,qkd->bhqk", "bhqd,bkqd->bhqk", "bhqd,rd->bhqr", "bhkd,qkd->bhqk"])
+def test_relative_positions_by_einsum_are_a_bias(equation):
+    """Each pair, or each key, has a vector of its own that queries (or keys) are multiplied by."""
+    left, right = equation.partition("->")[0].split(",")
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relative = nn.Parameter(numbers(*({**SIZES, "k": 6, "r": 6}[c] for c in right), seed=4))
+
+        def forward(self, q, k, v):
+            bias = torch.einsum(equation, q if "q" in left else k, self.relative)
+            return torch.softmax((q @ k.mT + bias) * 0.4, -1) @ v
+
+    assert len(only(Attention(), Q, K, V).bias) == 1
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_mask_before_heads_join_the_batch_again_for_a_wide_softmax(dynamic):
+    """Heads are in the batch, then apart for the padding, and in the batch again where the softmax is of another type."""
+    padding = torch.arange(6) < torch.tensor([[6], [4]])
+
+    def function(x):
+        b, t, _ = x.shape
+        q, k, v = (x.view(b, t, 4, 8).transpose(1, 2).reshape(b * 4, t, 8) * i for i in (1.0, 2.0, 3.0))
+        s = (torch.bmm(q, k.mT) + torch.full((t, t), -math.inf, dtype=x.dtype).triu(1)).view(b, 4, t, t)
+        s = s.masked_fill(~padding[:, None, None], -math.inf).view(b * 4, t, t)
+        return torch.bmm(F.softmax(s, -1, dtype=torch.float64).type_as(s), v)
+
+    assert only(function, numbers(2, 6, 32).float(), dynamic=dynamic).q.meta["example_value"].dim() == 4
+
+
 def test_a_softmax_over_keys_that_stand_first():
     c = only(lambda q, k, v: F.dropout(torch.softmax((k @ q.mT) * 0.5, -2), 0.4).mT @ v, Q, K, V)
     assert c.scale == 0.5 and c.dropout_p == 0.4
@@ -387,8 +448,9 @@ def test_a_softmax_over_keys_that_stand_first():
         (lambda s, v: torch.einsum("bqhk,bkhe->bqhe", torch.softmax(s, 2), v), "softmax over dim"),
         (lambda s, v: torch.einsum("bqhk,bkhe->bqhe", torch.softmax(s, 1), v), "softmax over dim"),
         (lambda s, v: torch.einsum("bqhk,bqhe->bkhe", torch.softmax(s, -1), v[:, :6]), "permute between the"),
+        (lambda s, v: torch.einsum("bqhk,bqke->bqhe", torch.softmax(s, -1), v.mT[:, :6, :, :7].mT), "permute between the"),
     ],
-    ids=["over the heads", "over the queries", "values of queries"],
+    ids=["over the heads", "over the queries", "values of queries", "values of each query"],
 )
 def test_sums_over_another_dim_than_the_softmax(function, reason):
     q, k, v = (numbers(2, n, 4, 8, seed=i) for i, n in enumerate((6, 7, 7)))

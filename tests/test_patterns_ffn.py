@@ -455,9 +455,21 @@ def test_a_checkpointed_block_is_a_graph_of_its_own():
 NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "norm in between": (lambda m, x: m.down(m.norm(F.gelu(m.up(x)))), "a norm or reduction (layer_norm)"),
     "mean subtracted": (lambda m, x: m.down(F.gelu(h := m.up(x)) - h.mean(-1, keepdim=True)), "it reads .mean of shape"),
-    "weights on the left": (
-        lambda m, x: (m.down.weight @ F.relu(m.up.weight @ x.mT + m.up.bias[:, None])).mT,
+    "weights on the left of halves": (
+        lambda m, x: m.down.weight @ (lambda a, b: F.silu(a) * b)(*(m.fused.weight @ x.mT).chunk(2, 1)),
         "on the left of activations whose features are rows",
+    ),
+    "weights on the left, hidden returned": (
+        lambda m, x: (m.down.weight @ (h := F.relu(m.up.weight @ x.mT)), h),
+        "on the left of activations whose features are rows",
+    ),
+    "weights on the left that narrow": (
+        lambda m, x: m.a.weight.T @ F.relu(m.a.weight @ x.mT),
+        "on the left of activations whose features are rows",
+    ),
+    "weights on the left, a norm between": (
+        lambda m, x: m.down.weight @ F.layer_norm(F.relu(m.up.weight @ x.mT), (5,)),
+        "a norm or reduction (layer_norm)",
     ),
     "rrelu in training": (lambda m, x: m.down(F.rrelu(m.up(x), training=True)), "it draws its slopes at random"),
     "convolution in between": (
@@ -553,6 +565,10 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         "on a part of a fused projection",
     ),
     "rows change": (lambda m, x: m.down(F.gelu(m.up(x))[:, 0]), "between the projections"),
+    "turned and not back": (
+        lambda m, x: m.down(F.gelu(m.up(x.repeat(1, 2, 1)).mT)),
+        "permute between the projections",
+    ),
     "another order of features": (
         lambda m, x: m.down(F.gelu(m.up(x)).view(2, 5, 2, 5).transpose(2, 3).reshape(2, 5, HIDDEN)),
         "between the projections",
@@ -714,17 +730,63 @@ def test_experts_called_one_by_one_are_sites():
     assert len(matches) == 3 and not skipped
 
 
-def test_convolutions_are_reported():
+COLUMNS: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "plain": lambda m, x: m.down.weight @ F.gelu(m.up.weight @ x.mT),
+    "matrices": lambda m, x: torch.mm(m.down.weight, torch.mm(m.up.weight, x[0].t()).relu()),
+    "biases": lambda m, x: (m.down.weight @ F.relu(m.up.weight @ x.mT + m.up.bias[:, None]) + m.down.bias.view(-1, 1)).mT,
+    "addmm": lambda m, x: torch.addmm(m.down.bias[:, None], m.down.weight, torch.addmm(m.up.bias[:, None], m.up.weight, x[0].T).exp()),
+    "gated": lambda m, x: m.down.weight @ (F.silu(m.gate.weight @ x.mT + m.gate.bias[:, None]) * (m.up.weight @ x.mT)),
+    "a formula": lambda m, x: m.down.weight @ ((h := m.up.weight @ x.mT) * torch.sigmoid(1.7 * h) * m.beta[:, None]),
+    "einsum": lambda m, x: torch.einsum("ef,bft->bte", m.down.weight, torch.einsum("fe,bte->bft", m.up.weight, x).relu()),
+    "tokens mixed by weights": lambda m, x: x.mT + m.down.weight @ F.gelu(m.up.weight @ x.mT) * 0.5,
+    "turned and back": lambda m, x: m.down(F.gelu(m.up(x).mT).mT),
+    "turned and back, gated": lambda m, x: m.down((F.silu(m.gate(x).permute(2, 0, 1)) * m.up(x).permute(2, 0, 1)).permute(1, 2, 0)),
+    "turned for a parameter": lambda m, x: m.down(F.gelu(m.up(x).transpose(1, 2) * m.beta[:, None]).transpose(1, 2)),
+    "one layer turned": lambda m, x: F.linear(F.gelu(m.up.weight @ x.mT + m.up.bias[:, None]).mT, m.down.weight),
+    "a convolution over positions": lambda m, x: F.conv1d(
+        F.gelu(F.conv1d(x.mT, m.up.weight[..., None], m.up.bias)), m.down.weight[..., None], m.down.bias
+    ),
+    "a convolution over pixels": lambda m, x: F.conv2d(
+        F.relu(F.conv2d(x.mT.reshape(2, WIDTH, 1, -1), m.up.weight[:, :, None, None])), m.down.weight[:, :, None, None], m.down.bias
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_layers_over_columns(name, dynamic):
+    """Features are rows of what the weights multiply from the left, or channels of a convolution of width one."""
+    assert only(COLUMNS[name], dynamic=dynamic).width == HIDDEN
+    if dynamic is None:
+        assert blocks.assert_exact_is_eager(Block(COLUMNS[name]), X) == ["ffn"]
+
+
+def test_dropout_turns_with_the_columns():
+    c = only(lambda m, x: m.down.weight @ F.dropout(F.gelu(m.up.weight @ x.mT), 0.3))
+    assert c.dropout_p == 0.3 and c.act == "gelu(x0)"
+    (captured,) = models.capture(Block(lambda m, x: m.down.weight @ F.dropout(F.gelu(m.up.weight @ x.mT), 0.3)), X)
+    module = copy_graph(captured.module)
+    canonicalize(module)
+    assert [n.target for n in module.graph.nodes].count(F.dropout) == 1  # none is left behind that would draw
+
+
+@pytest.mark.parametrize(
+    "options, between",
+    [(dict(groups=2), F.gelu), (dict(stride=2), F.gelu), (dict(padding=1), F.gelu), ({}, nn.BatchNorm1d(HIDDEN).double())],
+)
+def test_convolutions_that_are_no_linear_layers_are_reported(options, between):
     class Pointwise(nn.Module):
         def __init__(self):
             super().__init__()
-            self.up, self.down = nn.Conv1d(WIDTH, HIDDEN, 1).double(), nn.Conv1d(HIDDEN, WIDTH, 1).double()
+            self.up, self.down = nn.Conv1d(WIDTH, HIDDEN, 1, **options).double(), nn.Conv1d(HIDDEN, WIDTH, 1).double()
+            self.between = between
 
         def forward(self, x):
-            return self.down(F.gelu(self.up(x)))
+            return self.down(self.between(F.gelu(self.up(x))))
 
     matches, skipped = sites(Pointwise(), numbers(2, WIDTH, 5))
-    assert not matches and len(skipped) == 1 and "1x1 convolution" in str(skipped[0].reason)
+    expected = "batch_norm" if isinstance(between, nn.Module) else "1x1 convolution"
+    assert not matches and [expected in str(s.reason) for s in skipped] == ([True] if options.get("groups", 1) == 1 else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

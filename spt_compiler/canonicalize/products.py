@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..graph import Arguments, dtype, is_parameter, is_tensor, rank, same_size, shape
+from ..graph import Arguments, dtype, is_float, is_parameter, is_tensor, rank, same_shape, same_size, shape
 from .editor import Editor, rule
+from .spelling import ELEMENTWISE
 
 # What may stand between a Parameter and its use as a weight. getitem: rows of a fused projection.
 _WEIGHT_LAYOUT = {torch.t, torch.permute, torch.reshape, operator.getitem, "to", "contiguous"}
@@ -184,3 +185,119 @@ def bias_into_linear(e: Editor, node: fx.Node) -> fx.Node | None:
         if dtype(bias) is dtype(product) and same_size(shape(bias)[0], shape(product)[-1]):
             return e.call(F.linear, *product.args, bias)
     return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers over columns
+# ---------------------------------------------------------------------------------------------------------------------
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
+
+# Steps between two layers that act on each number by itself.
+_POINTWISE = {
+    *ELEMENTWISE,
+    *(operator.truediv, torch.where, torch.masked_fill, torch.clamp, F.dropout, F.gelu, F.leaky_relu, F.elu, F.selu, F.celu),
+    *(F.mish, F.softplus, F.hardtanh, F.relu6, F.hardsigmoid, F.hardswish, F.softsign, F.logsigmoid, "to", "contiguous"),
+}
+
+
+def _layer(node: Any) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]] | None:
+    """(x, weight, bias, order in which features come last) of a linear layer whose features are not the last dim.
+
+    w @ x with a weight on the left, or a convolution of one position at a time.
+    """
+    if not is_tensor(node):
+        return None
+    dims = rank(node)
+    if node.target is torch.matmul:
+        w, x = node.args
+        is_layer = rank(w) == 2 and is_weight(w) and not is_weight(x) and rank(x) == dims
+        return (x, w, None, (*range(dims - 2), dims - 1, dims - 2)) if is_layer else None
+    if node.target not in _CONVOLUTIONS:
+        return None
+    found = Arguments(node, "input", "weight", "bias", ("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
+    x, w, b, stride, padding, groups = found.take("input", "weight", "bias", "stride", "padding", "groups")
+    plain = all(s in (wanted, (wanted,) * (dims - 2)) for s, wanted in ((stride, 1), (padding, 0)))
+    if not found.valid or not plain or groups != 1 or not is_weight(w) or rank(x) != dims or rank(w) != dims:
+        return None
+    return (x, w, b, (0, *range(2, dims), 1)) if all(s == 1 for s in shape(w)[2:]) else None
+
+
+def _order(node: Any) -> tuple[int, ...] | None:
+    """The order of dims that a permutation makes; None for other calls."""
+    if not is_tensor(node) or node.target not in (torch.permute, torch.t):
+        return None
+    return tuple(node.args[1]) if node.target is torch.permute else (1, 0)
+
+
+@rule(torch.matmul, F.linear, *_CONVOLUTIONS)
+def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
+    """w2 @ f(w1 @ x) -> linear(f(linear(x.mT, w1)), w2).mT, and so for convolutions of one position at a time.
+
+    Either half may be a linear layer with a permutation behind or before it. Both layers and what is between them turn at
+    once; a layer without the other half of its block gains nothing by it.
+    """
+    turns = _order(node.args[0]) if node.target is F.linear else None
+    if turns is None:
+        last = _layer(node)
+    else:  # the permutation is the layer's own if nobody else reads it
+        x, w, *rest = node.args
+        last = (x.args[0], w, *(rest or [None]), turns) if turns[-1] != rank(x) - 1 and len(x.users) == 1 else None
+    if last is None:
+        return None
+    h, w_out, b_out, order = last
+    width, hidden = shape(w_out)[:2]
+    back = tuple(order.index(i) for i in range(len(order)))
+
+    def first(x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]] | None:
+        if _order(x) == back and x.args[0].target is F.linear:
+            return x.args[0], x.args[0].args[1], None, order
+        return _layer(x)
+
+    if first(h) is not None:
+        return None  # nothing between them
+    inside, stack = {h}, [h]
+    while stack:
+        current = stack.pop()
+        if (found := first(current)) is not None:
+            # [F, E] and [E, F]: the block widens its input and comes back to it.
+            if found[3] != order or not same_shape(shape(found[1])[:2], (hidden, width)) or hidden < width:
+                return None
+            continue
+        if current.target not in _POINTWISE or not e.same_region(node, current):
+            return None
+        above = [a for a in current.args if is_float(a) and same_shape(shape(a), shape(h)) and a not in inside]
+        inside.update(above)
+        stack += above
+    ends = (node, node.args[0] if turns else node)
+    if not any(map(first, inside)) or any(u not in inside and u not in ends for i in inside for u in i.users):
+        return None
+    turned: dict[fx.Node, fx.Node] = {}
+
+    def turn(x: Any) -> Any:
+        if not is_tensor(x) or not rank(x):
+            return x
+        if x not in turned:
+            turned[x] = anew(x)
+        return turned[x]
+
+    def anew(x: fx.Node) -> fx.Node:
+        if x in inside:
+            found = first(x)
+            if found is None:
+                return e.call(x.target, *map(turn, x.args), **x.kwargs)
+            return found[0] if _order(x) else linear(turn(found[0]), *found[1:3])
+        while rank(x) < len(order):
+            x = e.call(torch.unsqueeze, x, 0)
+        *lead, features = (shape(x)[i] for i in order)
+        if isinstance(features, int) and all(same_size(s, 1) for s in lead):
+            return e.call(torch.reshape, x, (features,))  # a bias
+        return permuted(e, x, order)
+
+    def linear(x: fx.Node, w: fx.Node, b: fx.Node | None) -> fx.Node:
+        flat = w if rank(w) == 2 else e.call(torch.reshape, w, shape(w)[:2])
+        return e.call(F.linear, x, flat, *([] if b is None else [b]))
+
+    result = linear(turn(h), w_out, b_out)
+    e.move(inside)
+    return result if turns else permuted(e, result, back)

@@ -405,10 +405,13 @@ def softmax_over_the_keys(e: Editor, node: fx.Node) -> fx.Node | None:
 def step_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
     """f(scores.permute(order), mask) on its way to a softmax -> f(scores, mask permuted back).permute(order)."""
     dims = rank(node)
-    x = next((a for a in node.args if is_float(a) and a.target is torch.permute and _of_product(a)), None)
-    if x is None or rank(x) != dims or len(x.users) != 1 or tuple(x.args[1]) == _swap(dims) or not e.same_region(node, x):
+    scores = [a for a in node.args if is_float(a) and same_shape(shape(a), shape(node)) and _of_product(a)]
+    x = next((a for a in scores if a.target is torch.permute), None)
+    if x is None or len(x.users) != 1 or tuple(x.args[1]) == _swap(dims) or not e.same_region(node, x):
         return None
-    if not same_shape(shape(x), shape(node)) or _toward_softmax(node, any_dim=True) is None:
+    if any(a.target is not torch.permute for a in scores):
+        return None  # x is a bias made by a product (relative positions); the scores have their order already
+    if _toward_softmax(node, any_dim=True) is None:
         return None
     order = tuple(x.args[1])
     back = [order.index(i) for i in range(dims)]
@@ -441,15 +444,27 @@ def probabilities_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
 
 @rule(torch.matmul)
 def product_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
-    """probabilities.permute(order) @ v -> (probabilities @ v permuted back).permute(order), if leading dims alone move."""
+    """probabilities.permute(order) @ v -> (probabilities @ v permuted back).permute(order), if the keys stay last.
+
+    Another dim may have taken the place of the queries (the heads of a group, say), if the values are the same along it.
+    """
     p, v = node.args
     if not is_tensor(p) or p.target is not torch.permute or len(p.users) != 1 or not _from_softmax(p.args[0]):
         return None
     order, dims = tuple(p.args[1]), rank(p)
-    if order[-2:] != (dims - 2, dims - 1) or rank(v) > dims or not e.same_region(node, p):
+    if order[-1] != dims - 1 or rank(v) > dims or not e.same_region(node, p):
         return None
-    v = permuted(e, _widened(e, v, dims), [order.index(i) for i in range(dims)])
-    return permuted(e, e.call(torch.matmul, p.args[0], v), order)
+    back = [order.index(i) for i in range(dims)]
+    v = _widened(e, v, dims)
+    if order[-2] != dims - 2:
+        if not same_size(shape(v)[back[-2]], 1):
+            return None
+        # Where the queries were among the leading dims, v has one row for all of them; now the other dim takes that row.
+        v = e.call(torch.squeeze, v, back[-2])
+        v = e.call(torch.unsqueeze, v, dims - 3)
+        rest = [i for i in range(dims - 2) if i != back[-2]]
+        back = [*(dims - 3 if i == dims - 2 else rest.index(i) for i in back[:-2]), dims - 2, dims - 1]
+    return permuted(e, e.call(torch.matmul, p.args[0], permuted(e, v, back)), order)
 
 
 @rule(torch.matmul, F.scaled_dot_product_attention)
@@ -583,9 +598,12 @@ def softmax_before_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
 
 @rule(*_PER_PROBABILITY)
 def step_before_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
-    """dropout(probabilities.view(...)) -> dropout(probabilities).view(...)."""
+    """dropout(probabilities.view(...)) -> dropout(probabilities).view(...), and a cast of scores.view(B * H, T, S) alike."""
     x = node.args[0]
-    if not _is_batch_reshape(x) or len(x.users) != 1 or not _from_softmax(x) or not e.same_region(node, x):
+    if not _is_batch_reshape(x) or len(x.users) != 1 or not e.same_region(node, x):
+        return None
+    of_scores = node.target in ("to", "contiguous") and rank(x.args[0]) > rank(x) and _toward_softmax(node) is not None
+    if not of_scores and not _from_softmax(x):
         return None
     return e.call(torch.reshape, e.call(node.target, x.args[0], *node.args[1:], **node.kwargs), x.args[1])
 

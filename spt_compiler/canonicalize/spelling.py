@@ -64,6 +64,9 @@ _SPELLING: dict[Any, Callable] = {
     alias: name for table in (_UNARY, _BINARY, _SUMS, _LOGICAL) for name, aliases in table.items() for alias in aliases
 }
 
+# Canonical calls that act on each number by itself.
+ELEMENTWISE = (*_UNARY, *_BINARY, *_SUMS, *_LOGICAL)
+
 # Functions of torch whose `input` is not their first argument.
 _INPUT_BEHIND = {torch.where, torch.searchsorted, torch.polygamma}
 
@@ -393,7 +396,7 @@ PURE |= {
     *(torch.reshape, torch.permute, torch.t, torch.unsqueeze, "to", "contiguous", "view", "reshape", "max", "amax"),
     *_EXPANDS,
     *("log_softmax", torch.log_softmax, F.log_softmax, torch.isnan, "isnan"),
-    *(torch.logsumexp, "logsumexp", "unsqueeze", "mean", torch.mean, "sum", torch.sum),
+    *(torch.logsumexp, "logsumexp", "unsqueeze", "squeeze", torch.squeeze, "mean", torch.mean, "sum", torch.sum),
     *(torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
 }
 
