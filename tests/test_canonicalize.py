@@ -283,6 +283,42 @@ def test_no_ops_go_away(function):
     assert calls(canonical(lambda x: function(x * 2.0) * 3.0, Q)) == ["mul", "mul"]
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.select(2, 1),
+        lambda x: torch.select(x, -2, 1),
+        lambda x: x.chunk(5, 2)[1].squeeze(2),
+        lambda x: torch.split(x, 1, dim=-2)[1][:, :, 0],
+        lambda x: x[:, :, 1:2].squeeze(-2),
+        lambda x: x.narrow(2, 1, 1)[..., 0, :],
+        lambda x: x.movedim(2, 0)[1],
+        lambda x: x.permute(2, 0, 1, 3).unbind(0)[1],
+        lambda x: x.permute(0, 1, 3, 2)[..., 1],
+    ],
+)
+def test_one_of_a_dim_is_an_index(function):
+    (call,) = (n for n in canonical(function, Q).graph.nodes if n.op == "call_function")
+    assert describe(call) == "getitem" and call.args[0].op == "placeholder"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.permute(2, 1, 0, 3)[1],  # what is left changes its order
+        lambda x: x.chunk(2, 2)[1].squeeze(2),
+        lambda x: x.chunk(5, 2)[1].squeeze(),
+        lambda x: x[:, :1].squeeze(2),
+        lambda x: x.permute(2, 0, 1, 3)[torch.tensor([1])],
+        lambda x: x.permute(2, 0, 1, 3)[1, 0],
+        lambda x: x.permute(2, 0, 1, 3)[None],
+        lambda x: x.narrow(2, 1, 1)[..., 0],
+    ],
+)
+def test_other_pieces_stay(function):
+    assert len(calls(canonical(function, Q))) > 1
+
+
 def test_a_returned_no_op_stays_a_tensor_of_its_own():
     """Returning x and x.view(same) gives two tensors; an alias in their place would change what a caller's write does."""
     module = canonical(lambda x: ((y := x * 2.0), y.view(2, 3, 5, 4)), Q)

@@ -627,6 +627,82 @@ def test_hidden_probabilities_set_to_zero_again(mask):
     assert c.empty == "zero" and len(c.disallowed) == 1
 
 
+AFTER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a mask of heads": lambda p, w: p * w[:, 0, 0].view(1, 4, 1, 1),
+    "a mask of queries": lambda p, w: (torch.arange(6) < 4)[:, None] * F.dropout(p, 0.0),
+    "a gate of queries": lambda p, w: p * w[..., :1].sigmoid(),
+    "a number": lambda p, w: p * 0.5 / 3,
+    "divided": lambda p, w: p / w[:, :1, :1].exp(),
+    "a learned scale": lambda p, w: w.mean() * p,
+}
+
+
+class After(nn.Module):
+    def __init__(self, after: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.after, self.weight = after, nn.Parameter(BIAS[0].clone())
+
+    def forward(self, q, k, v):
+        return self.after(torch.softmax((q @ k.mT).masked_fill(HIDDEN, -math.inf), -1), self.weight) @ v
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_a_factor_that_all_keys_share_joins_the_output(name):
+    assert only(After(AFTER[name]), Q, K, V).scale == 1.0
+    assert blocks.assert_exact_is_eager(After(AFTER[name]), Q, K, V) == ["attention"]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda p, w: p * w,
+        lambda p, w: p * w[:, :1],
+        lambda p, w: 1.0 / p.clamp(min=0.1),
+        lambda p, w: (h := p * w[..., :1]) + h.mean(),
+        lambda p, w: p * p,
+    ],
+    ids=["of each pair", "of each key", "turned around", "read twice", "squared"],
+)
+def test_other_factors_after_the_softmax_stay(after):
+    refused(After(after), Q, K, V)
+
+
+DIFFERENCES: dict[str, Callable[..., Tensor]] = {
+    "a learned share": lambda p, r, w: p - w.mean() * r,
+    "a share of each head": lambda p, r, w: p - w[:, :1, :1].exp() * r,
+    "both weighted, summed": lambda p, r, w: 0.25 * p + r / 2,
+    "dropped out": lambda p, r, w: F.dropout(p, 0.0) - F.dropout(r, 0.0),
+}
+
+
+class Difference(nn.Module):
+    def __init__(self, difference: Callable[..., Any]):
+        super().__init__()
+        self.difference, self.weight = difference, nn.Parameter(BIAS[0].clone())
+
+    def forward(self, q, k, v):
+        (q, r), (k, s) = q.chunk(2, -1), k.chunk(2, -1)
+        p, r = (torch.softmax((a @ b.mT * 0.4).masked_fill(HIDDEN, -math.inf), -1) for a, b in ((q, k), (r, s)))
+        return self.difference(p, r, self.weight) @ v
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_difference_of_two_softmaxes_is_two_attentions(name):
+    matches, skipped = sites(Difference(DIFFERENCES[name]), Q, K, V)
+    assert len(matches) == 2 and not skipped
+    assert blocks.assert_exact_is_eager(Difference(DIFFERENCES[name]), Q, K, V) == ["attention"] * 2
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [lambda p, r, w: p - w * r, lambda p, r, w: (p - r).relu(), lambda p, r, w: (d := p - r) / d.sum(), lambda p, r, w: p - w],
+    ids=["weighted by pairs", "rectified", "read twice", "less no softmax"],
+)
+def test_other_differences_of_softmaxes_stay(difference):
+    matches, skipped = sites(Difference(difference), Q, K, V)
+    assert len(matches) <= 1 and skipped
+
+
 @pytest.mark.parametrize(
     "cleaned",
     [
@@ -1200,8 +1276,9 @@ def test_whatever_is_rewritten_computes_the_same(program, dim, end):
     model = Attention()
     sites(model, Q, K, V, PADDING)
     taken = blocks.assert_exact_is_eager(model, Q, K, V, PADDING)
-    # A gate may be a sink, and probabilities may be masked by what masked the scores; other readers keep the site dense.
-    assert len(taken) <= (end in ("", "a gate", "probabilities are masked"))
+    # A gate may be a sink, probabilities may be masked by what masked the scores, and a factor joins the output; other
+    # readers keep the site dense.
+    assert len(taken) <= (end in ("", "a gate", "probabilities are masked", "probabilities are scaled"))
 
 
 @pytest.mark.parametrize("library", [True, False])

@@ -195,6 +195,26 @@ GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
         (lambda h: h[:, :, :, 0] * F.silu(h[:, :, :, 1]))(m.fused(x).unflatten(-1, (-1, 2)))
     ),
     "interleaved, unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).view(2, 5, -1, 2).unbind(-1))),
+    "interleaved, selected": lambda m, x: m.down(
+        (lambda h: F.silu(h.select(-1, 0)) * torch.select(h, 3, 1))(m.fused(x).view(2, 5, -1, 2))
+    ),
+    "interleaved, chunks": lambda m, x: m.down(
+        (lambda g, u: F.silu(g.squeeze(-1)) * u.squeeze(3))(*m.fused(x).view(2, 5, -1, 2).chunk(2, -1))
+    ),
+    "interleaved, chunks read by index": lambda m, x: m.down(
+        (lambda g, u: F.silu(g[..., 0]) * u[..., -1])(*m.fused(x).view(2, 5, -1, 2).split(1, dim=-1))
+    ),
+    "interleaved, slices of one": lambda m, x: m.down(
+        (lambda h: F.silu(h[..., :1].squeeze(-1)) * h.narrow(-1, 1, 1).squeeze(-1))(m.fused(x).view(2, 5, -1, 2))
+    ),
+    "interleaved, in front": lambda m, x: m.down((lambda h: F.silu(h[0]) * h[1])(m.fused(x).view(2, 5, -1, 2).movedim(-1, 0))),
+    "interleaved, turned": lambda m, x: m.down((lambda h: F.silu(h[..., 0, :]) * h[..., 1, :])(m.fused(x).view(2, 5, -1, 2).mT)),
+    "fused, stacked in front": lambda m, x: m.down(
+        (lambda g, u: F.silu(g) * u)(*m.fused(x).view(2, 5, 2, -1).permute(2, 0, 1, 3).unbind(0))
+    ),
+    "fused, stacked, chunks": lambda m, x: m.down(
+        (lambda g, u: F.silu(g.squeeze(2)) * u.squeeze(-2))(*m.fused(x).view(2, 5, 2, -1).chunk(2, 2))
+    ),
     "fused, unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).unflatten(-1, (2, -1)).unbind(-2))),
 }
 
@@ -208,7 +228,7 @@ def test_gates(name):
 def test_interleaved_gates_read_every_other_row():
     c = only(lambda m, x: m.down((lambda h: h[..., 0] * F.gelu(h[..., 1]))((m.fused(x) + m.bf(m.a(x))).view(2, 5, -1, 2))))
     assert [(w.start, w.step) for w in c.w_in] == [(1, 2), (0, 2)] and c.lora[0] == c.lora[1]
-    for name in ("interleaved, slices", "interleaved, the value first"):
+    for name in ("interleaved, slices", "interleaved, the value first", "interleaved, chunks", "interleaved, in front"):
         assert blocks.assert_exact_is_eager(Block(GATED[name]), X) == ["ffn"]
 
 
@@ -534,6 +554,18 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: F.linear(F.silu((h := m.fused(x))[..., ::2][..., :8]) * h[..., 1::2][..., :8], m.down.weight[:, :8]),
         "a part of an interleaved projection",
     ),
+    "interleaved halves that keep a dim": (
+        lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).view(2, 5, -1, 2).chunk(2, -1)).flatten(2)),
+        ".chunk of a fused projection keeps a dim of one",
+    ),
+    "a slice of one that keeps its dim": (
+        lambda m, x: m.down((lambda h: F.silu(h[..., :1]) * h[..., 1:])(m.fused(x).view(2, 5, -1, 2)).squeeze(-1)),
+        "getitem of a fused projection keeps a dim of one",
+    ),
+    "a gated linear unit over a dim of two": (
+        lambda m, x: m.down(F.glu(m.fused(x).view(2, 5, -1, 2), -1).squeeze(-1)),
+        "over a dim beside the hidden units",
+    ),
     "pooler": (lambda m, x: F.linear(torch.tanh(m.square(m.up(x))), m.square.weight), "linear, tanh, linear is a pooler"),
     "head": (lambda m, x: F.linear(F.gelu(m.up(x)), m.square.weight), "differs from the model width"),
     "bottleneck adapter": (
@@ -734,7 +766,9 @@ COLUMNS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "plain": lambda m, x: m.down.weight @ F.gelu(m.up.weight @ x.mT),
     "matrices": lambda m, x: torch.mm(m.down.weight, torch.mm(m.up.weight, x[0].t()).relu()),
     "biases": lambda m, x: (m.down.weight @ F.relu(m.up.weight @ x.mT + m.up.bias[:, None]) + m.down.bias.view(-1, 1)).mT,
-    "addmm": lambda m, x: torch.addmm(m.down.bias[:, None], m.down.weight, torch.addmm(m.up.bias[:, None], m.up.weight, x[0].T).exp()),
+    "addmm": lambda m, x: torch.addmm(
+        m.down.bias[:, None], m.down.weight, torch.addmm(m.up.bias[:, None], m.up.weight, x[0].T).exp()
+    ),
     "gated": lambda m, x: m.down.weight @ (F.silu(m.gate.weight @ x.mT + m.gate.bias[:, None]) * (m.up.weight @ x.mT)),
     "a formula": lambda m, x: m.down.weight @ ((h := m.up.weight @ x.mT) * torch.sigmoid(1.7 * h) * m.beta[:, None]),
     "einsum": lambda m, x: torch.einsum("ef,bft->bte", m.down.weight, torch.einsum("fe,bte->bft", m.up.weight, x).relu()),

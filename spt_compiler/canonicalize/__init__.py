@@ -30,9 +30,9 @@ from .editor import MAX_PASSES, Editor, rule
 from .inplace import functionalize
 from .opaque import expand_opaque
 from .products import is_weight
-from .spelling import place_inputs
+from .spelling import one_index, place_inputs
 
-__all__ = ["Editor", "canonicalize", "is_weight", "rule"]
+__all__ = ["Editor", "canonicalize", "is_weight", "one_index", "rule"]
 
 log = logging.getLogger(__name__)
 

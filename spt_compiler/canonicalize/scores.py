@@ -654,6 +654,45 @@ def row_factor_to_queries(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.call(torch.matmul, e.call(node.target, q, factor), k)
 
 
+@rule(torch.matmul)
+def row_factor_to_output(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(p * s) @ v of probabilities p -> (p @ v) * s, where s is the same for all keys: masks of heads or queries, gates."""
+    weighted, v = node.args
+    if not is_tensor(weighted) or weighted.target not in (operator.mul, operator.truediv) or rank(v) > rank(weighted):
+        return None
+    p, factor = weighted.args
+    if weighted.target is operator.mul and not (_is_weighted(p) and same_shape(shape(p), shape(weighted))):
+        p, factor = factor, p
+    if not _is_weighted(p) or not same_shape(shape(p), shape(weighted)) or dtype(p) is not dtype(weighted):
+        return None
+    if len(weighted.users) != 1 or not e.same_region(node, weighted):
+        return None
+    if not (same_size(shape(factor)[-1], 1) if rank(factor) else is_tensor(factor) or isinstance(factor, (int, float))):
+        return None
+    return e.call(weighted.target, e.call(torch.matmul, p, v), factor)
+
+
+@rule(torch.matmul)
+def values_of_two_softmaxes(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(p - s * r) @ v of probabilities p and r -> p @ v - (s * r) @ v: differential attention is two attentions."""
+    total, v = node.args
+    if not is_tensor(total) or total.target not in (operator.add, operator.sub) or len(total.users) != 1:
+        return None
+    if not all(_is_weighted(p) and len(p.users) == 1 and same_shape(shape(p), shape(total)) for p in total.args):
+        return None
+    if not e.same_region(node, total):
+        return None
+    return e.call(total.target, *(e.call(torch.matmul, p, v) for p in total.args))
+
+
+def _is_weighted(node: Any) -> bool:
+    """Whether `node` is made of probabilities, times factors that nobody else sees, or not."""
+    if not is_tensor(node) or _from_softmax(node):
+        return is_tensor(node)
+    is_product = node.target in (operator.mul, operator.truediv) and len(node.users) == 1
+    return is_product and any(map(_is_weighted, node.args[: 1 if node.target is operator.truediv else 2]))
+
+
 def _is_scores(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is torch.matmul and is_float(node)
 

@@ -203,7 +203,8 @@ _REARRANGES = {
         "topk",
     ),
     *(F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.normalize),
-    *(F.dropout, torch.minimum, torch.nan_to_num, "nan_to_num", torch.sqrt, torch.abs, F.softmax, torch.scatter),
+    *(F.dropout, torch.minimum, torch.lerp, "lerp", torch.nan_to_num, "nan_to_num", torch.sqrt, torch.abs, F.softmax),
+    torch.scatter,
 }
 
 _NOTHING, _LOOSE, _PLAIN = 0, 1, 2
