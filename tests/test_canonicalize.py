@@ -232,20 +232,42 @@ def test_a_bias_joins_its_linear():
         ("bhqd,bkd->bhqk", (2, 3, 5, 4), (2, 7, 4)),
         ("bhkd,bhqd->bhqk", (2, 3, 7, 4), (2, 3, 5, 4)),
         ("qd,kd->qk", (5, 4), (7, 4)),
+        ("rinhd,rjnhd->hnij", (2, 5, 2, 3, 4), (2, 7, 2, 3, 4)),
+        ("bqhd,bkhd->bqk", (2, 5, 3, 4), (2, 7, 3, 4)),
     ],
 )
-def test_einsum_with_one_sum_is_a_product(equation, a, b):
+def test_einsum_with_sums_is_a_product(equation, a, b):
     module = canonical(lambda x, y: torch.einsum(equation, x, y), numbers(*a), numbers(*b, seed=1))
     assert "matmul" in calls(module) and "einsum" not in calls(module)
 
 
 @pytest.mark.parametrize(
     ("equation", "shapes"),
-    [("bij,bij->b", [(2, 3, 4)] * 2), ("ij,jk,kl->il", [(3, 3)] * 3), ("ii->i", [(3, 3)]), ("bij->b", [(2, 3, 4)])],
+    [("bij,bij->b", [(2, 3, 4)] * 2), ("bij,bjk->bk", [(2, 3, 3)] * 2), ("ij,jk,kl->il", [(3, 3)] * 3), ("ii->i", [(3, 3)]), ("bij->b", [(2, 3, 4)])],
 )
 def test_other_einsums_stay(equation, shapes):
     module = canonical(lambda *x: torch.einsum(equation, *x), *(numbers(*s, seed=i) for i, s in enumerate(shapes)))
     assert calls(module) == ["einsum"]
+
+
+@pytest.mark.parametrize(
+    "equation, shape",
+    [("btc,fc->btf", (6, 4)), ("btc,hcd->bthd", (3, 4, 2)), ("btc,hdc->bthd", (3, 2, 4)), ("...c,gcf->g...f", (2, 4, 3))],
+)
+def test_einsum_with_a_weight_is_linear(equation, shape):
+    module = canonical(lambda x, weight: torch.einsum(equation, x, weight.view(*shape)), numbers(2, 5, 4))
+    assert "linear" in calls(module) and not {"einsum", "matmul"} & set(calls(module))
+
+
+def test_einsum_with_a_weight_that_sums_heads_is_linear():
+    module = canonical(lambda x, weight: torch.einsum("bthd,ehd->bte", x, weight.view(6, 2, 2)), numbers(2, 5, 2, 2))
+    assert "linear" in calls(module) and not {"einsum", "matmul"} & set(calls(module))
+
+
+def test_einsum_whose_features_do_not_come_last_stays_a_product():
+    """The weight may be learned queries."""
+    module = canonical(lambda x, weight: torch.einsum("qd,bkd->bqk", weight, x), numbers(2, 5, 4))
+    assert "matmul" in calls(module)
 
 
 def test_baddbmm_is_a_product_and_a_sum():

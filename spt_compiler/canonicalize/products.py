@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import string
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..graph import Arguments, dtype, is_float, is_parameter, is_tensor, rank, same_shape, same_size, shape
-from .editor import Editor, rule
+from .editor import Editor, Unknown, rule
 from .spelling import ELEMENTWISE
 
 # What may stand between a Parameter and its use as a weight. getitem: rows of a fused projection.
@@ -77,7 +78,10 @@ def _product_plus(e: Editor, x: fx.Node, y: fx.Node, b: fx.Node, beta: Any, alph
 
 @rule(torch.einsum)
 def einsum_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
-    """einsum of two operands with one summed index -> permute and matmul; of one operand without sums -> permute."""
+    """einsum of two operands -> permute and matmul, with a weight -> F.linear; of one operand without sums -> permute.
+
+    Indices that are summed together become one.
+    """
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
@@ -95,8 +99,13 @@ def einsum_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     (a, b), (left, right) = terms, operands
     summed = [c for c in a if c in b and c not in result]
-    if len(summed) != 1 or any(c not in result for c in set(a) ^ set(b)):
+    if not summed or any(c not in result for c in set(a) ^ set(b)):
         return None
+    if is_weight(left) is not is_weight(right):
+        x, w = ((right, b), (left, a)) if is_weight(left) else ((left, a), (right, b))
+        # Features come last, or else the weight may be learned queries.
+        if set(a) & set(b) == set(summed) < set(x[1]) and result[-1] not in x[1]:
+            return _einsum_to_linear(e, *x, *w, summed, result)
     # The operand that owns the second last index goes to the left: usually the product needs no permutation then.
     if result[-1] in a and result[-1] not in b:
         a, b, left, right = b, a, right, left
@@ -104,11 +113,38 @@ def einsum_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
     columns = next((c for c in reversed(result) if c in b and c not in a), None)
     if rows is None or columns is None:
         return None
-    lead, inner = [c for c in result if c not in (rows, columns)], summed[0]
-    x = _aligned(e, left, a, [*lead, rows, inner])
-    y = _aligned(e, right, b, [*lead, inner, columns])
+    lead = [c for c in result if c not in (rows, columns)]
+    x = _joined(e, _aligned(e, left, a, [*lead, rows, *summed]), -len(summed), len(summed))
+    y = _joined(e, _aligned(e, right, b, [*lead, *summed, columns]), -len(summed) - 1, len(summed))
     order = [*lead, rows, columns]
     return permuted(e, e.call(torch.matmul, x, y), [order.index(c) for c in result])
+
+
+def _einsum_to_linear(
+    e: Editor, left: fx.Node, a: str, weight: fx.Node, b: str, summed: list[str], result: str
+) -> fx.Node:
+    """einsum("btc,hcd->bthd", x, w) -> F.linear with a weight of [h * d, c], and the layout around it."""
+    own, features = ([c for c in term if c not in summed] for term in (a, b))
+    x = _joined(e, permuted(e, left, [a.index(c) for c in (*own, *summed)]), -len(summed), len(summed))
+    w = _joined(e, permuted(e, weight, [b.index(c) for c in (*features, *summed)]), -len(summed), len(summed))
+    y = e.call(F.linear, x, _joined(e, w, 0, len(features)))
+    if len(features) > 1:
+        sizes = (*(e.size(left, a.index(c)) for c in own), *(e.size(weight, b.index(c)) for c in features))
+        y = e.call(torch.reshape, y, sizes)
+    order = [*own, *features]
+    return permuted(e, y, [order.index(c) for c in result])
+
+
+def _joined(e: Editor, x: fx.Node, start: int, count: int) -> fx.Node:
+    """`x` with `count` dims from `start` on as one."""
+    if count == 1:
+        return x
+    start %= rank(x)
+    together = shape(x)[start : start + count]
+    if not all(isinstance(s, int) for s in together):
+        raise Unknown
+    before, after = (range(start), range(start + count, rank(x)))
+    return e.call(torch.reshape, x, (*(e.size(x, i) for i in before), math.prod(together), *(e.size(x, i) for i in after)))
 
 
 def _parse_einsum(equation: str, ranks: list[int]) -> tuple[list[str], str] | None:
