@@ -243,7 +243,13 @@ def test_einsum_with_sums_is_a_product(equation, a, b):
 
 @pytest.mark.parametrize(
     ("equation", "shapes"),
-    [("bij,bij->b", [(2, 3, 4)] * 2), ("bij,bjk->bk", [(2, 3, 3)] * 2), ("ij,jk,kl->il", [(3, 3)] * 3), ("ii->i", [(3, 3)]), ("bij->b", [(2, 3, 4)])],
+    [
+        ("bij,bij->b", [(2, 3, 4)] * 2),
+        ("bij,bjk->bk", [(2, 3, 3)] * 2),
+        ("ij,jk,kl->il", [(3, 3)] * 3),
+        ("ii->i", [(3, 3)]),
+        ("bij->b", [(2, 3, 4)]),
+    ],
 )
 def test_other_einsums_stay(equation, shapes):
     module = canonical(lambda *x: torch.einsum(equation, *x), *(numbers(*s, seed=i) for i, s in enumerate(shapes)))
@@ -268,6 +274,26 @@ def test_einsum_whose_features_do_not_come_last_stays_a_product():
     """The weight may be learned queries."""
     module = canonical(lambda x, weight: torch.einsum("qd,bkd->bqk", weight, x), numbers(2, 5, 4))
     assert "matmul" in calls(module)
+
+
+@pytest.mark.parametrize("dims", [1, ([2], [0]), ([-1], [0]), ([1], [1])])
+def test_tensordot_is_a_product(dims):
+    a, b = numbers(2, 5, 4), numbers(4, 5, seed=1)
+    assert "matmul" in calls(canonical(lambda x, y: torch.tensordot(x, y, dims=dims), a, b))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: (x.unsqueeze(2) * y.unsqueeze(1)).sum(2),  # of no dim that both have
+        lambda x, y: (x.unsqueeze(2) * y.unsqueeze(1)).sum(-1, keepdim=True),
+        lambda x, y: ((p := x.unsqueeze(2) * y.unsqueeze(1)).sum(-1), p),
+        lambda x, y: (x * y[:, :5]).sum(-1),
+        lambda x, y: (x.unsqueeze(2) * y.unsqueeze(1)).sum((1, 3)),
+    ],
+)
+def test_other_sums_of_products_stay(function):
+    assert "sum" in calls(canonical(function, numbers(2, 5, 4), numbers(2, 7, 4, seed=1)))
 
 
 def test_baddbmm_is_a_product_and_a_sum():

@@ -323,6 +323,7 @@ def test_between_softmax_and_values(after):
         lambda q, k: torch.matmul(q, k.transpose(2, 3)),
         lambda q, k: torch.bmm(q.view(8, 6, 8), k.view(8, 6, 8).transpose(1, 2)).view(2, 4, 6, 6),
         lambda q, k: torch.einsum("bhqd,bhkd->bhqk", q, k),
+        lambda q, k: torch.addcmul(BIAS, q @ k.mT, torch.tensor(2.0).double(), value=0.5),
         lambda q, k: torch.einsum("bqhd,bkhd->bhqk", q.transpose(1, 2), k.transpose(1, 2)),
         lambda q, k: (
             torch.baddbmm(torch.empty(8, 6, 6), q.view(8, 6, 8).float(), k.view(8, 6, 8).float().mT, beta=0)
@@ -374,6 +375,38 @@ def test_scores_in_any_order_of_dims(scores, values):
     inputs = [numbers(*(SIZES[c] for c in letters), seed=i) for i, letters in enumerate((left, right, held))]
     assert only(Attention(), *inputs).q.meta["example_value"].shape[-2] == SIZES["q"]
     assert blocks.assert_exact_is_eager(Attention(), *inputs) == ["attention"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_one_softmax_for_several_rows(dropout):
+    """Tied row attention: scores are summed over the rows of an alignment, whose values share their probabilities."""
+
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            p = torch.softmax(torch.einsum("rinhd,rjnhd->hnij", q * 0.3, k), -1)
+            return torch.einsum("hnij,rjnhe->rinhe", F.dropout(p, dropout), v)
+
+    q, k, v = numbers(3, 6, 2, 4, 8), numbers(3, 7, 2, 4, 8, seed=1), numbers(3, 7, 2, 4, 5, seed=2)
+    c = only(Attention(), q, k, v)
+    assert c.q.meta["example_value"].shape == (4, 2, 6, 24) and c.dropout_p == dropout
+    if not dropout:
+        assert blocks.assert_exact_is_eager(Attention(), q, k, v) == ["attention"]
+
+
+@pytest.mark.parametrize(
+    "scores, values",
+    [
+        (lambda q, k: (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1), lambda p, v: (p.unsqueeze(-1) * v.unsqueeze(2)).sum(3)),
+        (lambda q, k: torch.sum(k[:, :, None] * q[..., None, :], dim=(4,)), lambda p, v: (v[:, :, None] * p[..., None]).sum(-2)),
+    ],
+)
+def test_products_as_sums_over_all_pairs(scores, values):
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return values(torch.softmax(scores(q, k) * 0.5, -1), v)
+
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+    assert only(Attention(), Q, K, V, dynamic=True).scale == 0.5
 
 
 SHARED = [
@@ -448,7 +481,10 @@ def test_a_softmax_over_keys_that_stand_first():
         (lambda s, v: torch.einsum("bqhk,bkhe->bqhe", torch.softmax(s, 2), v), "softmax over dim"),
         (lambda s, v: torch.einsum("bqhk,bkhe->bqhe", torch.softmax(s, 1), v), "softmax over dim"),
         (lambda s, v: torch.einsum("bqhk,bqhe->bkhe", torch.softmax(s, -1), v[:, :6]), "permute between the"),
-        (lambda s, v: torch.einsum("bqhk,bqke->bqhe", torch.softmax(s, -1), v.mT[:, :6, :, :7].mT), "permute between the"),
+        (
+            lambda s, v: torch.einsum("bqhk,bqke->bqhe", torch.softmax(s, -1), v.transpose(1, 2)[:, :1].expand(2, 6, 7, 8)),
+            "permute between the",
+        ),
     ],
     ids=["over the heads", "over the queries", "values of queries", "values of each query"],
 )
@@ -987,7 +1023,47 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "distances of another kind": (lambda q, k, v: torch.softmax(-torch.cdist(q, k, p=1) ** 2, -1) @ v, "the scores are distances"),
     "distances by differences": (
         lambda q, k, v: torch.softmax(-(q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1), -1) @ v,
+        "the scores are squared differences",
+    ),
+    "distances by differences that are multiplied": (
+        lambda q, k, v: torch.softmax(-((d := (q[:, :, :, None] - k[:, :, None]) / 3) * d).mean(-1), -1) @ v,
+        "the scores are squared differences",
+    ),
+    "distances by weighted differences": (
+        lambda q, k, v: torch.softmax(((k[:, :, None] - q[:, :, :, None]) ** 2 * BIAS[0, 0, 0, 0]).sum(-1) * -0.5, -1) @ v,
+        "the scores are squared differences",
+    ),
+    "absolute differences": (
+        lambda q, k, v: torch.softmax(-(q[:, :, :, None] - k[:, :, None]).abs().sum(-1), -1) @ v,
         "the scores are distances",
+    ),
+    "lengths of differences": (
+        lambda q, k, v: torch.softmax(-(q[:, :, :, None] - k[:, :, None]).norm(dim=-1) ** 2, -1) @ v,
+        "the scores are distances",
+    ),
+    "lengths by linalg": (
+        lambda q, k, v: torch.softmax(-torch.linalg.vector_norm(q[:, :, :, None] - k[:, :, None], dim=-1), -1) @ v,
+        "the scores are distances",
+    ),
+    "distances of pairs": (
+        lambda q, k, v: torch.softmax(-F.pairwise_distance(q[:, :, :, None], k[:, :, None]), -1) @ v,
+        "the scores are distances",
+    ),
+    "cosines": (
+        lambda q, k, v: torch.softmax(F.cosine_similarity(q[:, :, :, None], k[:, :, None], dim=-1) * 9, -1) @ v,
+        "the scores are made by cosine_similarity",
+    ),
+    "additive, a layer of vectors": (
+        lambda q, k, v: torch.softmax(F.linear(torch.tanh(q[:, :, :, None] + k[:, :, None]), q[0, 0, :1])[..., 0], -1) @ v,
+        "additive attention",
+    ),
+    "additive, a number each": (
+        lambda q, k, v: torch.softmax(F.leaky_relu(q[..., :1] + k[..., :1].mT, 0.2).masked_fill(HIDDEN, -9e15), -1) @ v,
+        "additive attention",
+    ),
+    "one query by einsum": (
+        lambda q, k, v: torch.einsum("bhk,bhke->bhe", torch.softmax(torch.einsum("bhd,bhkd->bhk", q[:, :, 0], k), -1), v),
+        "queries of length 1",
     ),
     "distances in a soft cap": (
         lambda q, k, v: torch.softmax(5 * torch.tanh(torch.cdist(q, k) ** 2 / 5), -1) @ v,

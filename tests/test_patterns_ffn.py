@@ -215,6 +215,9 @@ GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "fused, stacked, chunks": lambda m, x: m.down(
         (lambda g, u: F.silu(g.squeeze(2)) * u.squeeze(-2))(*m.fused(x).view(2, 5, 2, -1).chunk(2, 2))
     ),
+    "fused, by einsum": lambda m, x: m.down(
+        (lambda h: F.silu(h[0]) * h[1])(torch.einsum("bte,gfe->gbtf", x, m.fused.weight.view(2, HIDDEN, WIDTH)))
+    ),
     "fused, unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).unflatten(-1, (2, -1)).unbind(-2))),
 }
 

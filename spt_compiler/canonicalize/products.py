@@ -76,6 +76,44 @@ def _product_plus(e: Editor, x: fx.Node, y: fx.Node, b: fx.Node, beta: Any, alph
     return e.call(operator.add, product, b if beta == 1 else e.call(operator.mul, b, beta))
 
 
+@rule(torch.tensordot)
+def tensordot_to_einsum(e: Editor, node: fx.Node) -> fx.Node | None:
+    """tensordot(x, y, dims) -> einsum."""
+    found = Arguments(node, "a", "b", ("dims", 2))
+    x, y, dims = found.take("a", "b", "dims")
+    if isinstance(dims, int):
+        dims = (range(rank(x) - dims, rank(x)), range(dims))
+    if not found.valid or not isinstance(dims, (tuple, list)) or any(isinstance(d, int) for d in dims):
+        return None
+    a, b = list(string.ascii_letters[: rank(x)]), list(string.ascii_letters[rank(x) : rank(x) + rank(y)])
+    for i, j in zip(*dims, strict=True):
+        b[j] = a[i]
+    result = [c for c in (*a, *b) if (c in a) is not (c in b)]
+    return e.call(torch.einsum, f"{''.join(a)},{''.join(b)}->{''.join(result)}", x, y)
+
+
+@rule("sum", torch.sum)
+def sum_of_products(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(x[..., :, None, :] * y[..., None, :, :]).sum(-1) -> x @ y.mT, and (x[..., None] * y[..., None, :, :]).sum(-2) -> x @ y."""
+    found = Arguments(node, "input", "dim", ("keepdim", False))
+    pairs, dim, keepdim = found.take("input", "dim", "keepdim")
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    if not found.valid or keepdim or not isinstance(dim, int) or not is_tensor(pairs) or pairs.target is not operator.mul:
+        return None
+    dims, dim = rank(pairs), dim % rank(pairs)
+    if dims < 3 or dim < dims - 2 or len(pairs.users) != 1 or not is_float(node) or not e.same_region(node, pairs):
+        return None
+    if any(rank(a) != dims or not is_float(a) or same_size(shape(a)[dim], 1) for a in pairs.args):
+        return None
+    first, last = dims - 3, 2 * dims - 3 - dim
+    for x, y in (pairs.args, pairs.args[::-1]):
+        if same_size(shape(x)[last], 1) and same_size(shape(y)[first], 1) and not same_size(shape(x)[first], 1):
+            x, y = e.call(torch.squeeze, x, last), e.call(torch.squeeze, y, first)
+            order = [*range(dims - 3), *((dims - 2, dims - 3) if dim == dims - 1 else (dims - 3, dims - 2))]
+            return e.call(torch.matmul, x, permuted(e, y, order))
+    return None
+
+
 @rule(torch.einsum)
 def einsum_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
     """einsum of two operands -> permute and matmul, with a weight -> F.linear; of one operand without sums -> permute.
@@ -111,8 +149,14 @@ def einsum_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
         a, b, left, right = b, a, right, left
     rows = next((c for c in reversed(result) if c in a and c not in b), None)
     columns = next((c for c in reversed(result) if c in b and c not in a), None)
-    if rows is None or columns is None:
+    if columns is None:
         return None
+    if rows is None:  # vectors times matrices
+        x = e.call(torch.unsqueeze, left, 0)
+        one = next(c for c in string.ascii_letters if c not in a + b)
+        terms_of_one = f"{one}{a},{b}->{result[:-1]}{one}{result[-1]}"
+        product = e.call(torch.einsum, terms_of_one, x, right)
+        return e.call(torch.squeeze, product, -2) if result[-1] == columns else None
     lead = [c for c in result if c not in (rows, columns)]
     x = _joined(e, _aligned(e, left, a, [*lead, rows, *summed]), -len(summed), len(summed))
     y = _joined(e, _aligned(e, right, b, [*lead, *summed, columns]), -len(summed) - 1, len(summed))

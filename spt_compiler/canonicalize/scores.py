@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -494,6 +494,32 @@ def values_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
     if not is_tensor(v) or not 2 <= rank(v) < rank(p) or is_weight(v) or not _from_softmax(p):
         return None
     return e.call(torch.matmul, p, _widened(e, v, rank(p)))
+
+
+@rule(torch.matmul)
+def values_of_one_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
+    """p.unsqueeze(d) @ v, where one softmax weighs several tensors of values -> p @ v with those side by side."""
+    p, v = node.args
+    dims, dim = rank(v), 0  # of v; one that p lacks in front is added by broadcasting
+    if is_tensor(p) and p.target is torch.unsqueeze and rank(p) == dims:
+        p, dim = p.args[0], Arguments(p, "input", "dim")["dim"] % dims
+    if not is_tensor(p) or rank(p) != dims - 1 or dim >= dims - 2 or is_weight(v) or not e.same_region(node, p):
+        return None
+    several, width = shape(v)[dim], shape(v)[-1]
+    if several == 1 or not isinstance(several, int) or not isinstance(width, int):
+        return None
+    if not _from_softmax(p.args[0] if p.target is torch.permute else p):
+        return None
+    lead = [i for i in range(dims - 2) if i != dim]
+    beside = permuted(e, v, [*lead, dims - 2, dim, dims - 1])
+    together = e.call(torch.reshape, beside, (*_sizes(e, v, (*lead, dims - 2)), several * width))
+    product = e.call(torch.matmul, p, together)
+    apart = e.call(torch.reshape, product, (*_sizes(e, p, range(dims - 2)), several, width))
+    return permuted(e, apart, [dims - 2 if i == dim else i - (i > dim) if i < dims - 1 else i for i in range(dims)])
+
+
+def _sizes(e: Editor, x: fx.Node, dims: Iterable[int]) -> list[Any]:
+    return [e.size(x, i) for i in dims]
 
 
 @rule(torch.square, operator.pow)

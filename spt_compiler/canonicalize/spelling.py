@@ -120,6 +120,17 @@ def spell_sum(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.retarget(node, _SPELLING[node.target], (x, y)) if isinstance(alpha, (int, float)) else None
 
 
+@rule("addcmul", torch.addcmul)
+def spell_addcmul(e: Editor, node: fx.Node) -> fx.Node | None:
+    """torch.addcmul(b, x, y, value=a) -> b + a * x * y."""
+    found = Arguments(node, "input", "tensor1", "tensor2", ("value", 1))
+    b, x, y, factor = found.take("input", "tensor1", "tensor2", "value")
+    if not found.valid or not isinstance(factor, (int, float)):
+        return None
+    product = e.call(operator.mul, x, y)
+    return e.call(operator.add, b, product if factor == 1 else e.call(operator.mul, product, factor))
+
+
 @rule(torch.rsub, "rsub")
 def spell_reversed_difference(e: Editor, node: fx.Node) -> fx.Node | None:
     """torch.rsub(x, y) -> y - x."""
@@ -330,7 +341,10 @@ def _at(dim: int, index: int) -> tuple[Any, ...]:
 
 @rule("squeeze", torch.squeeze, operator.getitem)
 def one_of_a_dim(e: Editor, node: fx.Node) -> fx.Node | None:
-    """x.chunk(n, d)[i].squeeze(d), x.narrow(d, i, 1)[..., 0], x.movedim(d, 0)[i], x.movedim(d, 0).unbind(0)[i] -> x[..., i]."""
+    """x.chunk(n, d)[i].squeeze(d), x.narrow(d, i, 1)[..., 0], x.movedim(d, 0)[i], x.movedim(d, 0).unbind(0)[i] -> x[..., i].
+
+    And x.unsqueeze(d).squeeze(d) -> x.
+    """
     x = node.args[0] if node.args else None
     if not isinstance(x, fx.Node) or not is_tensor(node):
         return None
@@ -346,6 +360,8 @@ def one_of_a_dim(e: Editor, node: fx.Node) -> fx.Node | None:
     if not isinstance(dim, int) or not isinstance(index, int):
         return None
     dim %= rank(x)
+    if index in (0, -1) and _added_dim(x) == dim:
+        return x.args[0]
     if x.target is torch.permute:
         order = tuple(x.args[1])
         rest = [i for i in order if i != order[dim]]
@@ -354,6 +370,19 @@ def one_of_a_dim(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     source, start = _piece(x, dim)
     return None if source is None or start is None else e.call(operator.getitem, source, _at(dim, start))
+
+
+def _added_dim(x: fx.Node) -> int | None:
+    """The dim of size one that a call adds and does no more: x.unsqueeze(d), x[:, None]."""
+    if x.target in ("unsqueeze", torch.unsqueeze):
+        dim = Arguments(x, "input", "dim")["dim"]
+        return dim % rank(x) if isinstance(dim, int) else None
+    keys = x.args[1] if x.target is operator.getitem and isinstance(x.args[1], tuple) else ()
+    full = slice(None, None, None)
+    if keys.count(None) != 1 or any(k is not None and k is not Ellipsis and k != full for k in keys):
+        return None
+    at = keys.index(None)
+    return at if Ellipsis not in keys[:at] else rank(x) - (len(keys) - at)
 
 
 def one_index(node: fx.Node) -> tuple[int | None, Any]:

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 # A score set to this or less has probability zero beside any real score, in every dtype.
 HIDDEN = -1e4
 
+ONE_QUERY = "queries of length 1 stay dense (decoding, or one query for a whole input)"
+
 # A clamp this far out (near fp16's largest number) guards against overflow: no score of a working model gets there.
 FAR = 5e4
 
@@ -177,6 +179,7 @@ _REARRANGES = {
     *(operator.getitem, torch.cat, torch.concat, torch.stack, torch.gather, torch.index_select, torch.roll, torch.flip),
     *(
         F.pad,
+        F.leaky_relu,
         torch.permute,
         torch.t,
         torch.reshape,
@@ -215,22 +218,53 @@ def _is_product(node: Any) -> bool:
     return isinstance(node, Node) and node.target is torch.matmul and not is_weight(node.args[1])
 
 
-def _is_distance(node: Node) -> bool:
-    """Whether a call gives distances of each query and key, or their squares: seen only to name a near miss."""
-    if node.target is torch.cdist:
-        return not is_weight(Arguments(node, "x1", "x2")["x2"])
-    square = node.args[0] if node.target in ("sum", torch.sum) and node.args else None
-    if not isinstance(square, Node) or square.target not in (torch.square, operator.pow) or rank(node) != rank(square) - 1:
+DISTANCES = "the scores are distances between queries and keys, no products of them"
+SQUARES = "the scores are squared differences of queries and keys: as products they would lose what is small beside the squares"
+COSINES = "the scores are made by cosine_similarity (a product of normalised queries and keys would be followed)"
+ADDITIVE = "the scores are made of a sum of queries and keys (additive attention), no products of them"
+
+_SUMMED = {"sum", torch.sum, "mean", torch.mean, "norm", torch.norm, torch.linalg.norm, torch.linalg.vector_norm}
+_OF_EACH_DIFFERENCE = {torch.square, torch.abs, operator.pow, operator.mul, operator.truediv, operator.neg, torch.sqrt}
+_SIMILARITIES = {
+    **dict.fromkeys((F.cosine_similarity, torch.cosine_similarity), COSINES),
+    **dict.fromkeys((F.pairwise_distance, torch.pairwise_distance), DISTANCES),
+}
+
+
+def _pair_up(x: Any, y: Any, behind: int = 1) -> bool:
+    """Whether a call on these meets each query with each key: [..., T, 1, D] and [..., 1, S, D], with `behind` dims at the end."""
+    if min(rank(x), rank(y)) < 3:
         return False
-    apart = square.args[0]
-    if not isinstance(apart, Node) or apart.target is not operator.sub or min(map(rank, apart.args)) < 3:
-        return False
-    (*_, a, b, _), (*_, c, d, _) = map(shape, apart.args)
+    (a, b), (c, d) = (shape(n)[rank(n) - 2 - behind : rank(n) - behind] for n in (x, y))
     return (same_size(b, 1) and same_size(c, 1)) or (same_size(a, 1) and same_size(d, 1))
 
 
+def _distance(node: Node) -> str:
+    """What a call says about each query and key that is no product, distances most often ("": it says nothing such)."""
+    if node.target is torch.cdist:
+        return "" if is_weight(Arguments(node, "x1", "x2")["x2"]) else DISTANCES
+    if node.target in _SIMILARITIES:
+        return _SIMILARITIES[node.target] if len(node.args) > 1 and _pair_up(*node.args[:2]) else ""
+    if node.target is operator.add and all(map(is_float, node.args)):
+        return ADDITIVE if any(_pair_up(*node.args, behind=n) for n in (0, 1)) else ""
+    apart = node.args[0] if node.target in _SUMMED and node.args else None
+    if not isinstance(apart, Node) or rank(node) != rank(apart) - 1:
+        return ""
+    squared = False
+    for _ in range(4):
+        if not isinstance(apart, Node) or apart.target not in _OF_EACH_DIFFERENCE:
+            break
+        squared = squared or apart.target in (torch.square, operator.pow, operator.mul)
+        apart = next((a for a in apart.args if isinstance(a, Node) and same_shape(shape(a), shape(apart))), None)
+    meets = isinstance(apart, Node) and apart.target is operator.sub and _pair_up(*apart.args)
+    return "" if not meets else SQUARES if squared else DISTANCES
+
+
 def _mixes_heads(node: Node) -> bool:
-    """A linear layer, or a 1x1 convolution, over the heads of scores (talking heads): seen only to name a near miss."""
+    """A linear layer, or a 1x1 convolution, over the heads of scores (talking heads), or one that makes them of vectors (additive
+    attention): seen only to name a near miss."""
+    if node.target is F.linear and shape(node)[-1] == 1:
+        return rank(node) > 3
     if node.target is F.linear:
         x = node.args[0]
         order = x.args[1] if isinstance(x, Node) and x.target is torch.permute else (0,)
@@ -260,7 +294,7 @@ def _score_levels(context: Context) -> dict[Node, int]:
             if _is_product(node):
                 levels[node] = _PLAIN
             continue
-        if _is_distance(node):
+        if _distance(node):
             levels[node] = _LOOSE
             continue
         known = node.target in STEPS
@@ -479,8 +513,11 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
         if reader is None:
             if current.target in (torch.cat, torch.concat, F.pad):
                 return Reject("the scores are joined with others before the softmax (sinks, or keys of two kinds)")
-            if any(map(_is_distance, (current, *current.all_input_nodes))):
-                return Reject("the scores are distances between queries and keys, no products of them")
+            said = _said_above(context, current)
+            if said:
+                return Reject("{}", said)
+            if current.target in ("squeeze", torch.squeeze) and same_size(shape(current.args[0])[-2], 1):
+                return Reject(ONE_QUERY)
             return Reject("{} between the scores and the softmax", describe(current))
         logits.nodes.append(current)
         above = reader(logits, current)
@@ -491,6 +528,19 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
         current = above
     logits.nodes.append(current)
     return logits
+
+
+def _said_above(context: Context, scores: Node) -> str:
+    """What `_distance` says of the call that scores without a product began with."""
+    levels, current = context.fact(_score_levels), scores
+    for _ in range(8):
+        if said := _distance(current):
+            return said
+        above = [a for a in current.all_input_nodes if levels.get(a)]
+        if len(above) != 1:
+            break
+        current = above[0]
+    return ""
 
 
 def _empty_rows(logits: Logits) -> str | Reject:
