@@ -1149,8 +1149,23 @@ def test_near_misses(name):
 
 
 @pytest.mark.parametrize(
+    "weights, name",
+    [
+        (lambda s: torch.sigmoid(s - 2.0), "sigmoid"),
+        (lambda s: F.relu(s.masked_fill(HIDDEN, LOW)).square() / 6, "relu"),
+        (lambda s: F.gumbel_softmax(s, dim=-1), "gumbel_softmax"),
+    ],
+)
+def test_attention_without_a_softmax_is_named(weights, name):
+    assert f"{name} of the scores, and no softmax" in refused(lambda q, k, v: weights(q @ k.mT * 0.3) @ v, Q, K, V)
+
+
+@pytest.mark.parametrize(
     "function",
     [
+        lambda q, k, v: torch.sigmoid(q @ k.mT),  # no values
+        lambda q, k, v: v.mT @ torch.sigmoid(q @ k.mT),  # on the right of a product
+        lambda q, k, v: F.relu(q[..., :6] @ k[..., :6]) @ v,  # q @ x, no transposed keys
         lambda q, k, v: torch.softmax(q, -1),  # no scores
         lambda q, k, v: torch.softmax(q @ k.mT, -1),  # no values
         lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),  # linear attention

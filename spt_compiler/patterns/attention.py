@@ -779,6 +779,34 @@ def capture_exponentials(context: Context, node: Node) -> Reject | None:
     return Reject(EXPONENTIALS)
 
 
+def capture_without_softmax(context: Context, node: Node) -> Reject | None:
+    """A function of each score by itself, or one that draws, in the place of the softmax."""
+    scores = node.args[0] if node.args else None
+    if not isinstance(scores, Node) or rank(node) < 3 or context.fact(_score_levels).get(scores) != _PLAIN:
+        return None
+    logits = _read_logits(context, scores)
+    if isinstance(logits, Reject):
+        return None
+    k = logits.nodes[-1].args[1]
+    if k.target not in (torch.permute, torch.t) or not _weighs_values(node):  # type: ignore[union-attr]
+        return None
+    return Reject("{} of the scores, and no softmax, weighs the values", describe(node))
+
+
+def _weighs_values(weights: Node) -> bool:
+    """Whether `weights` multiply an activation from the left, behind steps on each of them."""
+    stack, seen = [weights], {weights}
+    while stack and len(seen) < 16:
+        current = stack.pop()
+        for user in current.users:
+            if _is_product(user) and user.args[0] is current:
+                return True
+            if user not in seen and (user.target in STEPS or user.target in _AFTER or user.target in (torch.square, operator.pow)):
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
 CALL = Pattern(
     name="sdpa",
     kind="attention",
@@ -826,4 +854,12 @@ WRITTEN_OUT = Pattern(
     capture=capture_exponentials,
 )
 
-PATTERNS = (CALL, CHAIN, FLEX, CUT, OUTSIDE, WRITTEN_OUT)
+OTHERWISE = Pattern(
+    name="attention-without-softmax",
+    kind="attention",
+    equation="sigmoid(q @ kT) @ v, relu(q @ kT) @ v stay",
+    anchors=(torch.sigmoid, F.relu, F.gumbel_softmax, torch.tanh),
+    capture=capture_without_softmax,
+)
+
+PATTERNS = (CALL, CHAIN, FLEX, CUT, OUTSIDE, WRITTEN_OUT, OTHERWISE)
