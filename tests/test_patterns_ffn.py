@@ -798,6 +798,48 @@ def test_layers_over_columns(name, dynamic):
         assert blocks.assert_exact_is_eager(Block(COLUMNS[name]), X) == ["ffn"]
 
 
+class Parallel(nn.Module):
+    """Branches whose out-projections are one weight that reads them side by side."""
+
+    def __init__(self, function: Callable, width: int = WIDTH + HIDDEN):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.up, self.gate = nn.Linear(WIDTH, HIDDEN).double(), nn.Linear(WIDTH, HIDDEN).double()
+        self.fused, self.out = nn.Linear(WIDTH, 2 * HIDDEN).double(), nn.Linear(width, WIDTH).double()
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.out(torch.cat([x.flip(1), F.gelu(m.up(x))], -1)),
+        lambda m, x: m.out(torch.cat((F.silu(m.gate(x)) * m.up(x), x.cumsum(1)), dim=2)),
+        lambda m, x: m.out(torch.cat([x[..., :2], (lambda g, u: F.silu(g) * u)(*m.fused(x).chunk(2, -1)), x[..., 2:]], -1)),
+        lambda m, x: F.linear(torch.cat([torch.softmax(x @ x.mT, -1) @ x, F.dropout(F.relu(m.up(x)), 0.0)], -1), m.out.weight),
+    ],
+)
+def test_a_block_whose_out_projection_is_joined_with_another(function):
+    assert "ffn" in blocks.assert_exact_is_eager(Parallel(function), X)
+    matches, skipped = sites(Parallel(function), X)
+    assert not skipped and [m.capture.width for m in matches if m.pattern.kind == "ffn"] == [HIDDEN]
+
+
+@pytest.mark.parametrize(
+    "function, width",
+    [
+        (lambda m, x: m.out(torch.cat([(h := m.up(x)).relu(), (-h).relu()], -1)), 2 * HIDDEN),  # one block of both
+        (lambda m, x: m.out(torch.cat([F.gelu(m.up(x)), m.gate(x)], 1)), HIDDEN),  # more rows
+        (lambda m, x: m.out(h := torch.cat([x, F.gelu(m.up(x))], -1)) + h.sum(), WIDTH + HIDDEN),
+    ],
+)
+def test_other_joined_inputs_stay(function, width):
+    matches, _ = sites(Parallel(function, width), X)
+    assert not matches
+
+
 def test_dropout_turns_with_the_columns():
     c = only(lambda m, x: m.down.weight @ F.dropout(F.gelu(m.up.weight @ x.mT), 0.3))
     assert c.dropout_p == 0.3 and c.act == "gelu(x0)"

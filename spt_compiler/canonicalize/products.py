@@ -19,6 +19,15 @@ from .spelling import ELEMENTWISE
 # What may stand between a Parameter and its use as a weight. getitem: rows of a fused projection.
 _WEIGHT_LAYOUT = {torch.t, torch.permute, torch.reshape, operator.getitem, "to", "contiguous"}
 
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
+
+# Steps between two layers that act on each number by itself.
+_POINTWISE = {
+    *ELEMENTWISE,
+    *(operator.truediv, torch.where, torch.masked_fill, torch.clamp, F.dropout, F.gelu, F.leaky_relu, F.elu, F.selu, F.celu),
+    *(F.mish, F.softplus, F.hardtanh, F.relu6, F.hardsigmoid, F.hardswish, F.softsign, F.logsigmoid, "to", "contiguous"),
+}
+
 
 def is_weight(node: Any) -> bool:
     """Whether `node` is a Parameter, seen through layout ops and casts only."""
@@ -254,6 +263,50 @@ def linear_of_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.call(torch.reshape, e.call(F.linear, source, *node.args[1:]), (*target[:-1], width))
 
 
+@rule(F.linear)
+def joined_inputs_apart(e: Editor, node: fx.Node) -> fx.Node | None:
+    """linear(cat([a, f(linear(x))], -1), w, b) -> linear(a, w[:, :n], b) + linear(f(linear(x)), w[:, n:]).
+
+    Two branches of a layer (attention and a feed-forward block, say) whose out-projections are one: the second closes its block.
+    """
+    joined, w, *bias = node.args
+    if joined.target not in (torch.cat, torch.concat) or len(joined.users) != 1 or not e.same_region(node, joined):
+        return None
+    found = Arguments(joined, "tensors", ("dim", 0))
+    parts, dim = found.take("tensors", "dim")
+    if not isinstance(parts, (tuple, list)) or dim not in (-1, rank(joined) - 1) or rank(w) != 2 or not is_weight(w):
+        return None
+    widths = [shape(p)[-1] for p in parts]
+    if not all(isinstance(s, int) for s in widths) or sum(_closes_block(p, shape(w)[0]) for p in parts) != 1:
+        return None
+    total = None
+    for part, width in sorted(zip(parts, widths, strict=True), key=lambda p: _closes_block(p[0], shape(w)[0])):
+        start = sum(widths[: parts.index(part)])
+        rows = e.call(operator.getitem, w, (slice(None), slice(start, start + width)))
+        term = e.call(F.linear, part, rows, *(bias if total is None else []))
+        total = term if total is None else e.call(operator.add, total, term)
+    e.move((joined,))
+    return total
+
+
+def _closes_block(x: fx.Node, width: int) -> bool:
+    """Whether `x` is made by steps on each number, one at least, of linear layers that read `width` features."""
+    stack, seen, layers = [x], {x}, 0
+    while stack and len(seen) < 32:
+        current = stack.pop()
+        if current.target in _POINTWISE:
+            above = [a for a in current.args if is_tensor(a) and same_shape(shape(a), shape(x)) and a not in seen]
+            stack += above
+            seen.update(above)
+            continue
+        while isinstance(current, fx.Node) and current.target in (operator.getitem, "chunk", "split", torch.chunk, torch.split):
+            current = current.args[0]
+        if not isinstance(current, fx.Node) or current.target is not F.linear or not same_size(shape(current.args[0])[-1], width):
+            return False
+        layers += 1
+    return bool(layers) and x.target in _POINTWISE
+
+
 @rule(operator.add)
 def bias_into_linear(e: Editor, node: fx.Node) -> fx.Node | None:
     """linear(x, w) + b with a 1-d parameter b -> linear(x, w, b)."""
@@ -270,16 +323,6 @@ def bias_into_linear(e: Editor, node: fx.Node) -> fx.Node | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers over columns
 # ---------------------------------------------------------------------------------------------------------------------
-
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
-
-# Steps between two layers that act on each number by itself.
-_POINTWISE = {
-    *ELEMENTWISE,
-    *(operator.truediv, torch.where, torch.masked_fill, torch.clamp, F.dropout, F.gelu, F.leaky_relu, F.elu, F.selu, F.celu),
-    *(F.mish, F.softplus, F.hardtanh, F.relu6, F.hardsigmoid, F.hardswish, F.softsign, F.logsigmoid, "to", "contiguous"),
-}
-
 
 def _layer(node: Any) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]] | None:
     """(x, weight, bias, order in which features come last) of a linear layer whose features are not the last dim.
