@@ -651,6 +651,23 @@ def test_a_gate_by_the_sum_of_weights_is_a_sink(keepdim, wide):
     assert c.v.meta["example_value"].shape[-2] == 7 and any(b.meta["example_value"].requires_grad for b, _ in c.bias)
 
 
+@pytest.mark.parametrize("seen", [lambda m: ~m, lambda m: m.logical_not().view(6, 6)])
+def test_only_allowed_probabilities_are_kept_again(seen):
+    rows = HIDDEN.clone()
+    rows[2] = True
+
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return torch.where(seen(rows), torch.softmax((q @ k.mT).masked_fill(~seen(rows), -math.inf), -1), 0.0) @ v
+
+    assert only(Attention(), Q, K, V).empty == "zero"
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+    other = CAUSAL.roll(1, 0)
+    assert "after the softmax" in refused(
+        lambda q, k, v: torch.where(other, torch.softmax((q @ k.mT).masked_fill(HIDDEN, -math.inf), -1), 0.0) @ v, Q, K, V
+    )
+
+
 @pytest.mark.parametrize("mask", [lambda m: m, lambda m: m.view(6, 6) == torch.tensor(True)])
 def test_hidden_probabilities_set_to_zero_again(mask):
     rows = HIDDEN.clone()

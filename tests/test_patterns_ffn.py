@@ -751,6 +751,14 @@ def test_experts_that_stay_say_why(function, reason):
     assert not matches and len(skipped) == 1 and reason in str(skipped[0].reason), [str(s.reason) for s in skipped]
 
 
+def test_linear_attention_is_no_block():
+    def function(m, x):
+        q, k = F.elu(m.up(x)) + 1, F.elu(m.gate(x)) + 1
+        return m.down(q @ (k.mT @ m.gate(x)))
+
+    assert sites(Block(function), X) == ([], [])
+
+
 def test_halves_of_a_grouped_product_that_meet_no_other_are_nothing():
     assert sites(Experts(functools.partial(_experts_in_halves, returned=True)), numbers(3, 5, WIDTH)) == ([], [])
 

@@ -624,15 +624,21 @@ def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
 
 def _hides_again(logits: Logits, user: Node, probabilities: Node) -> bool:
     """Whether `user` fills the probabilities with 0 by the one mask (-inf) that the scores were filled by."""
-    if user.target is not torch.masked_fill or user.args[0] is not probabilities or user.args[2] != 0:
+    if user.target is torch.masked_fill:
+        (x, mask, fill), known, inverse = user.args, logits.disallowed, logits.allowed
+    elif user.target is torch.where:
+        (mask, x, fill), known, inverse = user.args, logits.allowed, logits.disallowed
+    else:
         return False
-    mask, known = user.args[1], logits.disallowed
+    if x is not probabilities or number(fill) != 0:
+        return False
+    same = any(same_computation(mask, other) for other in known)
     if mask.target is operator.invert and not logits.context.analysis.is_written(mask.args[0]):
-        mask, known = mask.args[0], logits.allowed
+        same = same or any(same_computation(mask.args[0], other) for other in inverse)
     hidden = [*logits.allowed, *logits.disallowed]
     if len(hidden) != 1 or logits.fills != [-math.inf] or not all(is_bounded(b) for b, _ in logits.bias):
         return False
-    return any(same_computation(mask, other) for other in known)
+    return same
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -599,8 +599,9 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
     if isinstance(first, Parts) and (first.dim is not None or target is operator.getitem):
         over = Reject("a gated linear unit over a dim beside the hidden units") if target is F.glu else None
         return Hidden(frozenset({first.whole.linear}), True, over) if over is not None else None
-    if target in (torch.matmul, F.scaled_dot_product_attention) and not any(_is_refused_block(s) for s in above):
-        return None  # what attention does with it is attention's business
+    if target in (torch.matmul, F.scaled_dot_product_attention):
+        if not any(_is_refused_block(s) for s in above) or all(a in found for a in node.args):
+            return None  # what attention does with it is attention's business, linear attention included
     if target == "to" and isinstance(first, Projection) and first.lora and is_float(node):
         return replace(first, nodes=(*first.nodes, node))  # adapters may be of a wider type than the model
     merged = _merged(above)
@@ -774,8 +775,8 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
             refused = replace(whole.whole, nodes=(*whole.nodes, node), refused=reason)
             return refused if is_tensor(node) else Parts(refused, ((0, 1, None),) * len(node.meta["example_value"]), ())
         if whole.dim is not None:
-            along, index = one_index(node) if node.target is operator.getitem else (None, None)
-            index = index if along == rank(node.args[0]) + whole.dim else None
+            position, index = one_index(node) if node.target is operator.getitem else (None, None)
+            index = index if position == rank(node.args[0]) + whole.dim else None
         else:
             index = node.args[1] if node.target is operator.getitem else None
         if not isinstance(index, int):
