@@ -361,6 +361,7 @@ def test_one_of_a_dim_is_an_index(function):
         lambda x: x.permute(2, 0, 1, 3)[1, 0],
         lambda x: x.permute(2, 0, 1, 3)[None],
         lambda x: x.narrow(2, 1, 1)[..., 0],
+        lambda x: x.sum().squeeze(0) * (x.mean() * 2.0).sum(0),  # numbers have no dims
     ],
 )
 def test_other_pieces_stay(function):

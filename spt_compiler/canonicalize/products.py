@@ -109,8 +109,8 @@ def sum_of_products(e: Editor, node: fx.Node) -> fx.Node | None:
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
     if not found.valid or keepdim or not isinstance(dim, int) or not is_tensor(pairs) or pairs.target is not operator.mul:
         return None
-    dims, dim = rank(pairs), dim % rank(pairs)
-    if dims < 3 or dim < dims - 2 or len(pairs.users) != 1 or not is_float(node) or not e.same_region(node, pairs):
+    dims = rank(pairs)
+    if dims < 3 or (dim := dim % dims) < dims - 2 or len(pairs.users) != 1 or not is_float(node) or not e.same_region(node, pairs):
         return None
     if any(rank(a) != dims or not is_float(a) or same_size(shape(a)[dim], 1) for a in pairs.args):
         return None
@@ -343,7 +343,7 @@ def _layer(node: Any) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]
     plain = all(s in (wanted, (wanted,) * (dims - 2)) for s, wanted in ((stride, 1), (padding, 0)))
     if not found.valid or not plain or groups != 1 or not is_weight(w) or rank(x) != dims or rank(w) != dims:
         return None
-    return (x, w, b, (0, *range(2, dims), 1)) if all(s == 1 for s in shape(w)[2:]) else None
+    return (x, w, b, (0, *range(2, dims), 1)) if all(same_size(s, 1) for s in shape(w)[2:]) else None
 
 
 def _order(node: Any) -> tuple[int, ...] | None:
@@ -370,6 +370,8 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     h, w_out, b_out, order = last
     width, hidden = shape(w_out)[:2]
+    if not isinstance(width, int) or not isinstance(hidden, int) or hidden < width:
+        return None
     back = tuple(order.index(i) for i in range(len(order)))
 
     def first(x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]] | None:
@@ -384,7 +386,7 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
         current = stack.pop()
         if (found := first(current)) is not None:
             # [F, E] and [E, F]: the block widens its input and comes back to it.
-            if found[3] != order or not same_shape(shape(found[1])[:2], (hidden, width)) or hidden < width:
+            if found[3] != order or not same_shape(shape(found[1])[:2], (hidden, width)):
                 return None
             continue
         if current.target not in _POINTWISE or not e.same_region(node, current):

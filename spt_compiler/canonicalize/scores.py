@@ -506,7 +506,7 @@ def values_of_one_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
     if not is_tensor(p) or rank(p) != dims - 1 or dim >= dims - 2 or is_weight(v) or not e.same_region(node, p):
         return None
     several, width = shape(v)[dim], shape(v)[-1]
-    if several == 1 or not isinstance(several, int) or not isinstance(width, int):
+    if not isinstance(several, int) or not isinstance(width, int) or several == 1:
         return None
     if not _from_softmax(p.args[0] if p.target is torch.permute else p):
         return None

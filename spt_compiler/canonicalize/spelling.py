@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..graph import Arguments, describe, dtype, is_float, is_tensor, mutated_arguments, rank, same_shape, shape, value
+from ..graph import Arguments, describe, dtype, is_float, is_tensor, mutated_arguments, rank, same_shape, same_size, shape, value
 from .editor import FILLS, FOLDABLE, PURE, Editor, rule
 
 # One argument: canonical function -> other spellings (strings are methods).
@@ -330,7 +330,7 @@ def spell_select(e: Editor, node: fx.Node) -> fx.Node | None:
     """x.select(1, i) -> x[:, i]."""
     found = Arguments(node, "input", "dim", "index")
     x, dim, index = found.take("input", "dim", "index")
-    if not found.valid or not isinstance(dim, int) or not isinstance(index, int):
+    if not found.valid or not isinstance(dim, int) or not isinstance(index, int) or not rank(x):
         return None
     return e.retarget(node, operator.getitem, (x, _at(dim % rank(x), index)))
 
@@ -357,7 +357,7 @@ def one_of_a_dim(e: Editor, node: fx.Node) -> fx.Node | None:
         dim, index = one_index(node)
     else:
         dim, index = Arguments(node, "input", "dim")["dim"], 0
-    if not isinstance(dim, int) or not isinstance(index, int):
+    if not isinstance(dim, int) or not isinstance(index, int) or not rank(x):
         return None
     dim %= rank(x)
     if index in (0, -1) and _added_dim(x) == dim:
@@ -366,7 +366,7 @@ def one_of_a_dim(e: Editor, node: fx.Node) -> fx.Node | None:
         order = tuple(x.args[1])
         rest = [i for i in order if i != order[dim]]
         return e.call(operator.getitem, x.args[0], _at(order[dim], index)) if rest == sorted(rest) else None
-    if shape(x)[dim] != 1 or index not in (0, -1):
+    if not same_size(shape(x)[dim], 1) or index not in (0, -1):
         return None
     source, start = _piece(x, dim)
     return None if source is None or start is None else e.call(operator.getitem, source, _at(dim, start))

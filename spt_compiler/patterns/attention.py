@@ -516,7 +516,7 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
             said = _said_above(context, current)
             if said:
                 return Reject("{}", said)
-            if current.target in ("squeeze", torch.squeeze) and same_size(shape(current.args[0])[-2], 1):
+            if current.target in ("squeeze", torch.squeeze) and any(same_size(s, 1) for s in shape(current.args[0])[-2:-1]):
                 return Reject(ONE_QUERY)
             return Reject("{} between the scores and the softmax", describe(current))
         logits.nodes.append(current)
