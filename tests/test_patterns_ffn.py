@@ -788,19 +788,13 @@ COLUMNS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "turned and back, gated": lambda m, x: m.down((F.silu(m.gate(x).permute(2, 0, 1)) * m.up(x).permute(2, 0, 1)).permute(1, 2, 0)),
     "turned for a parameter": lambda m, x: m.down(F.gelu(m.up(x).transpose(1, 2) * m.beta[:, None]).transpose(1, 2)),
     "one layer turned": lambda m, x: F.linear(F.gelu(m.up.weight @ x.mT + m.up.bias[:, None]).mT, m.down.weight),
-    "a convolution over positions": lambda m, x: F.conv1d(
-        F.gelu(F.conv1d(x.mT, m.up.weight[..., None], m.up.bias)), m.down.weight[..., None], m.down.bias
-    ),
-    "a convolution over pixels": lambda m, x: F.conv2d(
-        F.relu(F.conv2d(x.mT.reshape(2, WIDTH, 1, -1), m.up.weight[:, :, None, None])), m.down.weight[:, :, None, None], m.down.bias
-    ),
 }
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", COLUMNS)
 def test_layers_over_columns(name, dynamic):
-    """Features are rows of what the weights multiply from the left, or channels of a convolution of width one."""
+    """Features are rows of what the weights multiply from the left."""
     assert only(COLUMNS[name], dynamic=dynamic).width == HIDDEN
     if dynamic is None:
         assert blocks.assert_exact_is_eager(Block(COLUMNS[name]), X) == ["ffn"]
@@ -859,9 +853,9 @@ def test_dropout_turns_with_the_columns():
 
 @pytest.mark.parametrize(
     "options, between",
-    [(dict(groups=2), F.gelu), (dict(stride=2), F.gelu), (dict(padding=1), F.gelu), ({}, nn.BatchNorm1d(HIDDEN).double())],
+    [({}, F.gelu), (dict(groups=2), F.gelu), (dict(stride=2), F.gelu), ({}, nn.BatchNorm1d(HIDDEN).double())],
 )
-def test_convolutions_that_are_no_linear_layers_are_reported(options, between):
+def test_convolutions_are_reported(options, between):
     class Pointwise(nn.Module):
         def __init__(self):
             super().__init__()

@@ -19,8 +19,6 @@ from .spelling import ELEMENTWISE
 # What may stand between a Parameter and its use as a weight. getitem: rows of a fused projection.
 _WEIGHT_LAYOUT = {torch.t, torch.permute, torch.reshape, operator.getitem, "to", "contiguous"}
 
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
-
 # Steps between two layers that act on each number by itself.
 _POINTWISE = {
     *ELEMENTWISE,
@@ -325,25 +323,12 @@ def bias_into_linear(e: Editor, node: fx.Node) -> fx.Node | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _layer(node: Any) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]] | None:
-    """(x, weight, bias, order in which features come last) of a linear layer whose features are not the last dim.
-
-    w @ x with a weight on the left, or a convolution of one position at a time.
-    """
-    if not is_tensor(node):
+    """(x, weight, bias, order in which features come last) of w @ x, a linear layer with its weight on the left."""
+    if not is_tensor(node) or node.target is not torch.matmul:
         return None
-    dims = rank(node)
-    if node.target is torch.matmul:
-        w, x = node.args
-        is_layer = rank(w) == 2 and is_weight(w) and not is_weight(x) and rank(x) == dims
-        return (x, w, None, (*range(dims - 2), dims - 1, dims - 2)) if is_layer else None
-    if node.target not in _CONVOLUTIONS:
-        return None
-    found = Arguments(node, "input", "weight", "bias", ("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
-    x, w, b, stride, padding, groups = found.take("input", "weight", "bias", "stride", "padding", "groups")
-    plain = all(s in (wanted, (wanted,) * (dims - 2)) for s, wanted in ((stride, 1), (padding, 0)))
-    if not found.valid or not plain or groups != 1 or not is_weight(w) or rank(x) != dims or rank(w) != dims:
-        return None
-    return (x, w, b, (0, *range(2, dims), 1)) if all(same_size(s, 1) for s in shape(w)[2:]) else None
+    (w, x), dims = node.args, rank(node)
+    is_layer = rank(w) == 2 and is_weight(w) and not is_weight(x) and rank(x) == dims
+    return (x, w, None, (*range(dims - 2), dims - 1, dims - 2)) if is_layer else None
 
 
 def _order(node: Any) -> tuple[int, ...] | None:
@@ -353,9 +338,9 @@ def _order(node: Any) -> tuple[int, ...] | None:
     return tuple(node.args[1]) if node.target is torch.permute else (1, 0)
 
 
-@rule(torch.matmul, F.linear, *_CONVOLUTIONS)
+@rule(torch.matmul, F.linear)
 def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
-    """w2 @ f(w1 @ x) -> linear(f(linear(x.mT, w1)), w2).mT, and so for convolutions of one position at a time.
+    """w2 @ f(w1 @ x) -> linear(f(linear(x.mT, w1)), w2).mT.
 
     Either half may be a linear layer with a permutation behind or before it. Both layers and what is between them turn at
     once; a layer without the other half of its block gains nothing by it.
@@ -369,7 +354,7 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
     if last is None:
         return None
     h, w_out, b_out, order = last
-    width, hidden = shape(w_out)[:2]
+    width, hidden = shape(w_out)
     if not isinstance(width, int) or not isinstance(hidden, int) or hidden < width:
         return None
     back = tuple(order.index(i) for i in range(len(order)))
@@ -386,7 +371,7 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
         current = stack.pop()
         if (found := first(current)) is not None:
             # [F, E] and [E, F]: the block widens its input and comes back to it.
-            if found[3] != order or not same_shape(shape(found[1])[:2], (hidden, width)):
+            if found[3] != order or not same_shape(shape(found[1]), (hidden, width)):
                 return None
             continue
         if current.target not in _POINTWISE or not e.same_region(node, current):
@@ -420,8 +405,7 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
         return permuted(e, x, order)
 
     def linear(x: fx.Node, w: fx.Node, b: fx.Node | None) -> fx.Node:
-        flat = w if rank(w) == 2 else e.call(torch.reshape, w, shape(w)[:2])
-        return e.call(F.linear, x, flat, *([] if b is None else [b]))
+        return e.call(F.linear, x, w, *([] if b is None else [b]))
 
     result = linear(turn(h), w_out, b_out)
     e.move(inside)
