@@ -114,14 +114,28 @@ def is_bounded(node: Any, limit: float = 1e4) -> bool:
                 continue
             if current.op not in ("call_function", "call_method") or current.target in _FROM_ZERO or len(seen) > 64:
                 return False
-            stack.extend((*current.args, *current.kwargs.values()))
+            if current.target in _REARRANGE:  # what else it reads are sizes and positions, and the number that it pads with
+                stack.extend((current.args[0], _padding(current)))
+            else:
+                stack.extend((*current.args, *current.kwargs.values()))
     return True
+
+
+def _padding(node: fx.Node) -> Any:
+    """The number that a call pads with, None for other calls."""
+    is_pad = node.target is torch.nn.functional.pad
+    return Arguments(node, "input", "pad", "mode", "value")["value"] if is_pad else None
 
 
 # Calls whose result is of ordinary size, whatever stands around: products (scores are no better) and bounded functions.
 _KEEP_SIZE = {
     *(torch.matmul, torch.nn.functional.linear, torch.nn.functional.embedding, torch.nn.functional.layer_norm),
     *(torch.nn.functional.softmax, torch.tanh, torch.sigmoid, torch.sin, torch.cos),
+}
+# Calls that hand on values of their first argument, as many and in whatever order (canonical spellings).
+_REARRANGE = {
+    *(torch.nn.functional.pad, torch.reshape, torch.permute, torch.t, operator.getitem, torch.unsqueeze, torch.squeeze),
+    *("expand", "unsqueeze", "squeeze", "repeat", "narrow"),
 }
 # Calls that make an infinity of 0, which a mask of zeros and ones has (canonical spellings, and methods without one).
 _FROM_ZERO = {torch.log, torch.reciprocal, torch.rsqrt, *("log2", "log10"), torch.log2, torch.log10}

@@ -16,6 +16,7 @@ from . import masks
 from .errors import Reject
 from .graph import settled
 from .patterns import AttentionCapture, FFNCapture, Lora, Weight
+from .patterns.attention import ONE_QUERY
 from .scope import Recipe, Scope
 from .state import StateSpec, TensorSpec, common_tensors
 
@@ -191,7 +192,7 @@ def _plan_attention(match: Match, scope: Scope, config: SPTConfig) -> Plan | Rej
             return Reject("batch sizes of queries {} and {} {} differ", sizes_q[lead], label, sizes[lead])
     n_q, n_k = sizes_q[-2], sizes_k[-2]
     if statically_known_true(n_q == 1):
-        return Reject("queries of length 1 stay dense (decoding, or one query for a whole input)")
+        return Reject(ONE_QUERY)
     if statically_known_true(n_q == 0) or statically_known_true(n_k == 0) or statically_known_true(q.numel() == 0):
         return Reject("empty input")
     minimum = 0 if config.exact else MIN_KEYS.get(q.device.type, 0) if options.min_keys is None else options.min_keys

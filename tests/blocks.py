@@ -106,6 +106,22 @@ def assert_exact_is_eager(module: nn.Module, *inputs: Tensor) -> list[str]:
     return [row.kind for rows in debug.reports() for row in rows if row.status == "replaced"]
 
 
+def assert_exact_at_any_length(module: nn.Module, *inputs: Tensor) -> list[str]:
+    """As `assert_exact_is_eager`, at three batch sizes and lengths (dims 0 and -2) through two graphs: the second is symbolic
+    in both, and serves the third as well.
+
+    Returns: the kinds of the sites that are replaced in it.
+    """
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="spt", options={**EXACT, "inner": "eager"})
+    for n in (0, 1, 2):
+        sized = [torch.cat([x, *(x.roll(i + 1, -1)[..., : i + 2, :] for i in range(n))], -2) for x in inputs]
+        sized = [torch.cat([x, *(x[:1] * 0.5 for _ in range(n))]) for x in sized]
+        assert_same(gradients(module, compiled, *sized), gradients(module, module, *sized), rtol=1e-6, grad_rtol=1e-6)
+    static, symbolic = debug.reports()
+    return [row.kind for row in symbolic if row.status == "replaced"]
+
+
 def relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 

@@ -232,20 +232,68 @@ def test_a_bias_joins_its_linear():
         ("bhqd,bkd->bhqk", (2, 3, 5, 4), (2, 7, 4)),
         ("bhkd,bhqd->bhqk", (2, 3, 7, 4), (2, 3, 5, 4)),
         ("qd,kd->qk", (5, 4), (7, 4)),
+        ("rinhd,rjnhd->hnij", (2, 5, 2, 3, 4), (2, 7, 2, 3, 4)),
+        ("bqhd,bkhd->bqk", (2, 5, 3, 4), (2, 7, 3, 4)),
     ],
 )
-def test_einsum_with_one_sum_is_a_product(equation, a, b):
+def test_einsum_with_sums_is_a_product(equation, a, b):
     module = canonical(lambda x, y: torch.einsum(equation, x, y), numbers(*a), numbers(*b, seed=1))
     assert "matmul" in calls(module) and "einsum" not in calls(module)
 
 
 @pytest.mark.parametrize(
     ("equation", "shapes"),
-    [("bij,bij->b", [(2, 3, 4)] * 2), ("ij,jk,kl->il", [(3, 3)] * 3), ("ii->i", [(3, 3)]), ("bij->b", [(2, 3, 4)])],
+    [
+        ("bij,bij->b", [(2, 3, 4)] * 2),
+        ("bij,bjk->bk", [(2, 3, 3)] * 2),
+        ("ij,jk,kl->il", [(3, 3)] * 3),
+        ("ii->i", [(3, 3)]),
+        ("bij->b", [(2, 3, 4)]),
+    ],
 )
 def test_other_einsums_stay(equation, shapes):
     module = canonical(lambda *x: torch.einsum(equation, *x), *(numbers(*s, seed=i) for i, s in enumerate(shapes)))
     assert calls(module) == ["einsum"]
+
+
+@pytest.mark.parametrize(
+    "equation, shape",
+    [("btc,fc->btf", (6, 4)), ("btc,hcd->bthd", (3, 4, 2)), ("btc,hdc->bthd", (3, 2, 4)), ("...c,gcf->g...f", (2, 4, 3))],
+)
+def test_einsum_with_a_weight_is_linear(equation, shape):
+    module = canonical(lambda x, weight: torch.einsum(equation, x, weight.view(*shape)), numbers(2, 5, 4))
+    assert "linear" in calls(module) and not {"einsum", "matmul"} & set(calls(module))
+
+
+def test_einsum_with_a_weight_that_sums_heads_is_linear():
+    module = canonical(lambda x, weight: torch.einsum("bthd,ehd->bte", x, weight.view(6, 2, 2)), numbers(2, 5, 2, 2))
+    assert "linear" in calls(module) and not {"einsum", "matmul"} & set(calls(module))
+
+
+def test_einsum_whose_features_do_not_come_last_stays_a_product():
+    """The weight may be learned queries."""
+    module = canonical(lambda x, weight: torch.einsum("qd,bkd->bqk", weight, x), numbers(2, 5, 4))
+    assert "matmul" in calls(module)
+
+
+@pytest.mark.parametrize("dims", [1, ([2], [0]), ([-1], [0]), ([1], [1])])
+def test_tensordot_is_a_product(dims):
+    a, b = numbers(2, 5, 4), numbers(4, 5, seed=1)
+    assert "matmul" in calls(canonical(lambda x, y: torch.tensordot(x, y, dims=dims), a, b))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: (x.unsqueeze(2) * y.unsqueeze(1)).sum(2),  # of no dim that both have
+        lambda x, y: (x.unsqueeze(2) * y.unsqueeze(1)).sum(-1, keepdim=True),
+        lambda x, y: ((p := x.unsqueeze(2) * y.unsqueeze(1)).sum(-1), p),
+        lambda x, y: (x * y[:, :5]).sum(-1),
+        lambda x, y: (x.unsqueeze(2) * y.unsqueeze(1)).sum((1, 3)),
+    ],
+)
+def test_other_sums_of_products_stay(function):
+    assert "sum" in calls(canonical(function, numbers(2, 5, 4), numbers(2, 7, 4, seed=1)))
 
 
 def test_baddbmm_is_a_product_and_a_sum():
@@ -281,6 +329,43 @@ def test_baddbmm_is_a_product_and_a_sum():
 )
 def test_no_ops_go_away(function):
     assert calls(canonical(lambda x: function(x * 2.0) * 3.0, Q)) == ["mul", "mul"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.select(2, 1),
+        lambda x: torch.select(x, -2, 1),
+        lambda x: x.chunk(5, 2)[1].squeeze(2),
+        lambda x: torch.split(x, 1, dim=-2)[1][:, :, 0],
+        lambda x: x[:, :, 1:2].squeeze(-2),
+        lambda x: x.narrow(2, 1, 1)[..., 0, :],
+        lambda x: x.movedim(2, 0)[1],
+        lambda x: x.permute(2, 0, 1, 3).unbind(0)[1],
+        lambda x: x.permute(0, 1, 3, 2)[..., 1],
+    ],
+)
+def test_one_of_a_dim_is_an_index(function):
+    (call,) = (n for n in canonical(function, Q).graph.nodes if n.op == "call_function")
+    assert describe(call) == "getitem" and call.args[0].op == "placeholder"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.permute(2, 1, 0, 3)[1],  # what is left changes its order
+        lambda x: x.chunk(2, 2)[1].squeeze(2),
+        lambda x: x.chunk(5, 2)[1].squeeze(),
+        lambda x: x[:, :1].squeeze(2),
+        lambda x: x.permute(2, 0, 1, 3)[torch.tensor([1])],
+        lambda x: x.permute(2, 0, 1, 3)[1, 0],
+        lambda x: x.permute(2, 0, 1, 3)[None],
+        lambda x: x.narrow(2, 1, 1)[..., 0],
+        lambda x: x.sum().squeeze(0) * (x.mean() * 2.0).sum(0),  # numbers have no dims
+    ],
+)
+def test_other_pieces_stay(function):
+    assert len(calls(canonical(function, Q))) > 1
 
 
 def test_a_returned_no_op_stays_a_tensor_of_its_own():

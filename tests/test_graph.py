@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spt_compiler import graph
+from spt_compiler.canonicalize import canonicalize
 from spt_compiler.graph import Analysis, Arguments
 
 
@@ -214,3 +215,28 @@ def test_convexity():
     a, b, c, d = (n for n in module.graph.nodes if n.op in ("call_function", "call_method"))
     assert graph.is_convex(view, [a, b, c, d]) and graph.is_convex(view, [b, c]) and graph.is_convex(view, [a])
     assert not graph.is_convex(view, [a, c]) and not graph.is_convex(view, [a, d])
+
+
+@pytest.mark.parametrize(
+    ("function", "bounded"),
+    [
+        (lambda p: F.pad(p, (0, 20000)), True),
+        (lambda p: p.expand(20000, 4), True),
+        (lambda p: F.pad(p, (0, 1), value=-1e9), False),
+        (lambda p: F.pad(p, (0, 1), "constant", -1e9), False),
+        (lambda p: p * 20000, False),
+    ],
+)
+def test_sizes_say_nothing_about_the_size_of_values(function, bounded):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1, 4))
+
+        def forward(self, x):
+            return x + function(self.weight).sum()
+
+    module = models.graph_of(Model(), torch.randn(2, 4))
+    canonicalize(module)
+    (reduced,) = (n for n in module.graph.nodes if n.target == "sum")
+    assert graph.is_bounded(reduced.args[0]) is bounded

@@ -323,6 +323,7 @@ def test_between_softmax_and_values(after):
         lambda q, k: torch.matmul(q, k.transpose(2, 3)),
         lambda q, k: torch.bmm(q.view(8, 6, 8), k.view(8, 6, 8).transpose(1, 2)).view(2, 4, 6, 6),
         lambda q, k: torch.einsum("bhqd,bhkd->bhqk", q, k),
+        lambda q, k: torch.addcmul(BIAS, q @ k.mT, torch.tensor(2.0).double(), value=0.5),
         lambda q, k: torch.einsum("bqhd,bkhd->bhqk", q.transpose(1, 2), k.transpose(1, 2)),
         lambda q, k: (
             torch.baddbmm(torch.empty(8, 6, 6), q.view(8, 6, 8).float(), k.view(8, 6, 8).float().mT, beta=0)
@@ -376,6 +377,99 @@ def test_scores_in_any_order_of_dims(scores, values):
     assert blocks.assert_exact_is_eager(Attention(), *inputs) == ["attention"]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_one_softmax_for_several_rows(dropout):
+    """Tied row attention: scores are summed over the rows of an alignment, whose values share their probabilities."""
+
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            p = torch.softmax(torch.einsum("rinhd,rjnhd->hnij", q * 0.3, k), -1)
+            return torch.einsum("hnij,rjnhe->rinhe", F.dropout(p, dropout), v)
+
+    q, k, v = numbers(3, 6, 2, 4, 8), numbers(3, 7, 2, 4, 8, seed=1), numbers(3, 7, 2, 4, 5, seed=2)
+    c = only(Attention(), q, k, v)
+    assert c.q.meta["example_value"].shape == (4, 2, 6, 24) and c.dropout_p == dropout
+    if not dropout:
+        assert blocks.assert_exact_is_eager(Attention(), q, k, v) == ["attention"]
+
+
+@pytest.mark.parametrize(
+    "scores, values",
+    [
+        (lambda q, k: (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1), lambda p, v: (p.unsqueeze(-1) * v.unsqueeze(2)).sum(3)),
+        (lambda q, k: torch.sum(k[:, :, None] * q[..., None, :], dim=(4,)), lambda p, v: (v[:, :, None] * p[..., None]).sum(-2)),
+    ],
+)
+def test_products_as_sums_over_all_pairs(scores, values):
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return values(torch.softmax(scores(q, k) * 0.5, -1), v)
+
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+    assert only(Attention(), Q, K, V, dynamic=True).scale == 0.5
+
+
+SHARED = [
+    ("bqhd,bkd->bhqk", "bhqk,bke->bqhe"),
+    ("bqhgd,bkhd->bhgqk", "bhgqk,bkhe->bqhge"),
+    ("bqhgd,bkhd->bhgqk", "bhgqk,bkhe->bhgqe"),
+    ("bhgqd,bkd->bhgqk", "bhgqk,bke->bqhge"),
+    ("qd,kd->qk", "qk,ke->qe"),
+    ("hqd,hkd->hqk", "hqk,hke->qhe"),
+    ("qd,bkd->bqk", "bqk,bke->bqe"),
+]
+
+
+@pytest.mark.parametrize("scores, values", SHARED)
+def test_keys_that_heads_share_by_einsum(scores, values):
+    """Grouped and single key heads, no heads, no batch."""
+    (left, right), result = scores.partition("->")[0].split(","), scores.partition("->")[2]
+    held = values.partition("->")[0].partition(",")[2]
+    mask = numbers(6, 7, seed=5) > 1.5
+
+    class Attention(nn.Module):
+        def forward(self, a, b, v):
+            s = torch.einsum(scores, a, b).masked_fill(mask, LOW)
+            return torch.einsum(values, torch.softmax(s, -1), v)
+
+    inputs = [numbers(*({**SIZES, "g": 3}[c] for c in letters), seed=i) for i, letters in enumerate((left, right, held))]
+    assert only(Attention(), *inputs).q.meta["example_value"].dim() == len(result)
+    assert blocks.assert_exact_is_eager(Attention(), *inputs) == ["attention"]
+
+
+@pytest.mark.parametrize("equation", ["bhqd,qkd->bhqk", "bhqd,bkqd->bhqk", "bhqd,rd->bhqr", "bhkd,qkd->bhqk"])
+def test_relative_positions_by_einsum_are_a_bias(equation):
+    """Each pair, or each key, has a vector of its own that queries (or keys) are multiplied by."""
+    left, right = equation.partition("->")[0].split(",")
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relative = nn.Parameter(numbers(*({**SIZES, "k": 6, "r": 6}[c] for c in right), seed=4))
+
+        def forward(self, q, k, v):
+            bias = torch.einsum(equation, q if "q" in left else k, self.relative)
+            return torch.softmax((q @ k.mT + bias) * 0.4, -1) @ v
+
+    assert len(only(Attention(), Q, K, V).bias) == 1
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_mask_before_heads_join_the_batch_again_for_a_wide_softmax(dynamic):
+    """Heads are in the batch, then apart for the padding, and in the batch again where the softmax is of another type."""
+    padding = torch.arange(6) < torch.tensor([[6], [4]])
+
+    def function(x):
+        b, t, _ = x.shape
+        q, k, v = (x.view(b, t, 4, 8).transpose(1, 2).reshape(b * 4, t, 8) * i for i in (1.0, 2.0, 3.0))
+        s = (torch.bmm(q, k.mT) + torch.full((t, t), -math.inf, dtype=x.dtype).triu(1)).view(b, 4, t, t)
+        s = s.masked_fill(~padding[:, None, None], -math.inf).view(b * 4, t, t)
+        return torch.bmm(F.softmax(s, -1, dtype=torch.float64).type_as(s), v)
+
+    assert only(function, numbers(2, 6, 32).float(), dynamic=dynamic).q.meta["example_value"].dim() == 4
+
+
 def test_a_softmax_over_keys_that_stand_first():
     c = only(lambda q, k, v: F.dropout(torch.softmax((k @ q.mT) * 0.5, -2), 0.4).mT @ v, Q, K, V)
     assert c.scale == 0.5 and c.dropout_p == 0.4
@@ -387,8 +481,12 @@ def test_a_softmax_over_keys_that_stand_first():
         (lambda s, v: torch.einsum("bqhk,bkhe->bqhe", torch.softmax(s, 2), v), "softmax over dim"),
         (lambda s, v: torch.einsum("bqhk,bkhe->bqhe", torch.softmax(s, 1), v), "softmax over dim"),
         (lambda s, v: torch.einsum("bqhk,bqhe->bkhe", torch.softmax(s, -1), v[:, :6]), "permute between the"),
+        (
+            lambda s, v: torch.einsum("bqhk,bqke->bqhe", torch.softmax(s, -1), v.transpose(1, 2)[:, :1].expand(2, 6, 7, 8)),
+            "permute between the",
+        ),
     ],
-    ids=["over the heads", "over the queries", "values of queries"],
+    ids=["over the heads", "over the queries", "values of queries", "values of each query"],
 )
 def test_sums_over_another_dim_than_the_softmax(function, reason):
     q, k, v = (numbers(2, n, 4, 8, seed=i) for i, n in enumerate((6, 7, 7)))
@@ -448,7 +546,9 @@ ONE_MORE: dict[str, Callable[[Tensor], Tensor]] = {
     "padded": lambda s: F.softmax(F.pad(s, (0, 1)), -1)[..., :-1],
     "padded in front": lambda s: F.softmax(F.pad(s, (1, 0), value=-1.0), -1)[..., 1:],
     "joined with zeros": lambda s: torch.softmax(torch.cat([s, torch.zeros_like(s[..., :1])], -1), -1)[..., :-1],
-    "joined in front": lambda s: torch.softmax(torch.cat([s.new_zeros(2, 4, 6, 1), s], -1), -1)[..., 1:],
+    "joined in front": lambda s: torch.softmax(torch.cat([s.new_zeros(*s.shape[:-1], 1), s], -1), -1)[..., 1:],
+    "padded, nan set to zero": lambda s: F.softmax(F.pad(s, (0, 1)), -1)[..., :-1].nan_to_num(),
+    "padded, nan set to zero at once": lambda s: torch.nan_to_num(F.softmax(F.pad(s, (0, 1)), -1))[..., :-1],
 }
 
 
@@ -467,6 +567,49 @@ def test_a_softmax_that_may_attend_to_nothing_has_a_sink_of_zero(name, mask):
 
     assert only(Attention(), Q, K, V).v.meta["example_value"].shape[-2] == 7
     assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+
+
+@pytest.mark.parametrize("name", ONE_MORE)
+def test_a_sink_of_zero_at_symbolic_lengths(name):
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(2)
+            return ONE_MORE[name]((q @ k.mT * 0.5).masked_fill(hidden, -1e9)) @ v
+
+    assert blocks.assert_exact_at_any_length(Attention(), Q, K, V) == ["attention"]
+
+
+class Sinks(nn.Module):
+    """A learned logit per head that takes probability, and `values` that makes the output of probabilities and values."""
+
+    def __init__(self, values: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.values, self.sink = values, nn.Parameter(numbers(4, seed=9))
+
+    def forward(self, q, k, v):
+        s = q @ k.mT * 0.5
+        s = torch.cat([s, self.sink.view(1, -1, 1, 1).expand(s.shape[0], -1, s.shape[2], -1)], -1)
+        return self.values(F.softmax(s - s.max(-1, keepdim=True).values, -1)[..., :-1], v)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda p, v: p @ v,
+        lambda p, v: p.nan_to_num(0.0) @ v,
+        lambda p, v: (v.mT @ p.mT).mT,
+        lambda p, v: v.mT @ p.mT.nan_to_num(),
+        lambda p, v: torch.einsum("bhqk,bhke->bqhe", p, v),
+    ],
+)
+def test_sinks_at_symbolic_lengths(values):
+    assert blocks.assert_exact_is_eager(Sinks(values), Q, K, V) == ["attention"]
+    assert blocks.assert_exact_at_any_length(Sinks(values), Q, K, V) == ["attention"]
+
+
+@pytest.mark.parametrize("values", [lambda p, v: p.nan_to_num(1.0) @ v, lambda p, v: p.mT @ v, lambda p, v: (p + 0.1) @ v])
+def test_sinks_whose_probabilities_are_changed_are_none(values):
+    assert "joined with others" in refused(Sinks(values), Q, K, V)
 
 
 def test_a_softmax_with_one_more_that_divides_the_values():
@@ -508,6 +651,23 @@ def test_a_gate_by_the_sum_of_weights_is_a_sink(keepdim, wide):
     assert c.v.meta["example_value"].shape[-2] == 7 and any(b.meta["example_value"].requires_grad for b, _ in c.bias)
 
 
+@pytest.mark.parametrize("seen", [lambda m: ~m, lambda m: m.logical_not().view(6, 6)])
+def test_only_allowed_probabilities_are_kept_again(seen):
+    rows = HIDDEN.clone()
+    rows[2] = True
+
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return torch.where(seen(rows), torch.softmax((q @ k.mT).masked_fill(~seen(rows), -math.inf), -1), 0.0) @ v
+
+    assert only(Attention(), Q, K, V).empty == "zero"
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+    other = CAUSAL.roll(1, 0)
+    assert "after the softmax" in refused(
+        lambda q, k, v: torch.where(other, torch.softmax((q @ k.mT).masked_fill(HIDDEN, -math.inf), -1), 0.0) @ v, Q, K, V
+    )
+
+
 @pytest.mark.parametrize("mask", [lambda m: m, lambda m: m.view(6, 6) == torch.tensor(True)])
 def test_hidden_probabilities_set_to_zero_again(mask):
     rows = HIDDEN.clone()
@@ -518,6 +678,82 @@ def test_hidden_probabilities_set_to_zero_again(mask):
 
     c = only(function, Q, K, V, rows)
     assert c.empty == "zero" and len(c.disallowed) == 1
+
+
+AFTER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a mask of heads": lambda p, w: p * w[:, 0, 0].view(1, 4, 1, 1),
+    "a mask of queries": lambda p, w: (torch.arange(6) < 4)[:, None] * F.dropout(p, 0.0),
+    "a gate of queries": lambda p, w: p * w[..., :1].sigmoid(),
+    "a number": lambda p, w: p * 0.5 / 3,
+    "divided": lambda p, w: p / w[:, :1, :1].exp(),
+    "a learned scale": lambda p, w: w.mean() * p,
+}
+
+
+class After(nn.Module):
+    def __init__(self, after: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.after, self.weight = after, nn.Parameter(BIAS[0].clone())
+
+    def forward(self, q, k, v):
+        return self.after(torch.softmax((q @ k.mT).masked_fill(HIDDEN, -math.inf), -1), self.weight) @ v
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_a_factor_that_all_keys_share_joins_the_output(name):
+    assert only(After(AFTER[name]), Q, K, V).scale == 1.0
+    assert blocks.assert_exact_is_eager(After(AFTER[name]), Q, K, V) == ["attention"]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda p, w: p * w,
+        lambda p, w: p * w[:, :1],
+        lambda p, w: 1.0 / p.clamp(min=0.1),
+        lambda p, w: (h := p * w[..., :1]) + h.mean(),
+        lambda p, w: p * p,
+    ],
+    ids=["of each pair", "of each key", "turned around", "read twice", "squared"],
+)
+def test_other_factors_after_the_softmax_stay(after):
+    refused(After(after), Q, K, V)
+
+
+DIFFERENCES: dict[str, Callable[..., Tensor]] = {
+    "a learned share": lambda p, r, w: p - w.mean() * r,
+    "a share of each head": lambda p, r, w: p - w[:, :1, :1].exp() * r,
+    "both weighted, summed": lambda p, r, w: 0.25 * p + r / 2,
+    "dropped out": lambda p, r, w: F.dropout(p, 0.0) - F.dropout(r, 0.0),
+}
+
+
+class Difference(nn.Module):
+    def __init__(self, difference: Callable[..., Any]):
+        super().__init__()
+        self.difference, self.weight = difference, nn.Parameter(BIAS[0].clone())
+
+    def forward(self, q, k, v):
+        (q, r), (k, s) = q.chunk(2, -1), k.chunk(2, -1)
+        p, r = (torch.softmax((a @ b.mT * 0.4).masked_fill(HIDDEN, -math.inf), -1) for a, b in ((q, k), (r, s)))
+        return self.difference(p, r, self.weight) @ v
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_difference_of_two_softmaxes_is_two_attentions(name):
+    matches, skipped = sites(Difference(DIFFERENCES[name]), Q, K, V)
+    assert len(matches) == 2 and not skipped
+    assert blocks.assert_exact_is_eager(Difference(DIFFERENCES[name]), Q, K, V) == ["attention"] * 2
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [lambda p, r, w: p - w * r, lambda p, r, w: (p - r).relu(), lambda p, r, w: (d := p - r) / d.sum(), lambda p, r, w: p - w],
+    ids=["weighted by pairs", "rectified", "read twice", "less no softmax"],
+)
+def test_other_differences_of_softmaxes_stay(difference):
+    matches, skipped = sites(Difference(difference), Q, K, V)
+    assert len(matches) <= 1 and skipped
 
 
 @pytest.mark.parametrize(
@@ -587,7 +823,6 @@ def test_a_softmax_by_hand(softmax):
 
 def test_a_softmax_by_hand_that_may_overflow_says_so():
     assert "they may overflow" in refused(lambda q, k, v: (e := torch.exp(q @ k.mT)) / e.sum(-1, keepdim=True) @ v, Q, K, V)
-    assert "at static sizes only" in refused(lambda q, k, v: ONE_MORE["unshifted"](q @ k.mT) @ v, Q, K, V, dynamic=True)
 
 
 def test_a_softmax_by_hand_that_divides_the_values():
@@ -805,7 +1040,47 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "distances of another kind": (lambda q, k, v: torch.softmax(-torch.cdist(q, k, p=1) ** 2, -1) @ v, "the scores are distances"),
     "distances by differences": (
         lambda q, k, v: torch.softmax(-(q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1), -1) @ v,
+        "the scores are squared differences",
+    ),
+    "distances by differences that are multiplied": (
+        lambda q, k, v: torch.softmax(-((d := (q[:, :, :, None] - k[:, :, None]) / 3) * d).mean(-1), -1) @ v,
+        "the scores are squared differences",
+    ),
+    "distances by weighted differences": (
+        lambda q, k, v: torch.softmax(((k[:, :, None] - q[:, :, :, None]) ** 2 * BIAS[0, 0, 0, 0]).sum(-1) * -0.5, -1) @ v,
+        "the scores are squared differences",
+    ),
+    "absolute differences": (
+        lambda q, k, v: torch.softmax(-(q[:, :, :, None] - k[:, :, None]).abs().sum(-1), -1) @ v,
         "the scores are distances",
+    ),
+    "lengths of differences": (
+        lambda q, k, v: torch.softmax(-(q[:, :, :, None] - k[:, :, None]).norm(dim=-1) ** 2, -1) @ v,
+        "the scores are distances",
+    ),
+    "lengths by linalg": (
+        lambda q, k, v: torch.softmax(-torch.linalg.vector_norm(q[:, :, :, None] - k[:, :, None], dim=-1), -1) @ v,
+        "the scores are distances",
+    ),
+    "distances of pairs": (
+        lambda q, k, v: torch.softmax(-F.pairwise_distance(q[:, :, :, None], k[:, :, None]), -1) @ v,
+        "the scores are distances",
+    ),
+    "cosines": (
+        lambda q, k, v: torch.softmax(F.cosine_similarity(q[:, :, :, None], k[:, :, None], dim=-1) * 9, -1) @ v,
+        "the scores are made by cosine_similarity",
+    ),
+    "additive, a layer of vectors": (
+        lambda q, k, v: torch.softmax(F.linear(torch.tanh(q[:, :, :, None] + k[:, :, None]), q[0, 0, :1])[..., 0], -1) @ v,
+        "additive attention",
+    ),
+    "additive, a number each": (
+        lambda q, k, v: torch.softmax(F.leaky_relu(q[..., :1] + k[..., :1].mT, 0.2).masked_fill(HIDDEN, -9e15), -1) @ v,
+        "additive attention",
+    ),
+    "one query by einsum": (
+        lambda q, k, v: torch.einsum("bhk,bhke->bhe", torch.softmax(torch.einsum("bhd,bhkd->bhk", q[:, :, 0], k), -1), v),
+        "queries of length 1",
     ),
     "distances in a soft cap": (
         lambda q, k, v: torch.softmax(5 * torch.tanh(torch.cdist(q, k) ** 2 / 5), -1) @ v,
@@ -891,8 +1166,23 @@ def test_near_misses(name):
 
 
 @pytest.mark.parametrize(
+    "weights, name",
+    [
+        (lambda s: torch.sigmoid(s - 2.0), "sigmoid"),
+        (lambda s: F.relu(s.masked_fill(HIDDEN, LOW)).square() / 6, "relu"),
+        (lambda s: F.gumbel_softmax(s, dim=-1), "gumbel_softmax"),
+    ],
+)
+def test_attention_without_a_softmax_is_named(weights, name):
+    assert f"{name} of the scores, and no softmax" in refused(lambda q, k, v: weights(q @ k.mT * 0.3) @ v, Q, K, V)
+
+
+@pytest.mark.parametrize(
     "function",
     [
+        lambda q, k, v: torch.sigmoid(q @ k.mT),  # no values
+        lambda q, k, v: v.mT @ torch.sigmoid(q @ k.mT),  # on the right of a product
+        lambda q, k, v: F.relu(q[..., :6] @ k[..., :6]) @ v,  # q @ x, no transposed keys
         lambda q, k, v: torch.softmax(q, -1),  # no scores
         lambda q, k, v: torch.softmax(q @ k.mT, -1),  # no values
         lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),  # linear attention
@@ -1094,8 +1384,9 @@ def test_whatever_is_rewritten_computes_the_same(program, dim, end):
     model = Attention()
     sites(model, Q, K, V, PADDING)
     taken = blocks.assert_exact_is_eager(model, Q, K, V, PADDING)
-    # A gate may be a sink, and probabilities may be masked by what masked the scores; other readers keep the site dense.
-    assert len(taken) <= (end in ("", "a gate", "probabilities are masked"))
+    # A gate may be a sink, probabilities may be masked by what masked the scores, and a factor joins the output; other
+    # readers keep the site dense.
+    assert len(taken) <= (end in ("", "a gate", "probabilities are masked", "probabilities are scaled"))
 
 
 @pytest.mark.parametrize("library", [True, False])

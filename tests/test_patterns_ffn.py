@@ -195,6 +195,29 @@ GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
         (lambda h: h[:, :, :, 0] * F.silu(h[:, :, :, 1]))(m.fused(x).unflatten(-1, (-1, 2)))
     ),
     "interleaved, unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).view(2, 5, -1, 2).unbind(-1))),
+    "interleaved, selected": lambda m, x: m.down(
+        (lambda h: F.silu(h.select(-1, 0)) * torch.select(h, 3, 1))(m.fused(x).view(2, 5, -1, 2))
+    ),
+    "interleaved, chunks": lambda m, x: m.down(
+        (lambda g, u: F.silu(g.squeeze(-1)) * u.squeeze(3))(*m.fused(x).view(2, 5, -1, 2).chunk(2, -1))
+    ),
+    "interleaved, chunks read by index": lambda m, x: m.down(
+        (lambda g, u: F.silu(g[..., 0]) * u[..., -1])(*m.fused(x).view(2, 5, -1, 2).split(1, dim=-1))
+    ),
+    "interleaved, slices of one": lambda m, x: m.down(
+        (lambda h: F.silu(h[..., :1].squeeze(-1)) * h.narrow(-1, 1, 1).squeeze(-1))(m.fused(x).view(2, 5, -1, 2))
+    ),
+    "interleaved, in front": lambda m, x: m.down((lambda h: F.silu(h[0]) * h[1])(m.fused(x).view(2, 5, -1, 2).movedim(-1, 0))),
+    "interleaved, turned": lambda m, x: m.down((lambda h: F.silu(h[..., 0, :]) * h[..., 1, :])(m.fused(x).view(2, 5, -1, 2).mT)),
+    "fused, stacked in front": lambda m, x: m.down(
+        (lambda g, u: F.silu(g) * u)(*m.fused(x).view(2, 5, 2, -1).permute(2, 0, 1, 3).unbind(0))
+    ),
+    "fused, stacked, chunks": lambda m, x: m.down(
+        (lambda g, u: F.silu(g.squeeze(2)) * u.squeeze(-2))(*m.fused(x).view(2, 5, 2, -1).chunk(2, 2))
+    ),
+    "fused, by einsum": lambda m, x: m.down(
+        (lambda h: F.silu(h[0]) * h[1])(torch.einsum("bte,gfe->gbtf", x, m.fused.weight.view(2, HIDDEN, WIDTH)))
+    ),
     "fused, unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).unflatten(-1, (2, -1)).unbind(-2))),
 }
 
@@ -208,7 +231,7 @@ def test_gates(name):
 def test_interleaved_gates_read_every_other_row():
     c = only(lambda m, x: m.down((lambda h: h[..., 0] * F.gelu(h[..., 1]))((m.fused(x) + m.bf(m.a(x))).view(2, 5, -1, 2))))
     assert [(w.start, w.step) for w in c.w_in] == [(1, 2), (0, 2)] and c.lora[0] == c.lora[1]
-    for name in ("interleaved, slices", "interleaved, the value first"):
+    for name in ("interleaved, slices", "interleaved, the value first", "interleaved, chunks", "interleaved, in front"):
         assert blocks.assert_exact_is_eager(Block(GATED[name]), X) == ["ffn"]
 
 
@@ -455,9 +478,21 @@ def test_a_checkpointed_block_is_a_graph_of_its_own():
 NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "norm in between": (lambda m, x: m.down(m.norm(F.gelu(m.up(x)))), "a norm or reduction (layer_norm)"),
     "mean subtracted": (lambda m, x: m.down(F.gelu(h := m.up(x)) - h.mean(-1, keepdim=True)), "it reads .mean of shape"),
-    "weights on the left": (
-        lambda m, x: (m.down.weight @ F.relu(m.up.weight @ x.mT + m.up.bias[:, None])).mT,
+    "weights on the left of halves": (
+        lambda m, x: m.down.weight @ (lambda a, b: F.silu(a) * b)(*(m.fused.weight @ x.mT).chunk(2, 1)),
         "on the left of activations whose features are rows",
+    ),
+    "weights on the left, hidden returned": (
+        lambda m, x: (m.down.weight @ (h := F.relu(m.up.weight @ x.mT)), h),
+        "on the left of activations whose features are rows",
+    ),
+    "weights on the left that narrow": (
+        lambda m, x: m.a.weight.T @ F.relu(m.a.weight @ x.mT),
+        "on the left of activations whose features are rows",
+    ),
+    "weights on the left, a norm between": (
+        lambda m, x: m.down.weight @ F.layer_norm(F.relu(m.up.weight @ x.mT), (5,)),
+        "a norm or reduction (layer_norm)",
     ),
     "rrelu in training": (lambda m, x: m.down(F.rrelu(m.up(x), training=True)), "it draws its slopes at random"),
     "convolution in between": (
@@ -522,6 +557,18 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: F.linear(F.silu((h := m.fused(x))[..., ::2][..., :8]) * h[..., 1::2][..., :8], m.down.weight[:, :8]),
         "a part of an interleaved projection",
     ),
+    "interleaved halves that keep a dim": (
+        lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).view(2, 5, -1, 2).chunk(2, -1)).flatten(2)),
+        ".chunk of a fused projection keeps a dim of one",
+    ),
+    "a slice of one that keeps its dim": (
+        lambda m, x: m.down((lambda h: F.silu(h[..., :1]) * h[..., 1:])(m.fused(x).view(2, 5, -1, 2)).squeeze(-1)),
+        "getitem of a fused projection keeps a dim of one",
+    ),
+    "a gated linear unit over a dim of two": (
+        lambda m, x: m.down(F.glu(m.fused(x).view(2, 5, -1, 2), -1).squeeze(-1)),
+        "over a dim beside the hidden units",
+    ),
     "pooler": (lambda m, x: F.linear(torch.tanh(m.square(m.up(x))), m.square.weight), "linear, tanh, linear is a pooler"),
     "head": (lambda m, x: F.linear(F.gelu(m.up(x)), m.square.weight), "differs from the model width"),
     "bottleneck adapter": (
@@ -553,6 +600,10 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         "on a part of a fused projection",
     ),
     "rows change": (lambda m, x: m.down(F.gelu(m.up(x))[:, 0]), "between the projections"),
+    "turned and not back": (
+        lambda m, x: m.down(F.gelu(m.up(x.repeat(1, 2, 1)).mT)),
+        "permute between the projections",
+    ),
     "another order of features": (
         lambda m, x: m.down(F.gelu(m.up(x)).view(2, 5, 2, 5).transpose(2, 3).reshape(2, 5, HIDDEN)),
         "between the projections",
@@ -700,6 +751,14 @@ def test_experts_that_stay_say_why(function, reason):
     assert not matches and len(skipped) == 1 and reason in str(skipped[0].reason), [str(s.reason) for s in skipped]
 
 
+def test_linear_attention_is_no_block():
+    def function(m, x):
+        q, k = F.elu(m.up(x)) + 1, F.elu(m.gate(x)) + 1
+        return m.down(q @ (k.mT @ m.gate(x)))
+
+    assert sites(Block(function), X) == ([], [])
+
+
 def test_halves_of_a_grouped_product_that_meet_no_other_are_nothing():
     assert sites(Experts(functools.partial(_experts_in_halves, returned=True)), numbers(3, 5, WIDTH)) == ([], [])
 
@@ -714,17 +773,101 @@ def test_experts_called_one_by_one_are_sites():
     assert len(matches) == 3 and not skipped
 
 
-def test_convolutions_are_reported():
+COLUMNS: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "plain": lambda m, x: m.down.weight @ F.gelu(m.up.weight @ x.mT),
+    "matrices": lambda m, x: torch.mm(m.down.weight, torch.mm(m.up.weight, x[0].t()).relu()),
+    "biases": lambda m, x: (m.down.weight @ F.relu(m.up.weight @ x.mT + m.up.bias[:, None]) + m.down.bias.view(-1, 1)).mT,
+    "addmm": lambda m, x: torch.addmm(
+        m.down.bias[:, None], m.down.weight, torch.addmm(m.up.bias[:, None], m.up.weight, x[0].T).exp()
+    ),
+    "gated": lambda m, x: m.down.weight @ (F.silu(m.gate.weight @ x.mT + m.gate.bias[:, None]) * (m.up.weight @ x.mT)),
+    "a formula": lambda m, x: m.down.weight @ ((h := m.up.weight @ x.mT) * torch.sigmoid(1.7 * h) * m.beta[:, None]),
+    "einsum": lambda m, x: torch.einsum("ef,bft->bte", m.down.weight, torch.einsum("fe,bte->bft", m.up.weight, x).relu()),
+    "tokens mixed by weights": lambda m, x: x.mT + m.down.weight @ F.gelu(m.up.weight @ x.mT) * 0.5,
+    "turned and back": lambda m, x: m.down(F.gelu(m.up(x).mT).mT),
+    "turned and back, gated": lambda m, x: m.down((F.silu(m.gate(x).permute(2, 0, 1)) * m.up(x).permute(2, 0, 1)).permute(1, 2, 0)),
+    "turned for a parameter": lambda m, x: m.down(F.gelu(m.up(x).transpose(1, 2) * m.beta[:, None]).transpose(1, 2)),
+    "one layer turned": lambda m, x: F.linear(F.gelu(m.up.weight @ x.mT + m.up.bias[:, None]).mT, m.down.weight),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_layers_over_columns(name, dynamic):
+    """Features are rows of what the weights multiply from the left."""
+    assert only(COLUMNS[name], dynamic=dynamic).width == HIDDEN
+    if dynamic is None:
+        assert blocks.assert_exact_is_eager(Block(COLUMNS[name]), X) == ["ffn"]
+
+
+class Parallel(nn.Module):
+    """Branches whose out-projections are one weight that reads them side by side."""
+
+    def __init__(self, function: Callable, width: int = WIDTH + HIDDEN):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.up, self.gate = nn.Linear(WIDTH, HIDDEN).double(), nn.Linear(WIDTH, HIDDEN).double()
+        self.fused, self.out = nn.Linear(WIDTH, 2 * HIDDEN).double(), nn.Linear(width, WIDTH).double()
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.out(torch.cat([x.flip(1), F.gelu(m.up(x))], -1)),
+        lambda m, x: m.out(torch.cat((F.silu(m.gate(x)) * m.up(x), x.cumsum(1)), dim=2)),
+        lambda m, x: m.out(torch.cat([x[..., :2], (lambda g, u: F.silu(g) * u)(*m.fused(x).chunk(2, -1)), x[..., 2:]], -1)),
+        lambda m, x: F.linear(torch.cat([torch.softmax(x @ x.mT, -1) @ x, F.dropout(F.relu(m.up(x)), 0.0)], -1), m.out.weight),
+    ],
+)
+def test_a_block_whose_out_projection_is_joined_with_another(function):
+    assert "ffn" in blocks.assert_exact_is_eager(Parallel(function), X)
+    matches, skipped = sites(Parallel(function), X)
+    assert not skipped and [m.capture.width for m in matches if m.pattern.kind == "ffn"] == [HIDDEN]
+
+
+@pytest.mark.parametrize(
+    "function, width",
+    [
+        (lambda m, x: m.out(torch.cat([(h := m.up(x)).relu(), (-h).relu()], -1)), 2 * HIDDEN),  # one block of both
+        (lambda m, x: m.out(torch.cat([F.gelu(m.up(x)), m.gate(x)], 1)), HIDDEN),  # more rows
+        (lambda m, x: m.out(h := torch.cat([x, F.gelu(m.up(x))], -1)) + h.sum(), WIDTH + HIDDEN),
+    ],
+)
+def test_other_joined_inputs_stay(function, width):
+    matches, _ = sites(Parallel(function, width), X)
+    assert not matches
+
+
+def test_dropout_turns_with_the_columns():
+    c = only(lambda m, x: m.down.weight @ F.dropout(F.gelu(m.up.weight @ x.mT), 0.3))
+    assert c.dropout_p == 0.3 and c.act == "gelu(x0)"
+    (captured,) = models.capture(Block(lambda m, x: m.down.weight @ F.dropout(F.gelu(m.up.weight @ x.mT), 0.3)), X)
+    module = copy_graph(captured.module)
+    canonicalize(module)
+    assert [n.target for n in module.graph.nodes].count(F.dropout) == 1  # none is left behind that would draw
+
+
+@pytest.mark.parametrize(
+    "options, between",
+    [({}, F.gelu), (dict(groups=2), F.gelu), (dict(stride=2), F.gelu), ({}, nn.BatchNorm1d(HIDDEN).double())],
+)
+def test_convolutions_are_reported(options, between):
     class Pointwise(nn.Module):
         def __init__(self):
             super().__init__()
-            self.up, self.down = nn.Conv1d(WIDTH, HIDDEN, 1).double(), nn.Conv1d(HIDDEN, WIDTH, 1).double()
+            self.up, self.down = nn.Conv1d(WIDTH, HIDDEN, 1, **options).double(), nn.Conv1d(HIDDEN, WIDTH, 1).double()
+            self.between = between
 
         def forward(self, x):
-            return self.down(F.gelu(self.up(x)))
+            return self.down(self.between(F.gelu(self.up(x))))
 
     matches, skipped = sites(Pointwise(), numbers(2, WIDTH, 5))
-    assert not matches and len(skipped) == 1 and "1x1 convolution" in str(skipped[0].reason)
+    expected = "batch_norm" if isinstance(between, nn.Module) else "1x1 convolution"
+    assert not matches and [expected in str(s.reason) for s in skipped] == ([True] if options.get("groups", 1) == 1 else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

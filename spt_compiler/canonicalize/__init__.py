@@ -3,17 +3,18 @@
 What comes out (a pattern has to know these forms only):
 
     elementwise     operator.add/sub/mul/truediv/neg/pow/lt.../and_/or_/invert, torch.exp ..., F.relu, F.silu, F.gelu
-    layout          torch.t (2-d), torch.permute, torch.reshape (static sizes written out); no no-ops
+    layout          torch.t (2-d), torch.permute, torch.reshape (static sizes written out), x[..., i, :] for one of a dim; no no-ops
     casts           x.to(dtype), only where the dtype changes
-    products        torch.matmul of activations; F.linear(x, w, b) for weights, torch.t on a weight stored (in, out)
+    products        torch.matmul of activations; F.linear(x, w, b) for weights, torch.t on a weight stored (in, out); where a
+                    whole block can be turned, its features come last
     softmax         F.softmax(x, dim=-1 or a positive dim); a dtype argument is a cast before it; a sink is one more key
     masks           torch.masked_fill(x, mask, number), torch.where(mask, x, number), x + floats; torch.nan_to_num(softmax)
     dropout         F.dropout(x, p, True) with p > 0, or nothing
     attention call  F.scaled_dot_product_attention(q, k, v, <only what differs from the default>)
 
 Layout between two products around a softmax moves outside of them, so that scores and probabilities keep one rank and one
-order of dims, keys last; what all rows share is broadcast to them. nn.MultiheadAttention is opened. In-place calls become
-functional where no alias can see the difference.
+order of dims, keys last; what all rows share is broadcast to them, and what all keys share joins the output.
+nn.MultiheadAttention is opened. In-place calls become functional where no alias can see the difference.
 
 A rewrite is checked by its type: the replacement must have the shape, dtype and device of what it replaces (computed
 on fake tensors, without guards on symbolic sizes), else it is undone.
@@ -30,9 +31,9 @@ from .editor import MAX_PASSES, Editor, rule
 from .inplace import functionalize
 from .opaque import expand_opaque
 from .products import is_weight
-from .spelling import place_inputs
+from .spelling import one_index, place_inputs
 
-__all__ = ["Editor", "canonicalize", "is_weight", "rule"]
+__all__ = ["Editor", "canonicalize", "is_weight", "one_index", "rule"]
 
 log = logging.getLogger(__name__)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..graph import Analysis, dtype, is_tensor, mutated_arguments, rank, same_shape, shape, storage, value
@@ -59,6 +60,7 @@ class Editor:
         self.module, self.graph = module, module.graph
         self.fake_mode = next((v.fake_mode for n in self.graph.nodes if isinstance(v := value(n), FakeTensor)), None)
         self.created: list[fx.Node] = []
+        self.moved: set[fx.Node] = set()
         self.at: fx.Node | None = None
         self._written: set[int | None] = set()
         self._regions: dict[fx.Node, tuple] = {}
@@ -91,7 +93,7 @@ class Editor:
         return changed
 
     def _try(self, rule_: Rule, node: fx.Node) -> fx.Node | None:
-        self.created, self.at = [], node
+        self.created, self.moved, self.at = [], set(), node
         try:
             result = rule_(self, node)
             if result is None or (result is not node and not self._may_replace(node, result)):
@@ -106,8 +108,8 @@ class Editor:
         if result is not node:
             node.replace_all_uses_with(result)
             self.erase(node)
-            for created in reversed(self.created):
-                self.erase(created)
+            for stale in (*reversed(self.created), *sorted(self.moved, reverse=True)):
+                self.erase(stale)
         return result
 
     def _may_replace(self, old: fx.Node, new: fx.Node) -> bool:
@@ -164,6 +166,10 @@ class Editor:
         node.meta["example_value"] = outcome
         self._regions[node] = self._regions.get(like, ())
 
+    def move(self, nodes: Iterable[fx.Node]) -> None:
+        """Says that what the current rule returns does the work of these calls, dropout included: they go with the node."""
+        self.moved.update(nodes)
+
     def retarget(
         self, node: fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None
     ) -> fx.Node | None:
@@ -201,6 +207,8 @@ class Editor:
         with contextlib.ExitStack() as stack:
             if self.fake_mode is not None:
                 stack.enter_context(self.fake_mode)
+                # As Dynamo does: without it, F.pad makes numbers of symbolic sizes.
+                stack.enter_context(enable_python_dispatcher())
                 if self.fake_mode.shape_env is not None:
                     stack.enter_context(self.fake_mode.shape_env.suppress_guards())
             if region:

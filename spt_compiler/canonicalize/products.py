@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import string
 from collections.abc import Sequence
@@ -11,11 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..graph import Arguments, dtype, is_parameter, is_tensor, rank, same_size, shape
-from .editor import Editor, rule
+from ..graph import Arguments, dtype, is_float, is_parameter, is_tensor, rank, same_shape, same_size, shape
+from .editor import Editor, Unknown, rule
+from .spelling import ELEMENTWISE
 
 # What may stand between a Parameter and its use as a weight. getitem: rows of a fused projection.
 _WEIGHT_LAYOUT = {torch.t, torch.permute, torch.reshape, operator.getitem, "to", "contiguous"}
+
+# Steps between two layers that act on each number by itself.
+_POINTWISE = {
+    *ELEMENTWISE,
+    *(operator.truediv, torch.where, torch.masked_fill, torch.clamp, F.dropout, F.gelu, F.leaky_relu, F.elu, F.selu, F.celu),
+    *(F.mish, F.softplus, F.hardtanh, F.relu6, F.hardsigmoid, F.hardswish, F.softsign, F.logsigmoid, "to", "contiguous"),
+}
 
 
 def is_weight(node: Any) -> bool:
@@ -74,9 +83,50 @@ def _product_plus(e: Editor, x: fx.Node, y: fx.Node, b: fx.Node, beta: Any, alph
     return e.call(operator.add, product, b if beta == 1 else e.call(operator.mul, b, beta))
 
 
+@rule(torch.tensordot)
+def tensordot_to_einsum(e: Editor, node: fx.Node) -> fx.Node | None:
+    """tensordot(x, y, dims) -> einsum."""
+    found = Arguments(node, "a", "b", ("dims", 2))
+    x, y, dims = found.take("a", "b", "dims")
+    if isinstance(dims, int):
+        dims = (range(rank(x) - dims, rank(x)), range(dims))
+    if not found.valid or not isinstance(dims, (tuple, list)) or any(isinstance(d, int) for d in dims):
+        return None
+    a, b = list(string.ascii_letters[: rank(x)]), list(string.ascii_letters[rank(x) : rank(x) + rank(y)])
+    for i, j in zip(*dims, strict=True):
+        b[j] = a[i]
+    result = [c for c in (*a, *b) if (c in a) is not (c in b)]
+    return e.call(torch.einsum, f"{''.join(a)},{''.join(b)}->{''.join(result)}", x, y)
+
+
+@rule("sum", torch.sum)
+def sum_of_products(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(x[..., :, None, :] * y[..., None, :, :]).sum(-1) -> x @ y.mT, and (x[..., None] * y[..., None, :, :]).sum(-2) -> x @ y."""
+    found = Arguments(node, "input", "dim", ("keepdim", False))
+    pairs, dim, keepdim = found.take("input", "dim", "keepdim")
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    if not found.valid or keepdim or not isinstance(dim, int) or not is_tensor(pairs) or pairs.target is not operator.mul:
+        return None
+    dims = rank(pairs)
+    if dims < 3 or (dim := dim % dims) < dims - 2 or len(pairs.users) != 1 or not is_float(node) or not e.same_region(node, pairs):
+        return None
+    if any(rank(a) != dims or not is_float(a) or same_size(shape(a)[dim], 1) for a in pairs.args):
+        return None
+    first, last = dims - 3, 2 * dims - 3 - dim
+    for x, y in (pairs.args, pairs.args[::-1]):
+        if same_size(shape(x)[last], 1) and same_size(shape(y)[first], 1) and not same_size(shape(x)[first], 1):
+            x, y = e.call(torch.squeeze, x, last), e.call(torch.squeeze, y, first)
+            order = [*range(dims - 3), *((dims - 2, dims - 3) if dim == dims - 1 else (dims - 3, dims - 2))]
+            return e.call(torch.matmul, x, permuted(e, y, order))
+    return None
+
+
 @rule(torch.einsum)
 def einsum_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
-    """einsum of two operands with one summed index -> permute and matmul; of one operand without sums -> permute."""
+    """einsum of two operands -> permute and matmul, with a weight -> F.linear; of one operand without sums -> permute.
+
+    Indices that are summed together become one.
+    """
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
@@ -94,20 +144,58 @@ def einsum_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     (a, b), (left, right) = terms, operands
     summed = [c for c in a if c in b and c not in result]
-    if len(summed) != 1 or any(c not in result for c in set(a) ^ set(b)):
+    if not summed or any(c not in result for c in set(a) ^ set(b)):
         return None
+    if is_weight(left) is not is_weight(right):
+        x, w = ((right, b), (left, a)) if is_weight(left) else ((left, a), (right, b))
+        # Features come last, or else the weight may be learned queries.
+        if set(a) & set(b) == set(summed) < set(x[1]) and result[-1] not in x[1]:
+            return _einsum_to_linear(e, *x, *w, summed, result)
     # The operand that owns the second last index goes to the left: usually the product needs no permutation then.
     if result[-1] in a and result[-1] not in b:
         a, b, left, right = b, a, right, left
     rows = next((c for c in reversed(result) if c in a and c not in b), None)
     columns = next((c for c in reversed(result) if c in b and c not in a), None)
-    if rows is None or columns is None:
+    if columns is None:
         return None
-    lead, inner = [c for c in result if c not in (rows, columns)], summed[0]
-    x = _aligned(e, left, a, [*lead, rows, inner])
-    y = _aligned(e, right, b, [*lead, inner, columns])
+    if rows is None:  # vectors times matrices
+        x = e.call(torch.unsqueeze, left, 0)
+        one = next(c for c in string.ascii_letters if c not in a + b)
+        terms_of_one = f"{one}{a},{b}->{result[:-1]}{one}{result[-1]}"
+        product = e.call(torch.einsum, terms_of_one, x, right)
+        return e.call(torch.squeeze, product, -2) if result[-1] == columns else None
+    lead = [c for c in result if c not in (rows, columns)]
+    x = _joined(e, _aligned(e, left, a, [*lead, rows, *summed]), -len(summed), len(summed))
+    y = _joined(e, _aligned(e, right, b, [*lead, *summed, columns]), -len(summed) - 1, len(summed))
     order = [*lead, rows, columns]
     return permuted(e, e.call(torch.matmul, x, y), [order.index(c) for c in result])
+
+
+def _einsum_to_linear(
+    e: Editor, left: fx.Node, a: str, weight: fx.Node, b: str, summed: list[str], result: str
+) -> fx.Node:
+    """einsum("btc,hcd->bthd", x, w) -> F.linear with a weight of [h * d, c], and the layout around it."""
+    own, features = ([c for c in term if c not in summed] for term in (a, b))
+    x = _joined(e, permuted(e, left, [a.index(c) for c in (*own, *summed)]), -len(summed), len(summed))
+    w = _joined(e, permuted(e, weight, [b.index(c) for c in (*features, *summed)]), -len(summed), len(summed))
+    y = e.call(F.linear, x, _joined(e, w, 0, len(features)))
+    if len(features) > 1:
+        sizes = (*(e.size(left, a.index(c)) for c in own), *(e.size(weight, b.index(c)) for c in features))
+        y = e.call(torch.reshape, y, sizes)
+    order = [*own, *features]
+    return permuted(e, y, [order.index(c) for c in result])
+
+
+def _joined(e: Editor, x: fx.Node, start: int, count: int) -> fx.Node:
+    """`x` with `count` dims from `start` on as one."""
+    if count == 1:
+        return x
+    start %= rank(x)
+    together = shape(x)[start : start + count]
+    if not all(isinstance(s, int) for s in together):
+        raise Unknown
+    before, after = (range(start), range(start + count, rank(x)))
+    return e.call(torch.reshape, x, (*(e.size(x, i) for i in before), math.prod(together), *(e.size(x, i) for i in after)))
 
 
 def _parse_einsum(equation: str, ranks: list[int]) -> tuple[list[str], str] | None:
@@ -173,6 +261,50 @@ def linear_of_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.call(torch.reshape, e.call(F.linear, source, *node.args[1:]), (*target[:-1], width))
 
 
+@rule(F.linear)
+def joined_inputs_apart(e: Editor, node: fx.Node) -> fx.Node | None:
+    """linear(cat([a, f(linear(x))], -1), w, b) -> linear(a, w[:, :n], b) + linear(f(linear(x)), w[:, n:]).
+
+    Two branches of a layer (attention and a feed-forward block, say) whose out-projections are one: the second closes its block.
+    """
+    joined, w, *bias = node.args
+    if joined.target not in (torch.cat, torch.concat) or len(joined.users) != 1 or not e.same_region(node, joined):
+        return None
+    found = Arguments(joined, "tensors", ("dim", 0))
+    parts, dim = found.take("tensors", "dim")
+    if not isinstance(parts, (tuple, list)) or dim not in (-1, rank(joined) - 1) or rank(w) != 2 or not is_weight(w):
+        return None
+    widths = [shape(p)[-1] for p in parts]
+    if not all(isinstance(s, int) for s in widths) or sum(_closes_block(p, shape(w)[0]) for p in parts) != 1:
+        return None
+    total = None
+    for part, width in sorted(zip(parts, widths, strict=True), key=lambda p: _closes_block(p[0], shape(w)[0])):
+        start = sum(widths[: parts.index(part)])
+        rows = e.call(operator.getitem, w, (slice(None), slice(start, start + width)))
+        term = e.call(F.linear, part, rows, *(bias if total is None else []))
+        total = term if total is None else e.call(operator.add, total, term)
+    e.move((joined,))
+    return total
+
+
+def _closes_block(x: fx.Node, width: int) -> bool:
+    """Whether `x` is made by steps on each number, one at least, of linear layers that read `width` features."""
+    stack, seen, layers = [x], {x}, 0
+    while stack and len(seen) < 32:
+        current = stack.pop()
+        if current.target in _POINTWISE:
+            above = [a for a in current.args if is_tensor(a) and same_shape(shape(a), shape(x)) and a not in seen]
+            stack += above
+            seen.update(above)
+            continue
+        while isinstance(current, fx.Node) and current.target in (operator.getitem, "chunk", "split", torch.chunk, torch.split):
+            current = current.args[0]
+        if not isinstance(current, fx.Node) or current.target is not F.linear or not same_size(shape(current.args[0])[-1], width):
+            return False
+        layers += 1
+    return bool(layers) and x.target in _POINTWISE
+
+
 @rule(operator.add)
 def bias_into_linear(e: Editor, node: fx.Node) -> fx.Node | None:
     """linear(x, w) + b with a 1-d parameter b -> linear(x, w, b)."""
@@ -184,3 +316,97 @@ def bias_into_linear(e: Editor, node: fx.Node) -> fx.Node | None:
         if dtype(bias) is dtype(product) and same_size(shape(bias)[0], shape(product)[-1]):
             return e.call(F.linear, *product.args, bias)
     return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers over columns
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _layer(node: Any) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]] | None:
+    """(x, weight, bias, order in which features come last) of w @ x, a linear layer with its weight on the left."""
+    if not is_tensor(node) or node.target is not torch.matmul:
+        return None
+    (w, x), dims = node.args, rank(node)
+    is_layer = rank(w) == 2 and is_weight(w) and not is_weight(x) and rank(x) == dims
+    return (x, w, None, (*range(dims - 2), dims - 1, dims - 2)) if is_layer else None
+
+
+def _order(node: Any) -> tuple[int, ...] | None:
+    """The order of dims that a permutation makes; None for other calls."""
+    if not is_tensor(node) or node.target not in (torch.permute, torch.t):
+        return None
+    return tuple(node.args[1]) if node.target is torch.permute else (1, 0)
+
+
+@rule(torch.matmul, F.linear)
+def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
+    """w2 @ f(w1 @ x) -> linear(f(linear(x.mT, w1)), w2).mT.
+
+    Either half may be a linear layer with a permutation behind or before it. Both layers and what is between them turn at
+    once; a layer without the other half of its block gains nothing by it.
+    """
+    turns = _order(node.args[0]) if node.target is F.linear else None
+    if turns is None:
+        last = _layer(node)
+    else:  # the permutation is the layer's own if nobody else reads it
+        x, w, *rest = node.args
+        last = (x.args[0], w, *(rest or [None]), turns) if turns[-1] != rank(x) - 1 and len(x.users) == 1 else None
+    if last is None:
+        return None
+    h, w_out, b_out, order = last
+    width, hidden = shape(w_out)
+    if not isinstance(width, int) or not isinstance(hidden, int) or hidden < width:
+        return None
+    back = tuple(order.index(i) for i in range(len(order)))
+
+    def first(x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]] | None:
+        if _order(x) == back and x.args[0].target is F.linear:
+            return x.args[0], x.args[0].args[1], None, order
+        return _layer(x)
+
+    if first(h) is not None:
+        return None  # nothing between them
+    inside, stack = {h}, [h]
+    while stack:
+        current = stack.pop()
+        if (found := first(current)) is not None:
+            # [F, E] and [E, F]: the block widens its input and comes back to it.
+            if found[3] != order or not same_shape(shape(found[1]), (hidden, width)):
+                return None
+            continue
+        if current.target not in _POINTWISE or not e.same_region(node, current):
+            return None
+        above = [a for a in current.args if is_float(a) and same_shape(shape(a), shape(h)) and a not in inside]
+        inside.update(above)
+        stack += above
+    ends = (node, node.args[0] if turns else node)
+    if not any(map(first, inside)) or any(u not in inside and u not in ends for i in inside for u in i.users):
+        return None
+    turned: dict[fx.Node, fx.Node] = {}
+
+    def turn(x: Any) -> Any:
+        if not is_tensor(x) or not rank(x):
+            return x
+        if x not in turned:
+            turned[x] = anew(x)
+        return turned[x]
+
+    def anew(x: fx.Node) -> fx.Node:
+        if x in inside:
+            found = first(x)
+            if found is None:
+                return e.call(x.target, *map(turn, x.args), **x.kwargs)
+            return found[0] if _order(x) else linear(turn(found[0]), *found[1:3])
+        while rank(x) < len(order):
+            x = e.call(torch.unsqueeze, x, 0)
+        *lead, features = (shape(x)[i] for i in order)
+        if isinstance(features, int) and all(same_size(s, 1) for s in lead):
+            return e.call(torch.reshape, x, (features,))  # a bias
+        return permuted(e, x, order)
+
+    def linear(x: fx.Node, w: fx.Node, b: fx.Node | None) -> fx.Node:
+        return e.call(F.linear, x, w, *([] if b is None else [b]))
+
+    result = linear(turn(h), w_out, b_out)
+    e.move(inside)
+    return result if turns else permuted(e, result, back)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -140,8 +140,8 @@ def _one_more(e: Editor, x: fx.Node, shift: fx.Node | None, more: Any) -> fx.Nod
         low = shift.args[1] if shift.target is torch.clamp else None
         above = isinstance(low, (int, float)) and low > -math.inf
         number = 1.0 if opposite and (above or is_bounded(x, math.inf)) else None
-    if number is None or not number > 0 or not all(isinstance(s, int) for s in shape(x)):
-        return None  # padding makes numbers of symbolic sizes
+    if number is None or not number > 0:
+        return None
     joined = e.call(F.pad, x, (0, 1), value=math.log(number))
     return e.call(operator.getitem, e.call(F.softmax, joined, dim=-1), (Ellipsis, slice(None, -1)))
 
@@ -157,7 +157,7 @@ def spell_masked_fill(e: Editor, node: fx.Node) -> fx.Node | None:
 def spell_nan_to_num(e: Editor, node: fx.Node) -> fx.Node | None:
     """p.nan_to_num(0.0), p.masked_fill(p.isnan(), 0) of probabilities -> torch.nan_to_num(p): none of them is infinite."""
     x = node.args[0] if node.args else None
-    if not is_tensor(x) or not _from_softmax(x):
+    if not is_tensor(x) or not _from_softmax(x.args[0] if x.target is torch.permute else x):
         return None
     if node.target is not torch.masked_fill:
         found = Arguments(node, "input", ("nan", None), "posinf", "neginf")
@@ -282,20 +282,24 @@ def _is_summed(node: fx.Node, dim: int) -> bool:
             return left is not (user.args[1] is node) and dim == rank(node) - (1 if left else 2)
         if user.target is torch.permute:
             dim = tuple(user.args[1]).index(dim)
-        elif user.target not in (F.dropout, "to", "contiguous"):
+        elif user.target not in _PER_PROBABILITY:
             return False
         node = user
     return False
 
 
+# Steps between a softmax and the product with the values that act on each probability by itself.
+_PER_PROBABILITY = (F.dropout, torch.nan_to_num, "to", "contiguous")
+
+
 def _from_softmax(node: Any) -> bool:
-    """Whether `node` is made of softmax probabilities by casts, dropout and reshapes only."""
+    """Whether `node` is made of softmax probabilities, of some of the keys or all, by reshapes and steps on each only."""
     for _ in range(_CHAIN):
         if not isinstance(node, fx.Node):
             return False
         if node.target is F.softmax:
             return True
-        if node.target not in (F.dropout, torch.reshape, "to", "contiguous"):
+        if node.target not in (*_PER_PROBABILITY, torch.reshape, operator.getitem):
             return False
         node = node.args[0]
     return False
@@ -401,10 +405,13 @@ def softmax_over_the_keys(e: Editor, node: fx.Node) -> fx.Node | None:
 def step_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
     """f(scores.permute(order), mask) on its way to a softmax -> f(scores, mask permuted back).permute(order)."""
     dims = rank(node)
-    x = next((a for a in node.args if is_float(a) and a.target is torch.permute and _of_product(a)), None)
-    if x is None or rank(x) != dims or len(x.users) != 1 or tuple(x.args[1]) == _swap(dims) or not e.same_region(node, x):
+    scores = [a for a in node.args if is_float(a) and same_shape(shape(a), shape(node)) and _of_product(a)]
+    x = next((a for a in scores if a.target is torch.permute), None)
+    if x is None or len(x.users) != 1 or tuple(x.args[1]) == _swap(dims) or not e.same_region(node, x):
         return None
-    if not same_shape(shape(x), shape(node)) or _toward_softmax(node, any_dim=True) is None:
+    if any(a.target is not torch.permute for a in scores):
+        return None  # x is a bias made by a product (relative positions); the scores have their order already
+    if _toward_softmax(node, any_dim=True) is None:
         return None
     order = tuple(x.args[1])
     back = [order.index(i) for i in range(dims)]
@@ -424,7 +431,7 @@ def _widened(e: Editor, x: fx.Node, dims: int) -> fx.Node:
     return x
 
 
-@rule(F.dropout, "to", "contiguous")
+@rule(*_PER_PROBABILITY)
 def probabilities_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
     """dropout(probabilities.permute(order)) -> dropout(probabilities).permute(order)."""
     x = node.args[0]
@@ -437,15 +444,27 @@ def probabilities_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
 
 @rule(torch.matmul)
 def product_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
-    """probabilities.permute(order) @ v -> (probabilities @ v permuted back).permute(order), if leading dims alone move."""
+    """probabilities.permute(order) @ v -> (probabilities @ v permuted back).permute(order), if the keys stay last.
+
+    Another dim may have taken the place of the queries (the heads of a group, say), if the values are the same along it.
+    """
     p, v = node.args
     if not is_tensor(p) or p.target is not torch.permute or len(p.users) != 1 or not _from_softmax(p.args[0]):
         return None
     order, dims = tuple(p.args[1]), rank(p)
-    if order[-2:] != (dims - 2, dims - 1) or rank(v) > dims or not e.same_region(node, p):
+    if order[-1] != dims - 1 or rank(v) > dims or not e.same_region(node, p):
         return None
-    v = permuted(e, _widened(e, v, dims), [order.index(i) for i in range(dims)])
-    return permuted(e, e.call(torch.matmul, p.args[0], v), order)
+    back = [order.index(i) for i in range(dims)]
+    v = _widened(e, v, dims)
+    if order[-2] != dims - 2:
+        if not same_size(shape(v)[back[-2]], 1):
+            return None
+        # Where the queries were among the leading dims, v has one row for all of them; now the other dim takes that row.
+        v = e.call(torch.squeeze, v, back[-2])
+        v = e.call(torch.unsqueeze, v, dims - 3)
+        rest = [i for i in range(dims - 2) if i != back[-2]]
+        back = [*(dims - 3 if i == dims - 2 else rest.index(i) for i in back[:-2]), dims - 2, dims - 1]
+    return permuted(e, e.call(torch.matmul, p.args[0], permuted(e, v, back)), order)
 
 
 @rule(torch.matmul, F.scaled_dot_product_attention)
@@ -475,6 +494,32 @@ def values_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
     if not is_tensor(v) or not 2 <= rank(v) < rank(p) or is_weight(v) or not _from_softmax(p):
         return None
     return e.call(torch.matmul, p, _widened(e, v, rank(p)))
+
+
+@rule(torch.matmul)
+def values_of_one_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
+    """p.unsqueeze(d) @ v, where one softmax weighs several tensors of values -> p @ v with those side by side."""
+    p, v = node.args
+    dims, dim = rank(v), 0  # of v; one that p lacks in front is added by broadcasting
+    if is_tensor(p) and p.target is torch.unsqueeze and rank(p) == dims:
+        p, dim = p.args[0], Arguments(p, "input", "dim")["dim"] % dims
+    if not is_tensor(p) or rank(p) != dims - 1 or dim >= dims - 2 or is_weight(v) or not e.same_region(node, p):
+        return None
+    several, width = shape(v)[dim], shape(v)[-1]
+    if not isinstance(several, int) or not isinstance(width, int) or several == 1:
+        return None
+    if not _from_softmax(p.args[0] if p.target is torch.permute else p):
+        return None
+    lead = [i for i in range(dims - 2) if i != dim]
+    beside = permuted(e, v, [*lead, dims - 2, dim, dims - 1])
+    together = e.call(torch.reshape, beside, (*_sizes(e, v, (*lead, dims - 2)), several * width))
+    product = e.call(torch.matmul, p, together)
+    apart = e.call(torch.reshape, product, (*_sizes(e, p, range(dims - 2)), several, width))
+    return permuted(e, apart, [dims - 2 if i == dim else i - (i > dim) if i < dims - 1 else i for i in range(dims)])
+
+
+def _sizes(e: Editor, x: fx.Node, dims: Iterable[int]) -> list[Any]:
+    return [e.size(x, i) for i in dims]
 
 
 @rule(torch.square, operator.pow)
@@ -577,11 +622,14 @@ def softmax_before_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.call(torch.reshape, e.call(F.softmax, x.args[0], dim=-1), x.args[1])
 
 
-@rule(F.dropout, "to", "contiguous")
+@rule(*_PER_PROBABILITY)
 def step_before_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
-    """dropout(probabilities.view(...)) -> dropout(probabilities).view(...)."""
+    """dropout(probabilities.view(...)) -> dropout(probabilities).view(...), and a cast of scores.view(B * H, T, S) alike."""
     x = node.args[0]
-    if not _is_batch_reshape(x) or len(x.users) != 1 or not _from_softmax(x) or not e.same_region(node, x):
+    if not _is_batch_reshape(x) or len(x.users) != 1 or not e.same_region(node, x):
+        return None
+    of_scores = node.target in ("to", "contiguous") and rank(x.args[0]) > rank(x) and _toward_softmax(node) is not None
+    if not of_scores and not _from_softmax(x):
         return None
     return e.call(torch.reshape, e.call(node.target, x.args[0], *node.args[1:], **node.kwargs), x.args[1])
 
@@ -630,6 +678,45 @@ def row_factor_to_queries(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     q, k = scores.args
     return e.call(torch.matmul, e.call(node.target, q, factor), k)
+
+
+@rule(torch.matmul)
+def row_factor_to_output(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(p * s) @ v of probabilities p -> (p @ v) * s, where s is the same for all keys: masks of heads or queries, gates."""
+    weighted, v = node.args
+    if not is_tensor(weighted) or weighted.target not in (operator.mul, operator.truediv) or rank(v) > rank(weighted):
+        return None
+    p, factor = weighted.args
+    if weighted.target is operator.mul and not (_is_weighted(p) and same_shape(shape(p), shape(weighted))):
+        p, factor = factor, p
+    if not _is_weighted(p) or not same_shape(shape(p), shape(weighted)) or dtype(p) is not dtype(weighted):
+        return None
+    if len(weighted.users) != 1 or not e.same_region(node, weighted):
+        return None
+    if not (same_size(shape(factor)[-1], 1) if rank(factor) else is_tensor(factor) or isinstance(factor, (int, float))):
+        return None
+    return e.call(weighted.target, e.call(torch.matmul, p, v), factor)
+
+
+@rule(torch.matmul)
+def values_of_two_softmaxes(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(p - s * r) @ v of probabilities p and r -> p @ v - (s * r) @ v: differential attention is two attentions."""
+    total, v = node.args
+    if not is_tensor(total) or total.target not in (operator.add, operator.sub) or len(total.users) != 1:
+        return None
+    if not all(_is_weighted(p) and len(p.users) == 1 and same_shape(shape(p), shape(total)) for p in total.args):
+        return None
+    if not e.same_region(node, total):
+        return None
+    return e.call(total.target, *(e.call(torch.matmul, p, v) for p in total.args))
+
+
+def _is_weighted(node: Any) -> bool:
+    """Whether `node` is made of probabilities, times factors that nobody else sees, or not."""
+    if not is_tensor(node) or _from_softmax(node):
+        return is_tensor(node)
+    is_product = node.target in (operator.mul, operator.truediv) and len(node.users) == 1
+    return is_product and any(map(_is_weighted, node.args[: 1 if node.target is operator.truediv else 2]))
 
 
 def _is_scores(node: Any) -> bool:
@@ -714,26 +801,36 @@ def sink_to_key(e: Editor, node: fx.Node) -> fx.Node | None:
     The sink joins as a bias of that key; the key itself is zero, so that its score is the sink alone.
     """
     p, v = node.args
-    between: list[fx.Node] = []
-    while isinstance(p, fx.Node) and p.target in (F.dropout, "to", "contiguous") and len(p.users) == 1:
-        between.append(p)
-        p = p.args[0]
-    if not isinstance(p, fx.Node) or p.target is not operator.getitem or len(p.users) != 1 or not is_tensor(p.args[0]):
+    between, kept = _steps_above(p)
+    if not is_tensor(kept) or kept.target is not operator.getitem or len(kept.users) != 1 or not is_tensor(kept.args[0]):
         return None
-    key, softmax = p.args[1], p.args[0]
-    full = slice(None, None, None)
+    before, softmax = _steps_above(kept.args[0])
+    key, full = kept.args[1], slice(None, None, None)
     *lead, last = key if isinstance(key, tuple) else (None,)
     if last not in (slice(None, -1, None), slice(1, None, None)) or any(i is not Ellipsis and i != full for i in lead):
         return None
-    if not lead or (Ellipsis not in lead and len(lead) != rank(softmax) - 1):
+    if not lead or (Ellipsis not in lead and len(lead) != rank(kept) - 1):
         return None
-    if softmax.target is not F.softmax or softmax.kwargs.get("dim") != -1 or len(softmax.users) != 1:
+    if not _is_softmax_over_keys(softmax):
         return None
     joined = softmax.args[0]
     if len(joined.users) != 1 or not e.same_region(node, softmax, joined):
         return None
     scores, sink = _without_sink(joined, first=last.start == 1)
-    return None if sink is None else _with_sink(e, scores, sink, between, v)
+    return None if sink is None else _with_sink(e, scores, sink, [*between, *before], v)
+
+
+def _steps_above(p: Any) -> tuple[list[fx.Node], Any]:
+    """(steps on each probability that nobody else reads, last one first; what they start from)."""
+    steps: list[fx.Node] = []
+    while isinstance(p, fx.Node) and p.target in _PER_PROBABILITY and len(p.users) == 1:
+        steps.append(p)
+        p = p.args[0]
+    return steps, p
+
+
+def _is_softmax_over_keys(node: Any) -> bool:
+    return is_tensor(node) and node.target is F.softmax and node.kwargs.get("dim") == -1 and len(node.users) == 1
 
 
 def _without_sink(joined: fx.Node, first: bool) -> tuple[Any, Any]:
@@ -781,11 +878,8 @@ def gate_to_sink(e: Editor, node: fx.Node) -> fx.Node | None:
     if _one_dim(reduced) not in (-1, rank(scores) - 1):
         return None
     p, v = product.args
-    between: list[fx.Node] = []
-    while isinstance(p, fx.Node) and p.target in (F.dropout, "to", "contiguous") and len(p.users) == 1:
-        between.append(p)
-        p = p.args[0]
-    if not isinstance(p, fx.Node) or p.target is not F.softmax or p.kwargs.get("dim") != -1 or len(p.users) != 1:
+    between, p = _steps_above(p)
+    if not _is_softmax_over_keys(p):
         return None
     if without_casts(p.args[0]) is not scores or not e.same_region(node, product, p, total):
         return None
@@ -801,35 +895,40 @@ def _with_sink(
     e: Editor, scores: Any, sink: fx.Node | float, between: list[fx.Node], v: fx.Node, read_twice: fx.Node | None = None
 ) -> fx.Node:
     """`between` (reversed) of softmax([sink, scores]), times [0, v]. read_twice: the scores if another reader will go."""
-    if not all(isinstance(s, int) for s in shape(scores)):
-        raise Unknown  # padding makes numbers of symbolic sizes
-    logits = _with_a_key(e, scores, read_twice)
     number = sink if isinstance(sink, float) else e.constant(sink)
-    if number != 0:  # the score of the zero key is zero as it is
+    if number == 0:
+        bias = None  # the score of the zero key is zero as it is
+    else:
         if not isinstance(sink, fx.Node):
             sink = e.call(torch.full, (1, 1), sink, dtype=dtype(scores), device=value(scores).device)
-        logits = e.call(operator.add, logits, e.call(F.pad, sink, (0, e.size(scores, -1))))
-    result = e.call(F.softmax, logits, dim=-1)
+        bias = e.call(F.pad, sink, (0, e.size(v, -2)))
+    result = e.call(F.softmax, _with_a_key(e, scores, bias, read_twice), dim=-1)
     for step in reversed(between):
         result = e.call(step.target, result, *step.args[1:], **step.kwargs)
     return e.call(torch.matmul, result, e.call(F.pad, v, (0, 0, 1, 0)))
 
 
-def _with_a_key(e: Editor, scores: Any, read_twice: fx.Node | None = None) -> fx.Node:
-    """Scores with a column of zeros in front, made by a zero key. Raises: Unknown for scores that are no simple chain."""
+def _with_a_key(e: Editor, scores: Any, bias: fx.Node | None, read_twice: fx.Node | None = None) -> fx.Node:
+    """Scores with a column of zeros in front, made by a zero key, and `bias` added where masks begin.
+
+    The masks let the new key be, and what is added before a fill does not make fully masked rows depend on both.
+    Raises: Unknown for scores that are no simple chain.
+    """
     if not isinstance(scores, fx.Node) or len(scores.users) > 1 + (scores is read_twice):
         raise Unknown
+    if scores.target in (operator.add, operator.sub, torch.masked_fill, torch.where):
+        keeps = scores.target is torch.where  # a mask of what stays; in the others, of what is added or filled
+        mask, x = scores.args[:2] if keeps else scores.args[1::-1]
+        if not is_tensor(x) or not is_tensor(mask) or not same_shape(shape(x), shape(scores)):
+            raise Unknown
+        if not same_size(shape(mask)[-1], shape(scores)[-1]):
+            raise Unknown
+        padded = _with_a_key(e, x, bias, read_twice), e.call(F.pad, mask, (1, 0), value=1.0 if keeps else None)
+        return e.call(scores.target, *(padded[::-1] if keeps else padded), *scores.args[2:])
     if scores.target is torch.matmul:
-        return e.call(torch.matmul, scores.args[0], e.call(F.pad, scores.args[1], (1, 0)))
-    if scores.target in (operator.mul, operator.truediv) and isinstance(scores.args[1], (int, float)):
-        return e.call(scores.target, _with_a_key(e, scores.args[0], read_twice), scores.args[1])
-    if scores.target == "to":
-        return e.call("to", _with_a_key(e, scores.args[0], read_twice), *scores.args[1:])
-    if scores.target not in (operator.add, operator.sub, torch.masked_fill, torch.where):
+        result = e.call(torch.matmul, scores.args[0], e.call(F.pad, scores.args[1], (1, 0)))
+    elif scores.target == "to" or (scores.target in (operator.mul, operator.truediv) and isinstance(scores.args[1], (int, float))):
+        result = e.call(scores.target, _with_a_key(e, scores.args[0], None, read_twice), *scores.args[1:])
+    else:
         raise Unknown
-    keeps = scores.target is torch.where  # a mask of what stays; in the others, of what is added or filled
-    mask, x = scores.args[:2] if keeps else scores.args[1::-1]
-    if not is_tensor(x) or not is_tensor(mask) or not same_shape(shape(x), shape(scores)) or shape(mask)[-1] != shape(scores)[-1]:
-        raise Unknown
-    padded = _with_a_key(e, x, read_twice), e.call(F.pad, mask, (1, 0), value=1.0 if keeps else None)
-    return e.call(scores.target, *(padded[::-1] if keeps else padded), *scores.args[2:])
+    return result if bias is None else e.call(operator.add, result, bias)

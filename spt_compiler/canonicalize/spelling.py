@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..graph import Arguments, dtype, is_float, is_tensor, mutated_arguments, rank, same_shape, shape, value
+from ..graph import Arguments, describe, dtype, is_float, is_tensor, mutated_arguments, rank, same_shape, same_size, shape, value
 from .editor import FILLS, FOLDABLE, PURE, Editor, rule
 
 # One argument: canonical function -> other spellings (strings are methods).
@@ -64,6 +64,9 @@ _SPELLING: dict[Any, Callable] = {
     alias: name for table in (_UNARY, _BINARY, _SUMS, _LOGICAL) for name, aliases in table.items() for alias in aliases
 }
 
+# Canonical calls that act on each number by itself.
+ELEMENTWISE = (*_UNARY, *_BINARY, *_SUMS, *_LOGICAL)
+
 # Functions of torch whose `input` is not their first argument.
 _INPUT_BEHIND = {torch.where, torch.searchsorted, torch.polygamma}
 
@@ -115,6 +118,17 @@ def spell_sum(e: Editor, node: fx.Node) -> fx.Node | None:
     if isinstance(alpha, (int, float)) and alpha != 1:
         return e.call(_SPELLING[node.target], x, e.call(operator.mul, y, alpha))
     return e.retarget(node, _SPELLING[node.target], (x, y)) if isinstance(alpha, (int, float)) else None
+
+
+@rule("addcmul", torch.addcmul)
+def spell_addcmul(e: Editor, node: fx.Node) -> fx.Node | None:
+    """torch.addcmul(b, x, y, value=a) -> b + a * x * y."""
+    found = Arguments(node, "input", "tensor1", "tensor2", ("value", 1))
+    b, x, y, factor = found.take("input", "tensor1", "tensor2", "value")
+    if not found.valid or not isinstance(factor, (int, float)):
+        return None
+    product = e.call(operator.mul, x, y)
+    return e.call(operator.add, b, product if factor == 1 else e.call(operator.mul, product, factor))
 
 
 @rule(torch.rsub, "rsub")
@@ -311,6 +325,99 @@ def _permutation(node: fx.Node, dims: int) -> tuple[int, ...] | None:
     return tuple(order)
 
 
+@rule("select", torch.select)
+def spell_select(e: Editor, node: fx.Node) -> fx.Node | None:
+    """x.select(1, i) -> x[:, i]."""
+    found = Arguments(node, "input", "dim", "index")
+    x, dim, index = found.take("input", "dim", "index")
+    if not found.valid or not isinstance(dim, int) or not isinstance(index, int) or not rank(x):
+        return None
+    return e.retarget(node, operator.getitem, (x, _at(dim % rank(x), index)))
+
+
+def _at(dim: int, index: int) -> tuple[Any, ...]:
+    return (*[slice(None)] * dim, index)
+
+
+@rule("squeeze", torch.squeeze, operator.getitem)
+def one_of_a_dim(e: Editor, node: fx.Node) -> fx.Node | None:
+    """x.chunk(n, d)[i].squeeze(d), x.narrow(d, i, 1)[..., 0], x.movedim(d, 0)[i], x.movedim(d, 0).unbind(0)[i] -> x[..., i].
+
+    And x.unsqueeze(d).squeeze(d) -> x.
+    """
+    x = node.args[0] if node.args else None
+    if not isinstance(x, fx.Node) or not is_tensor(node):
+        return None
+    if not is_tensor(x):
+        found = Arguments(x, "input", ("dim", 0))
+        index, dim, x = node.args[1], found["dim"], found["input"]
+        if x is None or describe(node.args[0]).strip(".") != "unbind" or x.target is not torch.permute:
+            return None
+    elif node.target is operator.getitem:
+        dim, index = one_index(node)
+    else:
+        dim, index = Arguments(node, "input", "dim")["dim"], 0
+    if not isinstance(dim, int) or not isinstance(index, int) or not rank(x):
+        return None
+    dim %= rank(x)
+    if index in (0, -1) and _added_dim(x) == dim:
+        return x.args[0]
+    if x.target is torch.permute:
+        order = tuple(x.args[1])
+        rest = [i for i in order if i != order[dim]]
+        return e.call(operator.getitem, x.args[0], _at(order[dim], index)) if rest == sorted(rest) else None
+    if not same_size(shape(x)[dim], 1) or index not in (0, -1):
+        return None
+    source, start = _piece(x, dim)
+    return None if source is None or start is None else e.call(operator.getitem, source, _at(dim, start))
+
+
+def _added_dim(x: fx.Node) -> int | None:
+    """The dim of size one that a call adds and does no more: x.unsqueeze(d), x[:, None]."""
+    if x.target in ("unsqueeze", torch.unsqueeze):
+        dim = Arguments(x, "input", "dim")["dim"]
+        return dim % rank(x) if isinstance(dim, int) else None
+    keys = x.args[1] if x.target is operator.getitem and isinstance(x.args[1], tuple) else ()
+    full = slice(None, None, None)
+    if keys.count(None) != 1 or any(k is not None and k is not Ellipsis and k != full for k in keys):
+        return None
+    at = keys.index(None)
+    return at if Ellipsis not in keys[:at] else rank(x) - (len(keys) - at)
+
+
+def one_index(node: fx.Node) -> tuple[int | None, Any]:
+    """(dim, index) of x[..., index, :], however the dims around it are written; (None, None) of other indexing."""
+    keys = list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]  # type: ignore[arg-type]
+    full, dims = slice(None), rank(node.args[0])
+    at = next((i for i, k in enumerate(keys) if k is Ellipsis), len(keys))
+    keys[at : at + 1] = [full] * (dims - len([k for k in keys if k is not Ellipsis]))
+    plain = len(keys) == dims and not any(k is None or isinstance(k, (fx.Node, bool)) for k in keys)
+    found = [i for i, k in enumerate(keys) if k != full] if plain else []
+    return (found[0], keys[found[0]]) if len(found) == 1 else (None, None)
+
+
+def _piece(x: fx.Node, dim: int) -> tuple[Any, Any]:
+    """(source, where along `dim` it starts) of a part of a tensor along that dim; (None, None) of others."""
+    name = describe(x).strip(".")
+    if name == "narrow":
+        source, along, start = Arguments(x, "input", "dim", "start", "length").take("input", "dim", "start")
+        return (source, start) if isinstance(along, int) and isinstance(start, int) and along % rank(x) == dim else (None, None)
+    if x.target is not operator.getitem:
+        return None, None
+    if is_tensor(x.args[0]):
+        along, key = one_index(x)
+        start = key.start or 0 if isinstance(key, slice) and key.step is None else None
+        return (x.args[0], start) if along == dim and isinstance(start, int) else (None, None)
+    pieces = x.args[0]
+    if describe(pieces).strip(".") not in ("chunk", "split", "tensor_split") or not isinstance(x.args[1], int):
+        return None, None
+    found = Arguments(pieces, "input", "sizes", ("dim", 0))
+    before = [value.shape[dim] for value in pieces.meta["example_value"][: x.args[1]]]
+    if found["dim"] not in (dim, dim - rank(x)) or not all(isinstance(s, int) for s in before) or x.args[1] < 0:
+        return None, None
+    return pieces.args[0], sum(before)
+
+
 @rule(torch._C._nn.pad)
 def spell_pad(e: Editor, node: fx.Node) -> fx.Node | None:
     """The builtin behind F.pad -> F.pad."""
@@ -393,7 +500,9 @@ PURE |= {
     *(torch.reshape, torch.permute, torch.t, torch.unsqueeze, "to", "contiguous", "view", "reshape", "max", "amax"),
     *_EXPANDS,
     *("log_softmax", torch.log_softmax, F.log_softmax, torch.isnan, "isnan"),
-    *(torch.logsumexp, "logsumexp", "unsqueeze", "mean", torch.mean, "sum", torch.sum),
+    *(torch.logsumexp, "logsumexp", "unsqueeze", "squeeze", torch.squeeze, "mean", torch.mean, "sum", torch.sum),
+    *("chunk", "split", "unbind", "tensor_split", "narrow"),
+    *(torch.chunk, torch.split, torch.unbind, torch.tensor_split, torch.narrow),
     *(torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
 }
 

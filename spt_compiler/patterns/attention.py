@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 # A score set to this or less has probability zero beside any real score, in every dtype.
 HIDDEN = -1e4
 
+ONE_QUERY = "queries of length 1 stay dense (decoding, or one query for a whole input)"
+
 # A clamp this far out (near fp16's largest number) guards against overflow: no score of a working model gets there.
 FAR = 5e4
 
@@ -177,6 +179,7 @@ _REARRANGES = {
     *(operator.getitem, torch.cat, torch.concat, torch.stack, torch.gather, torch.index_select, torch.roll, torch.flip),
     *(
         F.pad,
+        F.leaky_relu,
         torch.permute,
         torch.t,
         torch.reshape,
@@ -203,7 +206,8 @@ _REARRANGES = {
         "topk",
     ),
     *(F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.normalize),
-    *(F.dropout, torch.minimum, torch.nan_to_num, "nan_to_num", torch.sqrt, torch.abs, F.softmax, torch.scatter),
+    *(F.dropout, torch.minimum, torch.lerp, "lerp", torch.nan_to_num, "nan_to_num", torch.sqrt, torch.abs, F.softmax),
+    torch.scatter,
 }
 
 _NOTHING, _LOOSE, _PLAIN = 0, 1, 2
@@ -214,22 +218,53 @@ def _is_product(node: Any) -> bool:
     return isinstance(node, Node) and node.target is torch.matmul and not is_weight(node.args[1])
 
 
-def _is_distance(node: Node) -> bool:
-    """Whether a call gives distances of each query and key, or their squares: seen only to name a near miss."""
-    if node.target is torch.cdist:
-        return not is_weight(Arguments(node, "x1", "x2")["x2"])
-    square = node.args[0] if node.target in ("sum", torch.sum) and node.args else None
-    if not isinstance(square, Node) or square.target not in (torch.square, operator.pow) or rank(node) != rank(square) - 1:
+DISTANCES = "the scores are distances between queries and keys, no products of them"
+SQUARES = "the scores are squared differences of queries and keys: as products they would lose what is small beside the squares"
+COSINES = "the scores are made by cosine_similarity (a product of normalised queries and keys would be followed)"
+ADDITIVE = "the scores are made of a sum of queries and keys (additive attention), no products of them"
+
+_SUMMED = {"sum", torch.sum, "mean", torch.mean, "norm", torch.norm, torch.linalg.norm, torch.linalg.vector_norm}
+_OF_EACH_DIFFERENCE = {torch.square, torch.abs, operator.pow, operator.mul, operator.truediv, operator.neg, torch.sqrt}
+_SIMILARITIES = {
+    **dict.fromkeys((F.cosine_similarity, torch.cosine_similarity), COSINES),
+    **dict.fromkeys((F.pairwise_distance, torch.pairwise_distance), DISTANCES),
+}
+
+
+def _pair_up(x: Any, y: Any, behind: int = 1) -> bool:
+    """Whether a call on these meets each query with each key: [..., T, 1, D] and [..., 1, S, D], with `behind` dims at the end."""
+    if min(rank(x), rank(y)) < 3:
         return False
-    apart = square.args[0]
-    if not isinstance(apart, Node) or apart.target is not operator.sub or min(map(rank, apart.args)) < 3:
-        return False
-    (*_, a, b, _), (*_, c, d, _) = map(shape, apart.args)
+    (a, b), (c, d) = (shape(n)[rank(n) - 2 - behind : rank(n) - behind] for n in (x, y))
     return (same_size(b, 1) and same_size(c, 1)) or (same_size(a, 1) and same_size(d, 1))
 
 
+def _distance(node: Node) -> str:
+    """What a call says about each query and key that is no product, distances most often ("": it says nothing such)."""
+    if node.target is torch.cdist:
+        return "" if is_weight(Arguments(node, "x1", "x2")["x2"]) else DISTANCES
+    if node.target in _SIMILARITIES:
+        return _SIMILARITIES[node.target] if len(node.args) > 1 and _pair_up(*node.args[:2]) else ""
+    if node.target is operator.add and all(map(is_float, node.args)):
+        return ADDITIVE if any(_pair_up(*node.args, behind=n) for n in (0, 1)) else ""
+    apart = node.args[0] if node.target in _SUMMED and node.args else None
+    if not isinstance(apart, Node) or rank(node) != rank(apart) - 1:
+        return ""
+    squared = False
+    for _ in range(4):
+        if not isinstance(apart, Node) or apart.target not in _OF_EACH_DIFFERENCE:
+            break
+        squared = squared or apart.target in (torch.square, operator.pow, operator.mul)
+        apart = next((a for a in apart.args if isinstance(a, Node) and same_shape(shape(a), shape(apart))), None)
+    meets = isinstance(apart, Node) and apart.target is operator.sub and _pair_up(*apart.args)
+    return "" if not meets else SQUARES if squared else DISTANCES
+
+
 def _mixes_heads(node: Node) -> bool:
-    """A linear layer, or a 1x1 convolution, over the heads of scores (talking heads): seen only to name a near miss."""
+    """A linear layer, or a 1x1 convolution, over the heads of scores (talking heads), or one that makes them of vectors (additive
+    attention): seen only to name a near miss."""
+    if node.target is F.linear and shape(node)[-1] == 1:
+        return rank(node) > 3
     if node.target is F.linear:
         x = node.args[0]
         order = x.args[1] if isinstance(x, Node) and x.target is torch.permute else (0,)
@@ -259,7 +294,7 @@ def _score_levels(context: Context) -> dict[Node, int]:
             if _is_product(node):
                 levels[node] = _PLAIN
             continue
-        if _is_distance(node):
+        if _distance(node):
             levels[node] = _LOOSE
             continue
         known = node.target in STEPS
@@ -478,8 +513,11 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
         if reader is None:
             if current.target in (torch.cat, torch.concat, F.pad):
                 return Reject("the scores are joined with others before the softmax (sinks, or keys of two kinds)")
-            if any(map(_is_distance, (current, *current.all_input_nodes))):
-                return Reject("the scores are distances between queries and keys, no products of them")
+            said = _said_above(context, current)
+            if said:
+                return Reject("{}", said)
+            if current.target in ("squeeze", torch.squeeze) and any(same_size(s, 1) for s in shape(current.args[0])[-2:-1]):
+                return Reject(ONE_QUERY)
             return Reject("{} between the scores and the softmax", describe(current))
         logits.nodes.append(current)
         above = reader(logits, current)
@@ -490,6 +528,19 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
         current = above
     logits.nodes.append(current)
     return logits
+
+
+def _said_above(context: Context, scores: Node) -> str:
+    """What `_distance` says of the call that scores without a product began with."""
+    levels, current = context.fact(_score_levels), scores
+    for _ in range(8):
+        if said := _distance(current):
+            return said
+        above = [a for a in current.all_input_nodes if levels.get(a)]
+        if len(above) != 1:
+            break
+        current = above[0]
+    return ""
 
 
 def _empty_rows(logits: Logits) -> str | Reject:
@@ -573,15 +624,21 @@ def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
 
 def _hides_again(logits: Logits, user: Node, probabilities: Node) -> bool:
     """Whether `user` fills the probabilities with 0 by the one mask (-inf) that the scores were filled by."""
-    if user.target is not torch.masked_fill or user.args[0] is not probabilities or user.args[2] != 0:
+    if user.target is torch.masked_fill:
+        (x, mask, fill), known, inverse = user.args, logits.disallowed, logits.allowed
+    elif user.target is torch.where:
+        (mask, x, fill), known, inverse = user.args, logits.allowed, logits.disallowed
+    else:
         return False
-    mask, known = user.args[1], logits.disallowed
+    if x is not probabilities or number(fill) != 0:
+        return False
+    same = any(same_computation(mask, other) for other in known)
     if mask.target is operator.invert and not logits.context.analysis.is_written(mask.args[0]):
-        mask, known = mask.args[0], logits.allowed
+        same = same or any(same_computation(mask.args[0], other) for other in inverse)
     hidden = [*logits.allowed, *logits.disallowed]
     if len(hidden) != 1 or logits.fills != [-math.inf] or not all(is_bounded(b) for b, _ in logits.bias):
         return False
-    return any(same_computation(mask, other) for other in known)
+    return same
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -725,8 +782,35 @@ def capture_exponentials(context: Context, node: Node) -> Reject | None:
         return None
     if Arguments(summed[0], "input", "dim")["dim"] not in (-1, rank(node) - 1) or not _leads_to_product(node):
         return None
-    static = all(isinstance(s, int) for s in shape(node))
-    return Reject(EXPONENTIALS) if static else Reject("{}; a sink is followed at static sizes only", EXPONENTIALS)
+    return Reject(EXPONENTIALS)
+
+
+def capture_without_softmax(context: Context, node: Node) -> Reject | None:
+    """A function of each score by itself, or one that draws, in the place of the softmax."""
+    scores = node.args[0] if node.args else None
+    if not isinstance(scores, Node) or rank(node) < 3 or context.fact(_score_levels).get(scores) != _PLAIN:
+        return None
+    logits = _read_logits(context, scores)
+    if isinstance(logits, Reject):
+        return None
+    k = logits.nodes[-1].args[1]
+    if k.target not in (torch.permute, torch.t) or not _weighs_values(node):  # type: ignore[union-attr]
+        return None
+    return Reject("{} of the scores, and no softmax, weighs the values", describe(node))
+
+
+def _weighs_values(weights: Node) -> bool:
+    """Whether `weights` multiply an activation from the left, behind steps on each of them."""
+    stack, seen = [weights], {weights}
+    while stack and len(seen) < 16:
+        current = stack.pop()
+        for user in current.users:
+            if _is_product(user) and user.args[0] is current:
+                return True
+            if user not in seen and (user.target in STEPS or user.target in _AFTER or user.target in (torch.square, operator.pow)):
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 CALL = Pattern(
@@ -776,4 +860,12 @@ WRITTEN_OUT = Pattern(
     capture=capture_exponentials,
 )
 
-PATTERNS = (CALL, CHAIN, FLEX, CUT, OUTSIDE, WRITTEN_OUT)
+OTHERWISE = Pattern(
+    name="attention-without-softmax",
+    kind="attention",
+    equation="sigmoid(q @ kT) @ v, relu(q @ kT) @ v stay",
+    anchors=(torch.sigmoid, F.relu, F.gumbel_softmax, torch.tanh),
+    capture=capture_without_softmax,
+)
+
+PATTERNS = (CALL, CHAIN, FLEX, CUT, OUTSIDE, WRITTEN_OUT, OTHERWISE)

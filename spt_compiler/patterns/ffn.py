@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from ..canonicalize import is_weight
+from ..canonicalize import is_weight, one_index
 from ..errors import ExpressionError, Reject
 from ..expression import Expression, call, evaluate, substitute, var
 from ..graph import (
@@ -597,9 +597,11 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         if piece is not None:
             return piece
     if isinstance(first, Parts) and (first.dim is not None or target is operator.getitem):
-        return None
-    if target in (torch.matmul, F.scaled_dot_product_attention) and not any(_is_refused_block(s) for s in above):
-        return None  # what attention does with it is attention's business
+        over = Reject("a gated linear unit over a dim beside the hidden units") if target is F.glu else None
+        return Hidden(frozenset({first.whole.linear}), True, over) if over is not None else None
+    if target in (torch.matmul, F.scaled_dot_product_attention):
+        if not any(_is_refused_block(s) for s in above) or all(a in found for a in node.args):
+            return None  # what attention does with it is attention's business, linear attention included
     if target == "to" and isinstance(first, Projection) and first.lora and is_float(node):
         return replace(first, nodes=(*first.nodes, node))  # adapters may be of a wider type than the model
     merged = _merged(above)
@@ -764,8 +766,17 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
         if whole.dim is not None and getattr(node.target, "__name__", node.target) == "unbind":
             along = Arguments(node, "input", ("dim", 0))["dim"] in (whole.dim, rank(node.args[0]) + whole.dim)
             return replace(whole, nodes=(*whole.nodes, node), dim=None) if along else None
+        if whole.dim is not None and node.target is torch.permute:
+            dims = rank(node)
+            swapped = tuple(node.args[1]) == (*range(dims - 2), dims - 1, dims - 2)
+            return replace(whole, nodes=(*whole.nodes, node), dim=-3 - whole.dim) if swapped else None
+        if whole.dim is not None and _keeps_dim(node, whole.dim):
+            reason = Reject("{} of a fused projection keeps a dim of one beside the hidden units", describe(node))
+            refused = replace(whole.whole, nodes=(*whole.nodes, node), refused=reason)
+            return refused if is_tensor(node) else Parts(refused, ((0, 1, None),) * len(node.meta["example_value"]), ())
         if whole.dim is not None:
-            index = _stack_index(node, whole.dim)
+            position, index = one_index(node) if node.target is operator.getitem else (None, None)
+            index = index if position == rank(node.args[0]) + whole.dim else None
         else:
             index = node.args[1] if node.target is operator.getitem else None
         if not isinstance(index, int):
@@ -804,17 +815,12 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
     return None
 
 
-def _stack_index(node: Node, dim: int) -> Any:
-    """i of x[..., i] (dim -1) or of x[..., i, :] (dim -2), however the dims around it are written."""
-    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
-        return None
-    full, dims, keys = slice(None, None, None), rank(node.args[0]), list(node.args[1])
-    at = next((i for i, k in enumerate(keys) if k is Ellipsis), len(keys))
-    keys[at : at + 1] = [full] * (dims - len([k for k in keys if k is not Ellipsis]))
-    if len(keys) != dims or any(isinstance(k, Node) for k in keys):
-        return None
-    index = keys.pop(dim)
-    return index if all(k == full for k in keys) else None
+def _keeps_dim(node: Node, dim: int) -> bool:
+    """Whether a call takes parts along `dim` of a tensor and leaves that dim there: halves as [..., F, 1]."""
+    if node.target is operator.getitem:
+        along, key = one_index(node)
+        return isinstance(key, slice) and along == rank(node.args[0]) + dim
+    return node.target in _SPLITS or node.target in ("narrow", torch.narrow)
 
 
 def _slice(whole: Projection, start: int, stop: int, step: int | None, nodes: tuple[Node, ...]) -> Projection:
