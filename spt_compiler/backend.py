@@ -10,6 +10,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from . import debug
 from .config import SPTConfig, is_disabled
 from .errors import SPTError
 from .lowering import registry
-from .ops import attention, commitment, ffn, observe  # noqa: F401  (importing them registers the operators)
+from .ops import attention, commitment, ffn, observe, tracing  # noqa: F401  (importing them registers the operators)
 from .patterns.ffn import SPLIT_BY_DDP
 from .plan import Plan, SiteReport, resolve
 from .rewrite import Binding, Rewriter, body_calls, copy_graph, open_body
@@ -58,7 +59,7 @@ def spt(
     if not prepared.plans:  # nothing became sparse: Dynamo's own graph is what runs, so that it costs what it costs without us
         module, inputs, prepared.bindings, prepared.extra_outputs = gm, list(example_inputs), [], 0
     try:
-        with debug.stage("inner"):
+        with debug.stage("inner"), _foreseeing(prepared):
             compiled = inner(module, inputs)
     except (RestartAnalysis, SkipFrame):
         raise  # Dynamo's own control flow: it comes again with another graph
@@ -82,6 +83,13 @@ def spt(
         ends_call=not getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", True),
         config=config,
     )
+
+
+def _foreseeing(prepared: Prepared) -> AbstractContextManager:
+    """While the inner compiler works, what its graph will call is compiled beside it; exact sites call no kernel that selects."""
+    if all(plan.config.exact for plan in prepared.plans):
+        return nullcontext()
+    return tracing.listening(registry.foresee)
 
 
 def reset() -> None:

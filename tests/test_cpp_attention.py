@@ -6,12 +6,17 @@ import threading
 import warnings
 
 import attention_cases as cases
+import blocks
 import pytest
 import torch
 
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
 from spt_compiler import expression
-from spt_compiler.lowering import cpp, cpp_attention, cpu_attention, cpu_masks, registry
-from spt_compiler.ops import reference
+from spt_compiler.errors import SPTError
+from spt_compiler.lowering import cpp, cpp_attention, cpp_ffn, cpu_attention, cpu_masks, registry, render
+from spt_compiler.ops import reference, tracing
 
 pytestmark = [
     pytest.mark.skipif(cpp.compiler() is None, reason="needs a C++ compiler"),
@@ -251,6 +256,79 @@ def test_a_second_process_would_find_the_library(monkeypatch, tmp_path):
     monkeypatch.setattr(cpp, "_libraries", {})
     cpp_attention.select_tiles(*case.select_tiles_args())
     assert built[0].stat().st_mtime_ns == before
+
+
+def traced_calls(op_name: str, args: tuple, monkeypatch) -> list[tuple[str, object]]:
+    """What tracing an op with fake copies of its arguments starts to compile: (template, constants as a key)."""
+    registry.install()
+    started: list[tuple[str, object]] = []
+    monkeypatch.setattr(cpp, "foresee", lambda template, constants: started.append((template, render.frozen(constants))))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, tracing.listening(registry.foresee):
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+        fakes = [[mode.from_tensor(t) for t in a] if isinstance(a, list) else a for a in fakes]
+        getattr(torch.ops.spt, op_name)(*fakes)
+    return started
+
+
+@pytest.mark.parametrize("mask", [*cases.MASKS, "documents", "documents of one row", "softcap"])
+def test_tracing_foresees_the_very_libraries_that_calls_ask_for(mask, monkeypatch):
+    case = cases.make("causal" if mask == "softcap" else mask, dtype=torch.bfloat16) if mask in cases.MASKS else documents()
+    case.expr = DOCUMENTS.replace("[b,", "[0,") if mask == "documents of one row" else case.expr
+    case.softcap = 3.0 if mask == "softcap" else case.softcap
+    asked: list[tuple[str, object]] = []
+
+    def library(template, constants):
+        asked.append((template, render.frozen(constants)))
+        raise SPTError("not now", stage="lower")
+
+    lists = reference.select_tiles(*double(case).select_tiles_args())
+    for op_name, args in (("select_tiles_v1", case.select_tiles_args()), ("tile_attention_v1", case.attend_args(*lists))):
+        started = traced_calls(op_name, args, monkeypatch)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpp, "library", library)
+            patch.setattr(cpp, "give_up", lambda reason: None)
+            asked.clear()
+            getattr(cpp_attention, op_name[:-3])(*args)
+        assert started == asked and len(asked) == 1, op_name
+
+
+def test_a_foreseen_library_is_there_when_it_is_called_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cpp, "_libraries", {})
+    built = []
+    build = cpp._build
+    monkeypatch.setattr(cpp, "_build", lambda *args: built.append(threading.current_thread().name) or build(*args))
+    constants = cpp_ffn._constants("relu(x0)", 1, 0, torch.float32)
+    thread = cpp.foresee("routed_ffn", constants)
+    assert cpp_ffn.kernels("relu(x0)", 1, 0, torch.float32) is not None  # waits for it
+    thread.join()
+    assert built == ["spt-routed_ffn"] and cpp.foresee("routed_ffn", constants) is None
+
+
+def test_only_calls_that_will_come_are_foreseen(monkeypatch):
+    case = cases.make("causal", dtype=torch.float32)
+    lists = (torch.zeros(1), torch.zeros(1))
+    assert traced_calls("select_tiles_v1", case.select_tiles_args(min_keys=200), monkeypatch) == []  # it keeps all keys
+    assert traced_calls("tile_attention_v1", double(case).attend_args(*lists), monkeypatch) == []  # other lowerings take it
+    torch.ops.spt.tile_attention_v1(*case.attend_args(*reference.select_tiles(*case.select_tiles_args())))
+    started = traced_calls("tile_attention_v1", case.attend_args(*lists), monkeypatch)
+    assert len(started) == 1
+    started.clear()
+    env = ShapeEnv()
+    with FakeTensorMode(shape_env=env) as mode, tracing.listening(registry.foresee):
+        symbolic = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in case.attend_args(*lists)]
+        torch.ops.spt.tile_attention_v1(*symbolic)
+    assert not started and not env.guards, "sizes that are not settled stay so"
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_compiled_model_starts_its_compilers_before_its_first_step(exact, monkeypatch):
+    started = []
+    monkeypatch.setattr(cpp, "foresee", lambda template, constants: started.append(template))
+    options = {"exact": exact, "attention.min_keys": 0, "ffn.min_width": 0, "inner": "aot_eager"}
+    torch._dynamo.reset()
+    torch.compile(blocks.Block(), backend="spt", options=options)(torch.randn(1, 40, 48))
+    assert sorted(set(started)) == ([] if exact else ["routed_ffn", "tile_attention"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -110,6 +110,25 @@ def library(template: str, constants: Mapping[str, Any]) -> ctypes.CDLL:
     return found
 
 
+def foresee(template: str, constants: Mapping[str, Any]) -> threading.Thread | None:
+    """Compiles the library of a rendered template on a thread of its own, so that it is there when it is called for.
+
+    Returns: the thread; None if the library is there. What fails, fails again where it is called for.
+    """
+    if (template, render.frozen(constants)) in _libraries:
+        return None
+
+    def run() -> None:
+        try:
+            library(template, constants)
+        except SPTError as error:
+            log.debug("%s ahead of its first call: %s", template, error)
+
+    thread = threading.Thread(target=run, name=f"spt-{template}")
+    thread.start()
+    return thread
+
+
 def _build(template: str, source: str) -> Path:
     flags = [f for f in _FLAGS if platform.machine() in ("x86_64", "AMD64") or not f.startswith("-mprefer")]
     digest = hashlib.sha256("\n".join([_toolchain(), *flags, source]).encode()).hexdigest()[:24]

@@ -16,7 +16,7 @@ from spt_compiler import expression
 from spt_compiler.errors import SPTError
 from spt_compiler.lowering import cpp, cpu_attention, cpu_selection, cpu_threads
 from spt_compiler.lowering.cpu_empty import add_empty_grad, fill_empty
-from spt_compiler.lowering.cpu_masks import LOG2E, Masks, classes, plain_reads, split
+from spt_compiler.lowering.cpu_masks import LOG2E, Masks, classes, is_per_key, parts, plain_reads, split
 from spt_compiler.lowering.registry import register
 from spt_compiler.ops.reference import (
     attention_output,
@@ -62,6 +62,76 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, expr: str, expr_
     return same and small and known and _readable(expr, expr_in) and cpp.usable()
 
 
+def _reads(mask: expression.Expression | None, expr_in: list[Tensor]) -> list[dict[str, Any]]:
+    """What the template has to know of the tensors that a mask reads: name, element type, kind of value, number of indices."""
+    if mask is None:
+        return []
+    ranks, reads = expression.read_ranks(mask), []
+    for name in sorted(mask.variables - set("bhqk")):
+        dtype = expr_in[int(name[1:])].dtype
+        kind = "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
+        reads.append({"name": name, "type": _READS[kind], "kind": kind, "rank": ranks.get(name, 0)})
+    return reads
+
+
+def _constants(
+    q: Tensor,
+    v: Tensor,
+    mask: expression.Expression | None,
+    reads: list[dict[str, Any]],
+    bias: torch.dtype | None,
+    tile_q: int,
+    tile_k: int,
+    softcap: float | None,
+    codebook: Tensor | None,
+) -> dict[str, Any]:
+    """What the template is rendered for. `mask` is all that differs by query, "k <= q" included; `bias` the type of what does."""
+    kinds = dict.fromkeys("bhqk", "int") | {read["name"]: read["kind"] for read in reads}
+    strides = [[read["name"], *(f"{read['name']}_s{d}" for d in range(read["rank"]))] for read in reads]
+    return {
+        "dim": q.shape[3],
+        "dim_v": v.shape[3],
+        "tile_q": tile_q,
+        "tile_k": tile_k,
+        "in_type": _TYPES[q.dtype],
+        "softcap": softcap is not None,
+        "codewords": 0 if codebook is None else codebook.shape[2],
+        "subspace": 0 if codebook is None else codebook.shape[3],
+        "bias": None if bias is None else "uint8_t" if bias == torch.bool else _TYPES[bias],
+        "mask": mask,
+        "mask_kind": None if mask is None else expression.kind_of(mask, kinds),
+        "reads": reads,
+        "integers": [*_INTEGERS, *(name for names in strides for name in names)],
+        "reals": list(_REALS),
+    }
+
+
+def _with_causal(causal: bool, mask: expression.Expression | None) -> expression.Expression | None:
+    if not causal:
+        return mask
+    return expression.parse("k <= q") if mask is None else expression.parse("k <= q") & mask
+
+
+def _foresee(
+    q: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    expr: str,
+    expr_in: list[Tensor],
+    tile_q: int,
+    tile_k: int,
+    softcap: float | None,
+    codebook: Tensor | None,
+) -> None:
+    """Compiles in the background what `_Call` will ask for."""
+    expr, expr_in = plain_reads(expr, expr_in)
+    causal, _, rest = parts(expr)
+    mask = _with_causal(causal, rest)
+    kind = None if bias is None or is_per_key(bias) else bias.dtype
+    constants = _constants(q, v, mask, _reads(mask, expr_in), kind, tile_q, tile_k, softcap, codebook)
+    cpp.foresee("tile_attention", constants)
+
+
 class _Call:
     """Arguments of a kernel, and the library made for them."""
 
@@ -78,44 +148,19 @@ class _Call:
         *,
         codebook: Tensor | None = None,
     ):
-        mask = masks.rest
-        if masks.causal:
-            mask = expression.parse("k <= q") if mask is None else expression.parse("k <= q") & mask
+        mask, bias = _with_causal(masks.causal, masks.rest), masks.bias
+        reads = _reads(mask, masks.expr_in)
         self.values: dict[str, Any] = {}
-        reads: list[dict[str, Any]] = []
-        extra: list[str] = []
-        kinds = dict.fromkeys("bhqk", "int")
-        used = set() if mask is None else mask.variables - set("bhqk")
-        ranks = {} if mask is None else expression.read_ranks(mask)
-        for name in sorted(used):
+        for read in reads:
+            name, kind = read["name"], read["kind"]
             tensor = masks.expr_in[int(name[1:])]
-            kinds[name] = kind = "bool" if tensor.dtype == torch.bool else "float" if tensor.is_floating_point() else "int"
             stored = {"bool": torch.uint8, "int": torch.int64, "float": torch.float32}[kind]
             tensor = tensor.view(torch.uint8) if kind == "bool" and tensor.is_contiguous() else tensor.to(stored)
             self.values[name] = tensor
-            reads.append({"name": name, "type": _READS[kind], "kind": kind, "rank": ranks.get(name, 0)})
-            extra.append(name)
-            for d in range(ranks.get(name, 0)):
-                extra.append(f"{name}_s{d}")
-                self.values[f"{name}_s{d}"] = tensor.stride(d)
-        self.integers = (*_INTEGERS, *extra)
-        bias = masks.bias
-        constants = {
-            "dim": q.shape[3],
-            "dim_v": v.shape[3],
-            "tile_q": tile_q,
-            "tile_k": tile_k,
-            "in_type": _TYPES[q.dtype],
-            "softcap": softcap is not None,
-            "codewords": 0 if codebook is None else codebook.shape[2],
-            "subspace": 0 if codebook is None else codebook.shape[3],
-            "bias": None if bias is None else "uint8_t" if bias.dtype == torch.bool else _TYPES[bias.dtype],
-            "mask": mask,
-            "mask_kind": None if mask is None else expression.kind_of(mask, kinds),
-            "reads": reads,
-            "integers": list(self.integers),
-            "reals": list(_REALS),
-        }
+            self.values |= {f"{name}_s{d}": tensor.stride(d) for d in range(read["rank"])}
+        kind = None if bias is None else bias.dtype
+        constants = _constants(q, v, mask, reads, kind, tile_q, tile_k, softcap, codebook)
+        self.integers = tuple(constants["integers"])
         self.library = cpp.library("tile_attention", constants)
         batch, n_heads, n_q, _ = q.shape
         n_groups, n_k = k.shape[1:3]
@@ -167,7 +212,21 @@ def _selection_fits(
     return rule in ("pq", "mean") and tile_k > 1 and _fits(q, k, k, bias, expr, expr_in, tile_q, tile_k)
 
 
-@register("select_tiles_v1", "cpu", "cpp", supports=_selection_fits, ready=cpp.usable, preferred=True)
+def _foresee_selection(
+    q, k, bias, expr, expr_in, codebook, key_mean, budget, max_density, tile_q, tile_k, scale, softcap, rule, min_keys
+) -> None:
+    if k.shape[2] >= min_keys:
+        _foresee(q, k, bias, expr, expr_in, tile_q, tile_k, softcap, codebook if rule == "pq" else None)
+
+
+@register(
+    "select_tiles_v1",
+    *("cpu", "cpp"),
+    supports=_selection_fits,
+    ready=cpp.usable,
+    foresee=_foresee_selection,
+    preferred=True,
+)
 def select_tiles(
     q: Tensor,
     k: Tensor,
@@ -222,7 +281,20 @@ def _attention_fits(
     return p == 0 and not compensate and _fits(q, k, v, bias, expr, expr_in, tile_q, tile_k)
 
 
-@register("tile_attention_v1", "cpu", "cpp", supports=_attention_fits, ready=cpp.usable, preferred=True)
+def _foresee_attention(
+    q, k, v, bias, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k, compensate=False
+) -> None:
+    _foresee(q, v, bias, expr, expr_in, tile_q, tile_k, softcap, None)
+
+
+@register(
+    "tile_attention_v1",
+    *("cpu", "cpp"),
+    supports=_attention_fits,
+    ready=cpp.usable,
+    foresee=_foresee_attention,
+    preferred=True,
+)
 def tile_attention(
     q: Tensor,
     k: Tensor,

@@ -51,6 +51,13 @@ def kernels(act_expr: str, n_in: int, n_act: int, dtype: torch.dtype) -> Kernels
         return None
 
 
+def foresee(act_expr: str, n_in: int, n_act: int, dtype: torch.dtype) -> None:
+    """Compiles them in the background."""
+    constants = _constants(act_expr, n_in, n_act, dtype) if dtype in _TYPES and cpp.usable() else None
+    if constants is not None:
+        cpp.foresee("routed_ffn", constants)
+
+
 class Kernels:
     """Calls of one library. Tensors are 2-d with innermost stride 1, except where said."""
 

@@ -481,7 +481,12 @@ class _LowRank:
         return values * self.work.dropout(span, self.seed, self.p, values.dtype)
 
 
-@register("routed_ffn_v1", "cpu", "cpu")
+def _foresee(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, blocks, rows, offsets, *rest) -> None:
+    _, _, act_expr, act_in, *_ = rest
+    cpp_ffn.foresee(act_expr, len(w_in), len(act_in), x.dtype)
+
+
+@register("routed_ffn_v1", "cpu", "cpu", foresee=_foresee)
 def routed_ffn(
     x: Tensor,
     w_in: list[Tensor],

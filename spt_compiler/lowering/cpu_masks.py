@@ -336,26 +336,38 @@ def _plain_reads(expr: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[str, t
     return text, tuple((number, tuple(slice(None) if i < 0 else i for i in at)) for number, at in views)
 
 
+def parts(expr: str) -> tuple[bool, list[expression.Expression], expression.Expression | None]:
+    """A mask expression as (is "k <= q" a conjunct of it, conjuncts that are the same for all queries, the rest or None)."""
+    causal, of_keys = False, []
+    rest: expression.Expression | None = None
+    for part in expression.conjuncts(expression.parse(expr)) if expr else ():
+        if part == _CAUSAL:
+            causal = True
+        elif "q" in part.variables:
+            rest = part if rest is None else rest & part
+        else:
+            of_keys.append(part)
+    return causal, of_keys, rest
+
+
+def is_per_key(bias: Tensor) -> bool:
+    """Whether a bias [B, H, Tq, Tk] is the same for all queries."""
+    return bias.shape[2] == 1 or bias.stride(2) == 0
+
+
 def split(bias: Tensor | None, expr: str, expr_in: list[Tensor], shape: tuple[int, int, int, int], dtype: torch.dtype) -> Masks:
     """Takes the masks of a call apart."""
     batch, heads, _, n_k = shape
     expr, expr_in = plain_reads(expr, expr_in)
-    causal = False
+    causal, of_keys, rest = parts(expr)
     over_keys: list[Tensor | None] = []
-    rest: expression.Expression | None = None
     masks = Masks(shape, dtype, False, None, None, None, expr_in)
-    if expr:
-        for part in expression.conjuncts(expression.parse(expr)):
-            if part == _CAUSAL:
-                causal = True
-            elif "q" in part.variables:
-                rest = part if rest is None else rest & part
-            else:
-                b, h = torch.arange(batch).view(-1, 1, 1), torch.arange(heads).view(1, -1, 1)
-                value = masks._evaluate(part, b, h, torch.zeros(1, 1, 1, dtype=torch.long), torch.arange(n_k).view(1, 1, -1))
-                value = value.view((1,) * (3 - value.dim()) + tuple(value.shape))
-                over_keys.append(value.expand(*value.shape[:2], n_k))
-    if bias is not None and (bias.shape[2] == 1 or bias.stride(2) == 0):
+    for part in of_keys:
+        b, h = torch.arange(batch).view(-1, 1, 1), torch.arange(heads).view(1, -1, 1)
+        value = masks._evaluate(part, b, h, torch.zeros(1, 1, 1, dtype=torch.long), torch.arange(n_k).view(1, 1, -1))
+        value = value.view((1,) * (3 - value.dim()) + tuple(value.shape))
+        over_keys.append(value.expand(*value.shape[:2], n_k))
+    if bias is not None and is_per_key(bias):
         over_keys.append(bias[:, :, 0].expand(bias.shape[0], bias.shape[1], n_k))
         bias = None
     key = addend(*combine_masks(over_keys, dtype), dtype) if over_keys else None

@@ -68,6 +68,8 @@ class Candidate:
         name: for reports ("cpu", "triton").  run: takes the arguments of the op, returns its results.
         supports: takes the arguments, says whether `run` can take them; None: always. It must not read tensor data.
         ready: says whether it can be used in this process at all (a compiler that may be missing); None: always.
+        foresee: takes arguments without data (fake tensors of static sizes) of a call that will come, and starts in the
+            background what that call would wait for (a C++ compiler); None: nothing.
         tapes: of calls that ran, for a lowering that decides by the kinds of its arguments alone.
         failed: what it failed with; it is not tried again.
     """
@@ -76,6 +78,7 @@ class Candidate:
     run: Callable[..., Any]
     supports: Callable[..., Any] | None = None
     ready: Callable[[], bool] | None = None
+    foresee: Callable[..., None] | None = None
     tapes: Tapes | None = None
     failed: str | None = None
 
@@ -109,6 +112,7 @@ def register(
     *,
     supports: Callable[..., Any] | None = None,
     ready: Callable[[], bool] | None = None,
+    foresee: Callable[..., None] | None = None,
     preferred: bool = False,
     taped: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -117,8 +121,9 @@ def register(
     Args:
         op_name: with version, e.g. "tile_attention_v1".  device_type: "cpu", "cuda".  name: for reports.
         supports: (*args of the op) -> falsy where the function cannot take them (a `Reject` gives the reason).
-        ready: () -> whether the function can be used in this process.  preferred: before those registered so far.
-        taped: whether it launches kernels as the kinds of its arguments alone tell; see `tape.py`.
+        ready: () -> whether the function can be used in this process.  foresee: see `Candidate`.
+        preferred: before those registered so far.  taped: whether it launches kernels as the kinds of its arguments alone tell;
+            see `tape.py`.
     Raises: SPTError for an op that does not exist. Registering a name again replaces it (a module that is reloaded).
     """
     if op_name not in OPS:
@@ -127,7 +132,7 @@ def register(
     def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
         with _table.lock:
             present = _table.candidates.setdefault((op_name, device_type), [])
-            fresh = Candidate(name, run, supports, ready, Tapes() if taped else None)
+            fresh = Candidate(name, run, supports, ready, foresee, Tapes() if taped else None)
             for i, candidate in enumerate(present):
                 if candidate.name == name:
                     present[i] = fresh
@@ -241,6 +246,21 @@ def dispatch(op_name: str, device_type: str, *args: Any) -> Any:
         _blame(op_name, device_type, candidate, cause)
         cause.__traceback__ = None  # its frames, this one among them, would hold the arguments until garbage is collected
     return result
+
+
+def foresee(op_name: str, args: Sequence[Any]) -> None:
+    """Starts in the background what the first call with such arguments would wait for; `args` are as tracing sees them."""
+    tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, torch.Tensor)]
+    if any(isinstance(size, torch.SymInt) for t in tensors for size in (*t.shape, *t.stride())):
+        return  # looking at them would make guards
+    try:
+        for candidate in _usable(op_name, tensors[0].device.type):
+            if candidate.supports is None or candidate.supports(*args):
+                if candidate.foresee is not None:
+                    candidate.foresee(*args)
+                return
+    except Exception:  # the call itself will say what is wrong
+        log.debug("could not foresee spt::%s", op_name, exc_info=True)
 
 
 def chosen(op_name: str, device_type: str) -> str:

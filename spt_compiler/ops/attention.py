@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spt_compiler.ops import reference
+from spt_compiler.ops import reference, tracing
 from spt_compiler.ops.selection.common import stored_keys, stored_tiles
 
 _SELECT = "Tensor q, Tensor k, Tensor? bias, str expr, Tensor[] expr_in, Tensor? codebook, Tensor? key_mean, Tensor budget"
@@ -89,6 +89,10 @@ def select_tiles(
 
 @select_tiles.register_fake
 def _(q, k, bias, expr, expr_in, codebook, key_mean, budget, max_density, tile_q, tile_k, scale, softcap, rule, min_keys):
+    tracing.announce(
+        *("select_tiles_v1", q, k, bias, expr, expr_in, codebook, key_mean),
+        *(budget, max_density, tile_q, tile_k, scale, softcap, rule, min_keys),
+    )
     n_rows, slots = stored_tiles(q.shape[2], k.shape[2], max_density, tile_q, tile_k)
     rows = (q.shape[0], k.shape[1], n_rows)
     return q.new_empty((*rows, slots), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)
@@ -191,6 +195,10 @@ def tile_attention(
 def _(
     q, k, v, bias, tiles, counts, expr, expr_in, seed, p, scale, softcap, empty, tile_q, tile_k, compensate=False
 ):
+    tracing.announce(
+        *("tile_attention_v1", q, k, v, bias, tiles, counts, expr, expr_in),
+        *(seed, p, scale, softcap, empty, tile_q, tile_k, compensate),
+    )
     return _attention_outputs(q, v)
 
 

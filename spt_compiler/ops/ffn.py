@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spt_compiler.ops import reference_ffn
+from spt_compiler.ops import reference_ffn, tracing
 from spt_compiler.ops.reference_ffn import gradient_names, kept_blocks, row_capacity
 
 _TENSORS = (
@@ -161,6 +161,10 @@ def _(
     lora_p,
     save,
 ):
+    tracing.announce(
+        *("routed_ffn_v1", x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, blocks, rows, offsets),
+        *(permutation, compensation, act_expr, act_in, seed, p, lora_seed, lora_p, save),
+    )
     n_blocks = offsets.shape[0] - 1
     width = (permutation.shape[0] + n_blocks - 1) // n_blocks
     y = x.new_empty((x.shape[0], w_out.shape[0]))
