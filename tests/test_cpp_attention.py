@@ -9,7 +9,6 @@ import attention_cases as cases
 import blocks
 import pytest
 import torch
-
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
