@@ -44,23 +44,12 @@ def build(architecture: str, size: Size) -> Any:
             n_positions=size.length, n_embd=size.width, n_layer=size.layers, n_head=size.heads,
             attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **common,
         )  # fmt: skip
-        model = transformers.GPT2LMHeadModel(config)
-        _start_as_waves(model.transformer.wpe.weight)
-        return model
+        return transformers.GPT2LMHeadModel(config)
     config = transformers.LlamaConfig(
         hidden_size=size.width, intermediate_size=3 * size.width, num_hidden_layers=size.layers,
         num_attention_heads=size.heads, num_key_value_heads=size.heads // 2, max_position_embeddings=size.length, **common,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
-
-
-@torch.no_grad()
-def _start_as_waves(positions: torch.Tensor) -> None:
-    """Learned positions [n, width] begin as sine waves, in size like the tokens: from random ones, finding out which position is
-    the one before takes thousands of steps."""
-    n, width = positions.shape
-    angle = torch.arange(n)[:, None] * torch.exp(-math.log(10_000) * torch.arange(0, width, 2) / width)
-    positions.copy_(0.02 * torch.stack([angle.sin(), angle.cos()], -1).flatten(1))
 
 
 def load(folder: Path) -> Any:
