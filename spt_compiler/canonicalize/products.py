@@ -146,6 +146,8 @@ def einsum_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
     summed = [c for c in a if c in b and c not in result]
     if not summed or any(c not in result for c in set(a) ^ set(b)):
         return None
+    if not all(same_size(shape(left)[a.index(c)], shape(right)[b.index(c)]) for c in summed):
+        return None  # a size of one that einsum broadcasts
     if is_weight(left) is not is_weight(right):
         x, w = ((right, b), (left, a)) if is_weight(left) else ((left, a), (right, b))
         # Features come last, or else the weight may be learned queries.
@@ -278,10 +280,10 @@ def joined_inputs_apart(e: Editor, node: fx.Node) -> fx.Node | None:
     if not all(isinstance(s, int) for s in widths) or sum(_closes_block(p, shape(w)[0]) for p in parts) != 1:
         return None
     total = None
-    for part, width in sorted(zip(parts, widths, strict=True), key=lambda p: _closes_block(p[0], shape(w)[0])):
-        start = sum(widths[: parts.index(part)])
-        rows = e.call(operator.getitem, w, (slice(None), slice(start, start + width)))
-        term = e.call(F.linear, part, rows, *(bias if total is None else []))
+    for i in sorted(range(len(parts)), key=lambda i: _closes_block(parts[i], shape(w)[0])):
+        start = sum(widths[:i])
+        rows = e.call(operator.getitem, w, (slice(None), slice(start, start + widths[i])))
+        term = e.call(F.linear, parts[i], rows, *(bias if total is None else []))
         total = term if total is None else e.call(operator.add, total, term)
     e.move((joined,))
     return total
@@ -354,6 +356,8 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
     if last is None:
         return None
     h, w_out, b_out, order = last
+    if rank(w_out) != 2 or (turns and not e.same_region(node, node.args[0])):
+        return None
     width, hidden = shape(w_out)
     if not isinstance(width, int) or not isinstance(hidden, int) or hidden < width:
         return None
@@ -369,12 +373,14 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
     inside, stack = {h}, [h]
     while stack:
         current = stack.pop()
+        if not e.same_region(node, current):
+            return None
         if (found := first(current)) is not None:
             # [F, E] and [E, F]: the block widens its input and comes back to it.
             if found[3] != order or not same_shape(shape(found[1]), (hidden, width)):
                 return None
             continue
-        if current.target not in _POINTWISE or not e.same_region(node, current):
+        if current.target not in _POINTWISE:
             return None
         above = [a for a in current.args if is_float(a) and same_shape(shape(a), shape(h)) and a not in inside]
         inside.update(above)

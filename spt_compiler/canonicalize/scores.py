@@ -139,7 +139,8 @@ def _one_more(e: Editor, x: fx.Node, shift: fx.Node | None, more: Any) -> fx.Nod
         opposite = is_tensor(exponent) and exponent.target is operator.neg and same_computation(exponent.args[0], shift)
         low = shift.args[1] if shift.target is torch.clamp else None
         above = isinstance(low, (int, float)) and low > -math.inf
-        number = 1.0 if opposite and (above or is_bounded(x, math.inf)) else None
+        same = opposite and e.same_region(e.at, more, exponent)
+        number = 1.0 if same and (above or is_bounded(x, math.inf)) else None
     if number is None or not number > 0:
         return None
     joined = e.call(F.pad, x, (0, 1), value=math.log(number))
@@ -503,7 +504,7 @@ def values_of_one_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
     dims, dim = rank(v), 0  # of v; one that p lacks in front is added by broadcasting
     if is_tensor(p) and p.target is torch.unsqueeze and rank(p) == dims:
         p, dim = p.args[0], Arguments(p, "input", "dim")["dim"] % dims
-    if not is_tensor(p) or rank(p) != dims - 1 or dim >= dims - 2 or is_weight(v) or not e.same_region(node, p):
+    if not is_tensor(p) or rank(p) != dims - 1 or dim >= dims - 2 or is_weight(v) or not e.same_region(node, node.args[0]):
         return None
     several, width = shape(v)[dim], shape(v)[-1]
     if not isinstance(several, int) or not isinstance(width, int) or several == 1:
@@ -684,7 +685,9 @@ def row_factor_to_queries(e: Editor, node: fx.Node) -> fx.Node | None:
 def row_factor_to_output(e: Editor, node: fx.Node) -> fx.Node | None:
     """(p * s) @ v of probabilities p -> (p @ v) * s, where s is the same for all keys: masks of heads or queries, gates."""
     weighted, v = node.args
-    if not is_tensor(weighted) or weighted.target not in (operator.mul, operator.truediv) or rank(v) > rank(weighted):
+    if not is_tensor(weighted) or weighted.target not in (operator.mul, operator.truediv):
+        return None
+    if not 2 <= rank(v) <= rank(weighted):
         return None
     p, factor = weighted.args
     if weighted.target is operator.mul and not (_is_weighted(p) and same_shape(shape(p), shape(weighted))):
@@ -814,7 +817,7 @@ def sink_to_key(e: Editor, node: fx.Node) -> fx.Node | None:
     if not _is_softmax_over_keys(softmax):
         return None
     joined = softmax.args[0]
-    if len(joined.users) != 1 or not e.same_region(node, softmax, joined):
+    if len(joined.users) != 1 or not e.same_region(node, *between, kept, *before, softmax, joined):
         return None
     scores, sink = _without_sink(joined, first=last.start == 1)
     return None if sink is None else _with_sink(e, scores, sink, [*between, *before], v)
@@ -840,12 +843,13 @@ def _without_sink(joined: fx.Node, first: bool) -> tuple[Any, Any]:
         number = 0.0 if found["value"] is None else found["value"]
         is_sink = tuple(found["pad"]) == ((1, 0) if first else (0, 1)) and found["mode"] == "constant"
         return (found["input"], float(number)) if is_sink and isinstance(number, (int, float)) else (None, None)
-    if joined.target not in (torch.cat, torch.concat) or len(joined.args[0]) != 2:
+    if joined.target not in (torch.cat, torch.concat):
         return None, None
-    if Arguments(joined, "tensors", ("dim", 0))["dim"] not in (-1, rank(joined) - 1):
+    parts, dim = Arguments(joined, "tensors", ("dim", 0)).take("tensors", "dim")
+    if not isinstance(parts, (tuple, list)) or len(parts) != 2 or dim not in (-1, rank(joined) - 1):
         return None, None
-    scores, sink = joined.args[0][:: -1 if first else 1]
-    if shape(sink)[-1] != 1:
+    scores, sink = parts[:: -1 if first else 1]
+    if not same_size(shape(sink)[-1], 1):
         return None, None
     while sink.target == "expand" and rank(sink.args[0]) == rank(sink):
         sink = sink.args[0]
@@ -881,7 +885,7 @@ def gate_to_sink(e: Editor, node: fx.Node) -> fx.Node | None:
     between, p = _steps_above(p)
     if not _is_softmax_over_keys(p):
         return None
-    if without_casts(p.args[0]) is not scores or not e.same_region(node, product, p, total):
+    if without_casts(p.args[0]) is not scores or not e.same_region(node, product, *between, p, total, logit, gate):
         return None
     if not reduced["keepdim"]:
         sink = e.call(torch.unsqueeze, sink, -1)
@@ -914,14 +918,14 @@ def _with_a_key(e: Editor, scores: Any, bias: fx.Node | None, read_twice: fx.Nod
     The masks let the new key be, and what is added before a fill does not make fully masked rows depend on both.
     Raises: Unknown for scores that are no simple chain.
     """
-    if not isinstance(scores, fx.Node) or len(scores.users) > 1 + (scores is read_twice):
+    if not isinstance(scores, fx.Node) or len(scores.users) > 1 + (scores is read_twice) or not e.same_region(e.at, scores):
         raise Unknown
     if scores.target in (operator.add, operator.sub, torch.masked_fill, torch.where):
         keeps = scores.target is torch.where  # a mask of what stays; in the others, of what is added or filled
         mask, x = scores.args[:2] if keeps else scores.args[1::-1]
         if not is_tensor(x) or not is_tensor(mask) or not same_shape(shape(x), shape(scores)):
             raise Unknown
-        if not same_size(shape(mask)[-1], shape(scores)[-1]):
+        if not rank(mask) or not same_size(shape(mask)[-1], shape(scores)[-1]):
             raise Unknown
         padded = _with_a_key(e, x, bias, read_twice), e.call(F.pad, mask, (1, 0), value=1.0 if keeps else None)
         return e.call(scores.target, *(padded[::-1] if keeps else padded), *scores.args[2:])

@@ -593,7 +593,7 @@ def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
     nodes, dropout_p, current, zeroed = [softmax], 0.0, softmax, False
     while True:
         user = next(iter(current.users)) if len(current.users) == 1 else None
-        if user is not None and (user.target is torch.nan_to_num or (not zeroed and _hides_again(logits, user, current))):
+        if user is not None and (_is_nan_to_zero(user) or (not zeroed and _hides_again(logits, user, current))):
             nodes.append(user)
             current, zeroed = user, True
             continue
@@ -620,6 +620,10 @@ def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
             return Reject("the probabilities are cast to {}", dtype(following))
         nodes.append(following)
         current = following
+
+
+def _is_nan_to_zero(node: Node) -> bool:
+    return node.target is torch.nan_to_num and len(node.args) == 1 and not node.kwargs
 
 
 def _hides_again(logits: Logits, user: Node, probabilities: Node) -> bool:
