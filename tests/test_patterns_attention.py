@@ -716,6 +716,20 @@ def test_only_allowed_probabilities_are_kept_again(seen):
     )
 
 
+def test_a_mask_that_was_written_to_hides_something_else():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", ~HIDDEN)
+
+        def forward(self, q, k, v):
+            p = torch.softmax((q @ k.mT).masked_fill(~self.seen, -math.inf), -1)
+            self.seen.logical_not_()
+            return p.masked_fill(~self.seen, 0.0) @ v
+
+    assert "after the softmax" in refused(Attention(), Q, K, V)
+
+
 @pytest.mark.parametrize("mask", [lambda m: m, lambda m: m.view(6, 6) == torch.tensor(True)])
 def test_hidden_probabilities_set_to_zero_again(mask):
     rows = HIDDEN.clone()

@@ -226,6 +226,18 @@ def permuted(e: Editor, x: fx.Node, order: Sequence[int]) -> fx.Node:
     return e.call(torch.t, x) if list(order) == [1, 0] else e.call(torch.permute, x, tuple(order))
 
 
+def swapped(dims: int) -> tuple[int, ...]:
+    """The order that transposes the last two dims."""
+    return (*range(dims - 2), dims - 1, dims - 2)
+
+
+def widened(e: Editor, x: fx.Node, dims: int) -> fx.Node:
+    """`x` with dims of size one in front, as broadcasting adds them."""
+    while rank(x) < dims:
+        x = e.call(torch.unsqueeze, x, 0)
+    return x
+
+
 def _aligned(e: Editor, x: fx.Node, indices: str, wanted: list[str]) -> fx.Node:
     """`x` permuted to the wanted indices, with a dim of size one for each that it lacks between them (broadcasting adds
     those in front)."""
@@ -330,7 +342,7 @@ def _layer(node: Any) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]
         return None
     (w, x), dims = node.args, rank(node)
     is_layer = rank(w) == 2 and is_weight(w) and not is_weight(x) and rank(x) == dims
-    return (x, w, None, (*range(dims - 2), dims - 1, dims - 2)) if is_layer else None
+    return (x, w, None, swapped(dims)) if is_layer else None
 
 
 def _order(node: Any) -> tuple[int, ...] | None:
@@ -403,8 +415,7 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
             if found is None:
                 return e.call(x.target, *map(turn, x.args), **x.kwargs)
             return found[0] if _order(x) else linear(turn(found[0]), *found[1:3])
-        while rank(x) < len(order):
-            x = e.call(torch.unsqueeze, x, 0)
+        x = widened(e, x, len(order))
         *lead, features = (shape(x)[i] for i in order)
         if isinstance(features, int) and all(same_size(s, 1) for s in lead):
             return e.call(torch.reshape, x, (features,))  # a bias

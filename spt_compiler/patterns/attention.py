@@ -32,7 +32,6 @@ from ..graph import (
     needs_grad,
     number,
     rank,
-    same_computation,
     same_shape,
     same_size,
     shape,
@@ -636,9 +635,10 @@ def _hides_again(logits: Logits, user: Node, probabilities: Node) -> bool:
         return False
     if x is not probabilities or number(fill) != 0:
         return False
-    same = any(same_computation(mask, other) for other in known)
-    if mask.target is operator.invert and not logits.context.analysis.is_written(mask.args[0]):
-        same = same or any(same_computation(mask.args[0], other) for other in inverse)
+    analysis = logits.context.analysis
+    same = any(analysis.same_value(mask, other) for other in known)
+    if mask.target is operator.invert and not analysis.is_written(mask.args[0]):
+        same = same or any(analysis.same_value(mask.args[0], other) for other in inverse)
     hidden = [*logits.allowed, *logits.disallowed]
     if len(hidden) != 1 or logits.fills != [-math.inf] or not all(is_bounded(b) for b, _ in logits.bias):
         return False
