@@ -420,6 +420,20 @@ class Analysis:
         own = storage(node)
         return own in self._written or (is_tensor(node) and (own is None or None in self._written))
 
+    def same_value(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether two nodes hold the same value: one node, or the same computation on what nobody writes to."""
+        if a is b or not same_computation(a, b):
+            return a is b
+        stack, seen = [a], {a}
+        while stack and self._written:
+            current = stack.pop()
+            if self.is_written(current):
+                return False
+            above = [n for n in current.all_input_nodes if n not in seen]
+            seen.update(above)
+            stack += above
+        return True
+
     @cached_property
     def _written(self) -> set[int | None]:
         return {s for _, s in self.writes}

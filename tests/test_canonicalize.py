@@ -249,6 +249,7 @@ def test_einsum_with_sums_is_a_product(equation, a, b):
         ("ij,jk,kl->il", [(3, 3)] * 3),
         ("ii->i", [(3, 3)]),
         ("bij->b", [(2, 3, 4)]),
+        ("bthd,bshd->bts", [(2, 5, 1, 4), (2, 3, 4, 1)]),  # sizes of one that are broadcast against each other
     ],
 )
 def test_other_einsums_stay(equation, shapes):
@@ -362,10 +363,44 @@ def test_one_of_a_dim_is_an_index(function):
         lambda x: x.permute(2, 0, 1, 3)[None],
         lambda x: x.narrow(2, 1, 1)[..., 0],
         lambda x: x.sum().squeeze(0) * (x.mean() * 2.0).sum(0),  # numbers have no dims
+        lambda x: torch.split(tensor=x, split_size_or_sections=1, dim=2)[1].squeeze(2),
     ],
 )
 def test_other_pieces_stay(function):
     assert len(calls(canonical(function, Q))) > 1
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda h: h.view(2, 3, 5, 4),
+        lambda h: h.chunk(2, -1)[1],
+        lambda h: h[..., 1:2],
+        lambda h: h.permute(2, 0, 1, 3),
+        lambda h: h.view(6, 5, 4),
+        lambda h: h.unsqueeze(1),
+        lambda h: h[:, :1].expand(2, 3, 5, 4),
+    ],
+)
+@pytest.mark.parametrize(
+    "behind", [lambda v: v.squeeze(-1), lambda v: v[0], lambda v: v.mT, lambda v: v.reshape(2, -1), lambda v: v.squeeze(1)]
+)
+def test_what_is_viewed_without_grad_gets_none(view, behind):
+    def function(x):
+        h = torch.tanh(x)
+        with torch.no_grad():
+            seen = view(h)
+        return behind(seen) * 2.0 + h.sum(), h * behind(seen).mean()
+
+    (captured,) = models.capture(function, Q.clone().requires_grad_())
+    module = copy_graph(captured.module)
+    canonicalize(module)
+    found = []
+    for call in (function, module):
+        x = Q.clone().requires_grad_()
+        sum(o.sum() for o in call(x)).backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
 
 
 def test_a_returned_no_op_stays_a_tensor_of_its_own():

@@ -607,6 +607,46 @@ def test_sinks_at_symbolic_lengths(values):
     assert blocks.assert_exact_at_any_length(Sinks(values), Q, K, V) == ["attention"]
 
 
+@pytest.mark.parametrize(
+    "joined",
+    [
+        lambda s, sink: torch.cat(tensors=[s, sink], dim=-1),
+        lambda s, sink: torch.cat([s + sink[0, 0, 0], sink], -1),
+        lambda s, sink: torch.cat([s + sink[0, 0, 0, 0], sink], -1),
+    ],
+    ids=["named arguments", "with a vector of one", "with a number"],
+)
+def test_sinks_however_they_are_joined(joined):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sink = nn.Parameter(numbers(4, seed=9))
+
+        def forward(self, q, k, v):
+            s = joined(q @ k.mT * 0.5, self.sink.view(1, -1, 1, 1).expand(2, -1, 6, -1))
+            return torch.softmax(s, -1)[..., :-1] @ v
+
+    blocks.assert_exact_is_eager(Attention(), Q, K, V)
+
+
+def test_scores_of_another_mode_than_their_sink_stay():
+    """What would be made again with the sink would get a gradient, or another type."""
+
+    class Attention(nn.Module):
+        def __init__(self, mode):
+            super().__init__()
+            self.mode, self.sink = mode, nn.Parameter(numbers(4, seed=9))
+
+        def forward(self, q, k, v):
+            with self.mode():
+                s = q @ k.mT * 0.5
+            s = torch.cat([s, self.sink.view(1, -1, 1, 1).expand(2, -1, 6, -1)], -1)
+            return torch.softmax(s, -1)[..., :-1] @ v + q[..., :1] + k[..., :1]
+
+    assert blocks.assert_exact_is_eager(Attention(torch.no_grad), Q, K, V) == []
+    assert blocks.assert_exact_is_eager(Attention(lambda: torch.autocast("cpu")), Q, K, V) == []
+
+
 @pytest.mark.parametrize("values", [lambda p, v: p.nan_to_num(1.0) @ v, lambda p, v: p.mT @ v, lambda p, v: (p + 0.1) @ v])
 def test_sinks_whose_probabilities_are_changed_are_none(values):
     assert "joined with others" in refused(Sinks(values), Q, K, V)
@@ -651,6 +691,14 @@ def test_a_gate_by_the_sum_of_weights_is_a_sink(keepdim, wide):
     assert c.v.meta["example_value"].shape[-2] == 7 and any(b.meta["example_value"].requires_grad for b, _ in c.bias)
 
 
+@pytest.mark.parametrize("zero", [lambda p: torch.nan_to_num(p, 1.0), lambda p: torch.nan_to_num(p, nan=0.5)])
+def test_nan_that_is_set_to_another_number_stays(zero):
+    rows = HIDDEN.clone()
+    rows[2] = True
+    said = refused(lambda q, k, v: zero(torch.softmax((q @ k.mT).masked_fill(rows, -math.inf), -1)) @ v, Q, K, V)
+    assert said == "nan_to_num between the softmax and the values"
+
+
 @pytest.mark.parametrize("seen", [lambda m: ~m, lambda m: m.logical_not().view(6, 6)])
 def test_only_allowed_probabilities_are_kept_again(seen):
     rows = HIDDEN.clone()
@@ -666,6 +714,20 @@ def test_only_allowed_probabilities_are_kept_again(seen):
     assert "after the softmax" in refused(
         lambda q, k, v: torch.where(other, torch.softmax((q @ k.mT).masked_fill(HIDDEN, -math.inf), -1), 0.0) @ v, Q, K, V
     )
+
+
+def test_a_mask_that_was_written_to_hides_something_else():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", ~HIDDEN)
+
+        def forward(self, q, k, v):
+            p = torch.softmax((q @ k.mT).masked_fill(~self.seen, -math.inf), -1)
+            self.seen.logical_not_()
+            return p.masked_fill(~self.seen, 0.0) @ v
+
+    assert "after the softmax" in refused(Attention(), Q, K, V)
 
 
 @pytest.mark.parametrize("mask", [lambda m: m, lambda m: m.view(6, 6) == torch.tensor(True)])

@@ -842,6 +842,33 @@ def test_other_joined_inputs_stay(function, width):
     assert not matches
 
 
+@pytest.mark.parametrize("order", [(0, 0, 1), (0, 1, 0), (1, 0, 0)])
+def test_what_is_joined_twice_has_a_weight_in_each_place(order):
+    def function(m, x):
+        parts = x, F.gelu(m.up(x))
+        return m.out(torch.cat([parts[i] for i in order], -1))
+
+    assert blocks.assert_exact_is_eager(Parallel(function, 2 * WIDTH + HIDDEN), X) == ["ffn"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.down.weight @ F.gelu(_no_grad(lambda: m.up.weight @ x.mT)) + x.mT,
+        lambda m, x: m.down.weight @ (F.silu(_no_grad(lambda: m.gate.weight @ x.mT)) * (m.up.weight @ x.mT)),
+        lambda m, x: m.down(
+            (lambda h: F.silu(_no_grad(lambda: h.chunk(2, -1)[0]).squeeze(-1)) * h[..., 1])(m.fused(x).view(2, 5, -1, 2))
+        ),
+    ],
+)
+def test_a_part_without_grad_gets_none(function):
+    assert blocks.assert_exact_is_eager(Block(function), X) == []
+
+
+def test_a_weight_that_is_a_vector_is_no_layer():
+    assert sites(Block(lambda m, x: F.linear(F.gelu(m.up(x)).mT, m.beta[:5])), X) == ([], [])
+
+
 def test_dropout_turns_with_the_columns():
     c = only(lambda m, x: m.down.weight @ F.dropout(F.gelu(m.up.weight @ x.mT), 0.3))
     assert c.dropout_p == 0.3 and c.act == "gelu(x0)"

@@ -120,6 +120,9 @@ class Editor:
             return False
         if a.requires_grad and not b.requires_grad:
             return False
+        if b.requires_grad and any(map(self._with_grad, old.users)):
+            if not a.requires_grad or (new not in self.created and not self._with_grad(old)):
+                return False  # what hands no gradient on would do so
         if new not in self.created and self.is_returned_twice(old, new):
             return False
         if self._written:
@@ -230,6 +233,17 @@ class Editor:
         """Whether all nodes run under the same grad and autocast modes: only then may work move from one to the other."""
         regions = [self._regions.get(n) for n in nodes]
         return all(r == regions[0] for r in regions)
+
+    def same_grad(self, *nodes: Any) -> bool:
+        """Whether all nodes run under the same grad mode. Layout may move between modes of any other kind.
+
+        A view that is made without grad says that it requires one, as its base does, and hands none on.
+        """
+        return len(set(map(self._with_grad, nodes))) < 2
+
+    def _with_grad(self, node: fx.Node) -> bool:
+        region = self._regions.get(node)
+        return region[0] is not False if region else True
 
     def size(self, node: fx.Node, dim: int) -> Any:
         """A size as an argument: the int, the graph's input that is the symbolic size, or a node that reads it.

@@ -146,6 +146,8 @@ def einsum_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
     summed = [c for c in a if c in b and c not in result]
     if not summed or any(c not in result for c in set(a) ^ set(b)):
         return None
+    if not all(same_size(shape(left)[a.index(c)], shape(right)[b.index(c)]) for c in summed):
+        return None  # a size of one that einsum broadcasts
     if is_weight(left) is not is_weight(right):
         x, w = ((right, b), (left, a)) if is_weight(left) else ((left, a), (right, b))
         # Features come last, or else the weight may be learned queries.
@@ -224,6 +226,18 @@ def permuted(e: Editor, x: fx.Node, order: Sequence[int]) -> fx.Node:
     return e.call(torch.t, x) if list(order) == [1, 0] else e.call(torch.permute, x, tuple(order))
 
 
+def swapped(dims: int) -> tuple[int, ...]:
+    """The order that transposes the last two dims."""
+    return (*range(dims - 2), dims - 1, dims - 2)
+
+
+def widened(e: Editor, x: fx.Node, dims: int) -> fx.Node:
+    """`x` with dims of size one in front, as broadcasting adds them."""
+    while rank(x) < dims:
+        x = e.call(torch.unsqueeze, x, 0)
+    return x
+
+
 def _aligned(e: Editor, x: fx.Node, indices: str, wanted: list[str]) -> fx.Node:
     """`x` permuted to the wanted indices, with a dim of size one for each that it lacks between them (broadcasting adds
     those in front)."""
@@ -278,10 +292,10 @@ def joined_inputs_apart(e: Editor, node: fx.Node) -> fx.Node | None:
     if not all(isinstance(s, int) for s in widths) or sum(_closes_block(p, shape(w)[0]) for p in parts) != 1:
         return None
     total = None
-    for part, width in sorted(zip(parts, widths, strict=True), key=lambda p: _closes_block(p[0], shape(w)[0])):
-        start = sum(widths[: parts.index(part)])
-        rows = e.call(operator.getitem, w, (slice(None), slice(start, start + width)))
-        term = e.call(F.linear, part, rows, *(bias if total is None else []))
+    for i in sorted(range(len(parts)), key=lambda i: _closes_block(parts[i], shape(w)[0])):
+        start = sum(widths[:i])
+        rows = e.call(operator.getitem, w, (slice(None), slice(start, start + widths[i])))
+        term = e.call(F.linear, parts[i], rows, *(bias if total is None else []))
         total = term if total is None else e.call(operator.add, total, term)
     e.move((joined,))
     return total
@@ -328,7 +342,7 @@ def _layer(node: Any) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]
         return None
     (w, x), dims = node.args, rank(node)
     is_layer = rank(w) == 2 and is_weight(w) and not is_weight(x) and rank(x) == dims
-    return (x, w, None, (*range(dims - 2), dims - 1, dims - 2)) if is_layer else None
+    return (x, w, None, swapped(dims)) if is_layer else None
 
 
 def _order(node: Any) -> tuple[int, ...] | None:
@@ -354,6 +368,8 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
     if last is None:
         return None
     h, w_out, b_out, order = last
+    if rank(w_out) != 2 or (turns and not e.same_region(node, node.args[0])):
+        return None
     width, hidden = shape(w_out)
     if not isinstance(width, int) or not isinstance(hidden, int) or hidden < width:
         return None
@@ -369,12 +385,14 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
     inside, stack = {h}, [h]
     while stack:
         current = stack.pop()
+        if not e.same_region(node, current):
+            return None
         if (found := first(current)) is not None:
             # [F, E] and [E, F]: the block widens its input and comes back to it.
             if found[3] != order or not same_shape(shape(found[1]), (hidden, width)):
                 return None
             continue
-        if current.target not in _POINTWISE or not e.same_region(node, current):
+        if current.target not in _POINTWISE:
             return None
         above = [a for a in current.args if is_float(a) and same_shape(shape(a), shape(h)) and a not in inside]
         inside.update(above)
@@ -397,8 +415,7 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
             if found is None:
                 return e.call(x.target, *map(turn, x.args), **x.kwargs)
             return found[0] if _order(x) else linear(turn(found[0]), *found[1:3])
-        while rank(x) < len(order):
-            x = e.call(torch.unsqueeze, x, 0)
+        x = widened(e, x, len(order))
         *lead, features = (shape(x)[i] for i in order)
         if isinstance(features, int) and all(same_size(s, 1) for s in lead):
             return e.call(torch.reshape, x, (features,))  # a bias

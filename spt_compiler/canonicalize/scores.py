@@ -28,7 +28,7 @@ from ..graph import (
     without_casts,
 )
 from .editor import FILLS, Editor, Unknown, rule
-from .products import is_weight, permuted
+from .products import is_weight, permuted, swapped, widened
 
 # A fill below this survives any addition of a score in the dtypes it applies to: s + c == c for |s| < 1e20.
 _ABSORBING = -1e30
@@ -112,7 +112,7 @@ def softmax_by_hand(e: Editor, node: fx.Node) -> fx.Node | None:
     if not e.same_region(node, total, summed, p, p.args[0], above) or (product and len(product.users) != 1):
         return None
     x, shift = p.args[0], None
-    if x.target is operator.sub and all(map(is_tensor, x.args)) and (not rank(x.args[1]) or shape(x.args[1])[-1] == 1):
+    if x.target is operator.sub and all(map(is_tensor, x.args)) and (not rank(x.args[1]) or same_size(shape(x.args[1])[-1], 1)):
         x, shift = x.args
     if more is not None:
         result = _one_more(e, x, shift, more)
@@ -139,7 +139,8 @@ def _one_more(e: Editor, x: fx.Node, shift: fx.Node | None, more: Any) -> fx.Nod
         opposite = is_tensor(exponent) and exponent.target is operator.neg and same_computation(exponent.args[0], shift)
         low = shift.args[1] if shift.target is torch.clamp else None
         above = isinstance(low, (int, float)) and low > -math.inf
-        number = 1.0 if opposite and (above or is_bounded(x, math.inf)) else None
+        same = opposite and e.same_region(e.at, more, exponent)
+        number = 1.0 if same and (above or is_bounded(x, math.inf)) else None
     if number is None or not number > 0:
         return None
     joined = e.call(F.pad, x, (0, 1), value=math.log(number))
@@ -327,7 +328,7 @@ def drop_row_shift(e: Editor, node: fx.Node) -> fx.Node | None:
     x, shift = node.args
     if not is_float(x) or not is_float(shift) or rank(shift) > rank(x) or not _is_maximum(shift):
         return None
-    if rank(shift) and shape(shift)[-1] != 1:
+    if rank(shift) and not same_size(shape(shift)[-1], 1):
         return None
     chain = _toward_softmax(node)
     if chain is None or not all(map(_keeps_shifts, [node, *chain], chain)) or not e.same_region(node, chain[-1]):
@@ -367,18 +368,13 @@ def _keeps_shifts(x: fx.Node, step: fx.Node) -> bool:
         if step.target is operator.truediv and step.args[0] is not x:
             return False
         other = step.args[1] if step.args[0] is x else step.args[0]
-        return not isinstance(other, fx.Node) or rank(other) == 0 or shape(other)[-1] == 1
+        return not isinstance(other, fx.Node) or rank(other) == 0 or same_size(shape(other)[-1], 1)
     if step.target is torch.clamp:  # beyond any score
         return all(b is None or (isinstance(b, (int, float)) and abs(b) >= 5e4) for b in step.args[1:])
     if step.target in (torch.masked_fill, torch.where):
         fill = step.args[2]
         return isinstance(fill, (int, float)) and fill <= -1e4
     return step.target in (operator.add, operator.sub, operator.neg, F.softmax, "to", "contiguous") or _is_batch_reshape(step)
-
-
-def _swap(dims: int) -> tuple[int, ...]:
-    """The order that transposes the last two dims."""
-    return (*range(dims - 2), dims - 1, dims - 2)
 
 
 @rule(F.softmax)
@@ -394,10 +390,10 @@ def softmax_over_the_keys(e: Editor, node: fx.Node) -> fx.Node | None:
     inner = x.args[0] if order != tuple(range(dims)) else x
     keys = order[dim % dims]
     if keys == dims - 2:
-        order = tuple(_swap(dims)[i] for i in order)
+        order = tuple(swapped(dims)[i] for i in order)
     if keys < dims - 2 or order == tuple(range(dims)) or not e.same_region(node, x) or not _is_summed(node, dim % dims):
         return None
-    inner = permuted(e, inner, _swap(dims)) if keys == dims - 2 else inner
+    inner = permuted(e, inner, swapped(dims)) if keys == dims - 2 else inner
     return permuted(e, e.call(F.softmax, inner, dim=-1), order)
 
 
@@ -407,7 +403,7 @@ def step_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
     dims = rank(node)
     scores = [a for a in node.args if is_float(a) and same_shape(shape(a), shape(node)) and _of_product(a)]
     x = next((a for a in scores if a.target is torch.permute), None)
-    if x is None or len(x.users) != 1 or tuple(x.args[1]) == _swap(dims) or not e.same_region(node, x):
+    if x is None or len(x.users) != 1 or tuple(x.args[1]) == swapped(dims) or not e.same_region(node, x):
         return None
     if any(a.target is not torch.permute for a in scores):
         return None  # x is a bias made by a product (relative positions); the scores have their order already
@@ -419,16 +415,9 @@ def step_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
     def moved(argument: Any) -> Any:
         if argument is x:
             return x.args[0]
-        return permuted(e, _widened(e, argument, dims), back) if is_tensor(argument) and rank(argument) else argument
+        return permuted(e, widened(e, argument, dims), back) if is_tensor(argument) and rank(argument) else argument
 
     return permuted(e, e.call(node.target, *map(moved, node.args), **node.kwargs), order)
-
-
-def _widened(e: Editor, x: fx.Node, dims: int) -> fx.Node:
-    """`x` with dims of size one in front, as broadcasting adds them."""
-    while rank(x) < dims:
-        x = e.call(torch.unsqueeze, x, 0)
-    return x
 
 
 @rule(*_PER_PROBABILITY)
@@ -455,7 +444,7 @@ def product_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
     if order[-1] != dims - 1 or rank(v) > dims or not e.same_region(node, p):
         return None
     back = [order.index(i) for i in range(dims)]
-    v = _widened(e, v, dims)
+    v = widened(e, v, dims)
     if order[-2] != dims - 2:
         if not same_size(shape(v)[back[-2]], 1):
             return None
@@ -476,8 +465,8 @@ def queries_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
     if not values and (is_weight(k) or _toward_softmax(node) is None):
         return None
     dims = max(rank(q), rank(k))
-    k, *values = (_widened(e, x, dims) for x in (k, *values))
-    every = _widened(e, q, dims)
+    k, *values = (widened(e, x, dims) for x in (k, *values))
+    every = widened(e, q, dims)
     lead = zip(shape(every)[:-2], shape(k)[:-2], strict=True)
     shared = [same_size(own, 1) and not same_size(size, 1) for own, size in lead]
     if any(shared):
@@ -493,7 +482,7 @@ def values_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
     p, v = node.args
     if not is_tensor(v) or not 2 <= rank(v) < rank(p) or is_weight(v) or not _from_softmax(p):
         return None
-    return e.call(torch.matmul, p, _widened(e, v, rank(p)))
+    return e.call(torch.matmul, p, widened(e, v, rank(p)))
 
 
 @rule(torch.matmul)
@@ -503,7 +492,7 @@ def values_of_one_softmax(e: Editor, node: fx.Node) -> fx.Node | None:
     dims, dim = rank(v), 0  # of v; one that p lacks in front is added by broadcasting
     if is_tensor(p) and p.target is torch.unsqueeze and rank(p) == dims:
         p, dim = p.args[0], Arguments(p, "input", "dim")["dim"] % dims
-    if not is_tensor(p) or rank(p) != dims - 1 or dim >= dims - 2 or is_weight(v) or not e.same_region(node, p):
+    if not is_tensor(p) or rank(p) != dims - 1 or dim >= dims - 2 or is_weight(v) or not e.same_region(node, node.args[0]):
         return None
     several, width = shape(v)[dim], shape(v)[-1]
     if not isinstance(several, int) or not isinstance(width, int) or several == 1:
@@ -541,7 +530,7 @@ def squared_distances(e: Editor, node: fx.Node) -> fx.Node | None:
     if not e.same_region(node, distances, chain[-1]):
         return None
     lengths = e.call(torch.unsqueeze, e.call(torch.sum, e.call(torch.square, k), -1), -2)
-    product = e.call(torch.matmul, q, permuted(e, k, _swap(rank(k))))
+    product = e.call(torch.matmul, q, permuted(e, k, swapped(rank(k))))
     return e.call(operator.sub, lengths, e.call(operator.mul, product, 2.0))
 
 
@@ -549,7 +538,7 @@ def squared_distances(e: Editor, node: fx.Node) -> fx.Node | None:
 def transposed_scores(e: Editor, node: fx.Node) -> fx.Node | None:
     """f(q @ k).mT on its way to a softmax -> f(k.mT @ q.mT): two modalities that attend to each other by one product."""
     dims = rank(node)
-    swap = _swap(dims)
+    swap = swapped(dims)
     if node.kwargs or tuple(node.args[1]) != swap or _toward_softmax(node) is None:
         return None
     steps: list[tuple[fx.Node, fx.Node]] = []
@@ -564,7 +553,7 @@ def transposed_scores(e: Editor, node: fx.Node) -> fx.Node | None:
         return None
     result = e.call(torch.matmul, permuted(e, x.args[1], swap), permuted(e, x.args[0], swap))
     for step, above in reversed(steps):
-        others = [permuted(e, _widened(e, a, dims), swap) if is_tensor(a) and rank(a) and a is not above else a for a in step.args]
+        others = [permuted(e, widened(e, a, dims), swap) if is_tensor(a) and rank(a) and a is not above else a for a in step.args]
         result = e.call(step.target, *(result if a is above else a for a in others), **step.kwargs)
     return result
 
@@ -601,10 +590,10 @@ def split_batch_before_steps(e: Editor, node: fx.Node) -> fx.Node | None:
         own = shape(argument)[:-2]
         if same_shape(own, source):
             return _reshape_lead(e, argument, lead)
-        inner = own[next((i for i, s in enumerate(own) if s != 1), len(own)) :]
+        inner = own[next((i for i, s in enumerate(own) if not same_size(s, 1)), len(own)) :]
         if inner and same_shape(inner, source[-len(inner) :]) and same_shape(inner, shape(node)[:-2][-len(inner) :]):
-            return argument if inner == own else _reshape_lead(e, argument, inner)  # the inner dims stay as they are
-        if all(isinstance(s, int) and s == 1 for s in own):
+            return argument if len(inner) == len(own) else _reshape_lead(e, argument, inner)  # the inner dims stay as they are
+        if all(same_size(s, 1) for s in own):
             return e.call(torch.reshape, argument, (e.size(argument, -2), e.size(argument, -1)))
         raise Unknown
 
@@ -655,7 +644,7 @@ def probabilities_to_the_left(e: Editor, node: fx.Node) -> fx.Node | None:
     if not isinstance(p, fx.Node) or p.target is not torch.permute or not _from_softmax(p.args[0]) or _from_softmax(v):
         return None
     dims, order = rank(p), tuple(p.args[1])
-    swap = _swap(dims)
+    swap = swapped(dims)
     if order[-2:] != swap[-2:] or rank(v) != dims or not e.same_region(node, p):
         return None
     probabilities = permuted(e, p.args[0], [order[i] for i in swap])
@@ -670,7 +659,7 @@ def row_factor_to_queries(e: Editor, node: fx.Node) -> fx.Node | None:
         scores, factor = factor, scores
     if not _is_scores(scores) or not is_float(factor) or rank(factor) > rank(scores):
         return None
-    if rank(factor) and not (isinstance(shape(factor)[-1], int) and shape(factor)[-1] == 1):
+    if rank(factor) and not same_size(shape(factor)[-1], 1):
         return None
     if is_one_element(factor) and (e.constant(factor) is not None or (node.target is operator.mul and not needs_grad(factor))):
         return None  # a plain scale, which patterns carry themselves
@@ -684,7 +673,9 @@ def row_factor_to_queries(e: Editor, node: fx.Node) -> fx.Node | None:
 def row_factor_to_output(e: Editor, node: fx.Node) -> fx.Node | None:
     """(p * s) @ v of probabilities p -> (p @ v) * s, where s is the same for all keys: masks of heads or queries, gates."""
     weighted, v = node.args
-    if not is_tensor(weighted) or weighted.target not in (operator.mul, operator.truediv) or rank(v) > rank(weighted):
+    if not is_tensor(weighted) or weighted.target not in (operator.mul, operator.truediv):
+        return None
+    if not 2 <= rank(v) <= rank(weighted):
         return None
     p, factor = weighted.args
     if weighted.target is operator.mul and not (_is_weighted(p) and same_shape(shape(p), shape(weighted))):
@@ -814,7 +805,7 @@ def sink_to_key(e: Editor, node: fx.Node) -> fx.Node | None:
     if not _is_softmax_over_keys(softmax):
         return None
     joined = softmax.args[0]
-    if len(joined.users) != 1 or not e.same_region(node, softmax, joined):
+    if len(joined.users) != 1 or not e.same_region(node, *between, kept, *before, softmax, joined):
         return None
     scores, sink = _without_sink(joined, first=last.start == 1)
     return None if sink is None else _with_sink(e, scores, sink, [*between, *before], v)
@@ -840,12 +831,13 @@ def _without_sink(joined: fx.Node, first: bool) -> tuple[Any, Any]:
         number = 0.0 if found["value"] is None else found["value"]
         is_sink = tuple(found["pad"]) == ((1, 0) if first else (0, 1)) and found["mode"] == "constant"
         return (found["input"], float(number)) if is_sink and isinstance(number, (int, float)) else (None, None)
-    if joined.target not in (torch.cat, torch.concat) or len(joined.args[0]) != 2:
+    if joined.target not in (torch.cat, torch.concat):
         return None, None
-    if Arguments(joined, "tensors", ("dim", 0))["dim"] not in (-1, rank(joined) - 1):
+    parts, dim = Arguments(joined, "tensors", ("dim", 0)).take("tensors", "dim")
+    if not isinstance(parts, (tuple, list)) or len(parts) != 2 or dim not in (-1, rank(joined) - 1):
         return None, None
-    scores, sink = joined.args[0][:: -1 if first else 1]
-    if shape(sink)[-1] != 1:
+    scores, sink = parts[:: -1 if first else 1]
+    if not same_size(shape(sink)[-1], 1):
         return None, None
     while sink.target == "expand" and rank(sink.args[0]) == rank(sink):
         sink = sink.args[0]
@@ -881,7 +873,7 @@ def gate_to_sink(e: Editor, node: fx.Node) -> fx.Node | None:
     between, p = _steps_above(p)
     if not _is_softmax_over_keys(p):
         return None
-    if without_casts(p.args[0]) is not scores or not e.same_region(node, product, p, total):
+    if without_casts(p.args[0]) is not scores or not e.same_region(node, product, *between, p, total, logit, gate):
         return None
     if not reduced["keepdim"]:
         sink = e.call(torch.unsqueeze, sink, -1)
@@ -914,14 +906,14 @@ def _with_a_key(e: Editor, scores: Any, bias: fx.Node | None, read_twice: fx.Nod
     The masks let the new key be, and what is added before a fill does not make fully masked rows depend on both.
     Raises: Unknown for scores that are no simple chain.
     """
-    if not isinstance(scores, fx.Node) or len(scores.users) > 1 + (scores is read_twice):
+    if not isinstance(scores, fx.Node) or len(scores.users) > 1 + (scores is read_twice) or not e.same_region(e.at, scores):
         raise Unknown
     if scores.target in (operator.add, operator.sub, torch.masked_fill, torch.where):
         keeps = scores.target is torch.where  # a mask of what stays; in the others, of what is added or filled
         mask, x = scores.args[:2] if keeps else scores.args[1::-1]
         if not is_tensor(x) or not is_tensor(mask) or not same_shape(shape(x), shape(scores)):
             raise Unknown
-        if not same_size(shape(mask)[-1], shape(scores)[-1]):
+        if not rank(mask) or not same_size(shape(mask)[-1], shape(scores)[-1]):
             raise Unknown
         padded = _with_a_key(e, x, bias, read_twice), e.call(F.pad, mask, (1, 0), value=1.0 if keeps else None)
         return e.call(scores.target, *(padded[::-1] if keeps else padded), *scores.args[2:])

@@ -223,7 +223,7 @@ def broadcasting_expands(e: Editor, node: fx.Node) -> fx.Node | None:
     """scores + mask.expand_as(scores) -> scores + mask: broadcasting does the same, and the mask reads no scores."""
     expanded = [a for a in node.args if is_tensor(a) and a.target in _EXPANDS and is_tensor(a.args[0])]
     others = [a for a in node.args if is_tensor(a) and a not in expanded]
-    if not expanded or not any(same_shape(shape(a), shape(node)) for a in others):
+    if not e.same_grad(node, *expanded) or not expanded or not any(same_shape(shape(a), shape(node)) for a in others):
         return None
     return e.call(node.target, *(a.args[0] if a in expanded else a for a in node.args), **node.kwargs)
 
@@ -269,7 +269,7 @@ def spell_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
         target = tuple(s if isinstance(s, int) else t for s, t in zip(sizes, given, strict=True))
     else:
         return None
-    if x.target is torch.reshape:
+    if x.target is torch.reshape and e.same_grad(node, x):
         return e.call(torch.reshape, x.args[0], target)
     return e.retarget(node, torch.reshape, (x, target))
 
@@ -286,7 +286,7 @@ def spell_permute(e: Editor, node: fx.Node) -> fx.Node | None:
     order = _permutation(node, rank(x))
     if order is None:
         return None
-    while x.target in (torch.permute, torch.t):
+    while x.target in (torch.permute, torch.t) and e.same_grad(node, x):
         inner = tuple(x.args[1]) if x.target is torch.permute else (1, 0)
         order = tuple(inner[i] for i in order)
         x = x.args[0]
@@ -346,12 +346,14 @@ def one_of_a_dim(e: Editor, node: fx.Node) -> fx.Node | None:
     And x.unsqueeze(d).squeeze(d) -> x.
     """
     x = node.args[0] if node.args else None
-    if not isinstance(x, fx.Node) or not is_tensor(node):
+    if not isinstance(x, fx.Node) or not is_tensor(node) or not e.same_grad(node, x):
         return None
     if not is_tensor(x):
         found = Arguments(x, "input", ("dim", 0))
         index, dim, x = node.args[1], found["dim"], found["input"]
         if x is None or describe(node.args[0]).strip(".") != "unbind" or x.target is not torch.permute:
+            return None
+        if not e.same_grad(node, x):
             return None
     elif node.target is operator.getitem:
         dim, index = one_index(node)
@@ -368,7 +370,7 @@ def one_of_a_dim(e: Editor, node: fx.Node) -> fx.Node | None:
         return e.call(operator.getitem, x.args[0], _at(order[dim], index)) if rest == sorted(rest) else None
     if not same_size(shape(x)[dim], 1) or index not in (0, -1):
         return None
-    source, start = _piece(x, dim)
+    source, start = _piece(e, x, dim)
     return None if source is None or start is None else e.call(operator.getitem, source, _at(dim, start))
 
 
@@ -396,7 +398,7 @@ def one_index(node: fx.Node) -> tuple[int | None, Any]:
     return (found[0], keys[found[0]]) if len(found) == 1 else (None, None)
 
 
-def _piece(x: fx.Node, dim: int) -> tuple[Any, Any]:
+def _piece(e: Editor, x: fx.Node, dim: int) -> tuple[Any, Any]:
     """(source, where along `dim` it starts) of a part of a tensor along that dim; (None, None) of others."""
     name = describe(x).strip(".")
     if name == "narrow":
@@ -412,6 +414,8 @@ def _piece(x: fx.Node, dim: int) -> tuple[Any, Any]:
     if describe(pieces).strip(".") not in ("chunk", "split", "tensor_split") or not isinstance(x.args[1], int):
         return None, None
     found = Arguments(pieces, "input", "sizes", ("dim", 0))
+    if not pieces.args or not e.same_grad(x, pieces):
+        return None, None
     before = [value.shape[dim] for value in pieces.meta["example_value"][: x.args[1]]]
     if found["dim"] not in (dim, dim - rank(x)) or not all(isinstance(s, int) for s in before) or x.args[1] < 0:
         return None, None

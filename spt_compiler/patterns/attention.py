@@ -32,7 +32,6 @@ from ..graph import (
     needs_grad,
     number,
     rank,
-    same_computation,
     same_shape,
     same_size,
     shape,
@@ -593,7 +592,7 @@ def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
     nodes, dropout_p, current, zeroed = [softmax], 0.0, softmax, False
     while True:
         user = next(iter(current.users)) if len(current.users) == 1 else None
-        if user is not None and (user.target is torch.nan_to_num or (not zeroed and _hides_again(logits, user, current))):
+        if user is not None and (_is_nan_to_zero(user) or (not zeroed and _hides_again(logits, user, current))):
             nodes.append(user)
             current, zeroed = user, True
             continue
@@ -622,6 +621,10 @@ def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
         current = following
 
 
+def _is_nan_to_zero(node: Node) -> bool:
+    return node.target is torch.nan_to_num and len(node.args) == 1 and not node.kwargs
+
+
 def _hides_again(logits: Logits, user: Node, probabilities: Node) -> bool:
     """Whether `user` fills the probabilities with 0 by the one mask (-inf) that the scores were filled by."""
     if user.target is torch.masked_fill:
@@ -632,9 +635,10 @@ def _hides_again(logits: Logits, user: Node, probabilities: Node) -> bool:
         return False
     if x is not probabilities or number(fill) != 0:
         return False
-    same = any(same_computation(mask, other) for other in known)
-    if mask.target is operator.invert and not logits.context.analysis.is_written(mask.args[0]):
-        same = same or any(same_computation(mask.args[0], other) for other in inverse)
+    analysis = logits.context.analysis
+    same = any(analysis.same_value(mask, other) for other in known)
+    if mask.target is operator.invert and not analysis.is_written(mask.args[0]):
+        same = same or any(analysis.same_value(mask.args[0], other) for other in inverse)
     hidden = [*logits.allowed, *logits.disallowed]
     if len(hidden) != 1 or logits.fills != [-math.inf] or not all(is_bounded(b) for b, _ in logits.bias):
         return False

@@ -597,8 +597,9 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         if piece is not None:
             return piece
     if isinstance(first, Parts) and (first.dim is not None or target is operator.getitem):
-        over = Reject("a gated linear unit over a dim beside the hidden units") if target is F.glu else None
-        return Hidden(frozenset({first.whole.linear}), True, over) if over is not None else None
+        if target is not F.glu:
+            return None
+        return Hidden(frozenset({first.whole.linear}), True, Reject("a gated linear unit over a dim beside the hidden units"))
     if target in (torch.matmul, F.scaled_dot_product_attention):
         if not any(_is_refused_block(s) for s in above) or all(a in found for a in node.args):
             return None  # what attention does with it is attention's business, linear attention included
