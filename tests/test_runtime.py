@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import spt_compiler
 from spt_compiler import calibrate, learning
 from spt_compiler.runtime import CompiledGraph
-from spt_compiler.state import STORE
+from spt_compiler.state import STORE, SiteState
 from tests.blocks import SPARSE, Stack, gradients, relative, train_steps
 
 
@@ -97,11 +97,11 @@ def test_turns_that_only_count_change_nothing_else(monkeypatch):
             run(batch()).square().mean().backward()
         return spt_compiler.state_dict(model)
 
-    skipped, decide = [], calibrate._only_counts
-    monkeypatch.setattr(calibrate, "_only_counts", lambda state: skipped.append(decide(state)) or skipped[-1])
+    skipped, count = [], SiteState.count_step
+    monkeypatch.setattr(SiteState, "count_step", lambda state: skipped.append(state) or count(state))
     short = trained()
-    assert sum(skipped) > 40
-    monkeypatch.setattr(calibrate, "_only_counts", lambda state: False)
+    assert len(skipped) > 40
+    monkeypatch.setattr(calibrate, "_idle_turns", lambda *args: 0)
     torch._dynamo.reset()
     assert same(short, trained())
 
