@@ -47,6 +47,7 @@ _SECONDS = 300
 
 _lock = threading.RLock()
 _libraries: dict[tuple[str, Any], ctypes.CDLL] = {}
+_on_the_way: set[tuple[str, Any]] = set()
 _problem: str | None = None
 
 
@@ -113,16 +114,21 @@ def library(template: str, constants: Mapping[str, Any]) -> ctypes.CDLL:
 def foresee(template: str, constants: Mapping[str, Any]) -> threading.Thread | None:
     """Compiles the library of a rendered template on a thread of its own, so that it is there when it is called for.
 
-    Returns: the thread; None if the library is there. What fails, fails again where it is called for.
+    Returns: the thread; None if the library is there or on its way (every layer of a model asks). What fails, fails again where it
+        is called for.
     """
-    if (template, render.frozen(constants)) in _libraries:
+    key = (template, render.frozen(constants))
+    if key in _libraries or key in _on_the_way:
         return None
+    _on_the_way.add(key)
 
     def run() -> None:
         try:
             library(template, constants)
         except SPTError as error:
             log.debug("%s ahead of its first call: %s", template, error)
+        finally:
+            _on_the_way.discard(key)
 
     thread = threading.Thread(target=run, name=f"spt-{template}")
     thread.start()

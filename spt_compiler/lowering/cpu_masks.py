@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spt_compiler import expression
 from spt_compiler.ops.reference import combine_masks
+from spt_compiler.ops.selection.common import causal_split
 
 LOG2E = 1.4426950408889634
 # Rows of a mask that are looked at together, in elements.
@@ -338,12 +339,11 @@ def _plain_reads(expr: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[str, t
 
 def parts(expr: str) -> tuple[bool, list[expression.Expression], expression.Expression | None]:
     """A mask expression as (is "k <= q" a conjunct of it, conjuncts that are the same for all queries, the rest or None)."""
-    causal, of_keys = False, []
+    causal, others = causal_split(expr)
+    of_keys = []
     rest: expression.Expression | None = None
-    for part in expression.conjuncts(expression.parse(expr)) if expr else ():
-        if part == _CAUSAL:
-            causal = True
-        elif "q" in part.variables:
+    for part in expression.conjuncts(others) if others is not None else ():
+        if "q" in part.variables:
             rest = part if rest is None else rest & part
         else:
             of_keys.append(part)
@@ -374,6 +374,3 @@ def split(bias: Tensor | None, expr: str, expr_in: list[Tensor], shape: tuple[in
     if key is not None and bool((key == 0).all()):
         key = None
     return Masks(shape, dtype, causal, key, bias, rest, expr_in)
-
-
-_CAUSAL = expression.parse("k <= q")

@@ -254,7 +254,8 @@ def foresee(op_name: str, args: Sequence[Any]) -> None:
     if any(isinstance(size, torch.SymInt) for t in tensors for size in (*t.shape, *t.stride())):
         return  # looking at them would make guards
     try:
-        for candidate in _usable(op_name, tensors[0].device.type):
+        candidates = _usable(op_name, tensors[0].device.type)
+        for candidate in candidates if any(c.foresee is not None for c in candidates) else ():
             if candidate.supports is None or candidate.supports(*args):
                 if candidate.foresee is not None:
                     candidate.foresee(*args)
