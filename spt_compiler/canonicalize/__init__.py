@@ -30,10 +30,10 @@ from . import products, scores, spelling  # noqa: F401  (importing them register
 from .editor import MAX_PASSES, Editor, rule
 from .inplace import functionalize
 from .opaque import expand_opaque
-from .products import is_weight
+from .products import is_weight, swapped
 from .spelling import one_index, place_inputs
 
-__all__ = ["Editor", "canonicalize", "is_weight", "one_index", "rule"]
+__all__ = ["Editor", "canonicalize", "is_weight", "one_index", "rule", "swapped"]
 
 log = logging.getLogger(__name__)
 

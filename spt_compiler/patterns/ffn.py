@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from ..canonicalize import is_weight, one_index
+from ..canonicalize import is_weight, one_index, swapped
 from ..errors import ExpressionError, Reject
 from ..expression import Expression, call, evaluate, substitute, var
 from ..graph import (
@@ -768,9 +768,8 @@ def _piece(node: Node, whole: Projection | Parts) -> Projection | Parts | None:
             along = Arguments(node, "input", ("dim", 0))["dim"] in (whole.dim, rank(node.args[0]) + whole.dim)
             return replace(whole, nodes=(*whole.nodes, node), dim=None) if along else None
         if whole.dim is not None and node.target is torch.permute:
-            dims = rank(node)
-            swapped = tuple(node.args[1]) == (*range(dims - 2), dims - 1, dims - 2)
-            return replace(whole, nodes=(*whole.nodes, node), dim=-3 - whole.dim) if swapped else None
+            turned = tuple(node.args[1]) == swapped(rank(node))
+            return replace(whole, nodes=(*whole.nodes, node), dim=-3 - whole.dim) if turned else None
         if whole.dim is not None and _keeps_dim(node, whole.dim):
             reason = Reject("{} of a fused projection keeps a dim of one beside the hidden units", describe(node))
             refused = replace(whole.whole, nodes=(*whole.nodes, node), refused=reason)
