@@ -77,14 +77,16 @@ class Kernels:
         )
         return out
 
-    def gather_columns(self, source: Tensor, index: Tensor, out: Tensor) -> Tensor:
-        """out[:, j] = source[:, index[j]]; of the library's dtype."""
+    def gather_columns(self, source: Tensor, index: Tensor, out: Tensor, *, panel: int) -> None:
+        """out[:, j] = source[:, index[j]], every `panel` columns (the last may be fewer) a matrix of their own.
+
+        Args: source [n, .] of the library's dtype.  out: n * len(index) values without gaps, the matrices one after the other.
+        """
         self._call(
             "gather_columns",
-            **{"from": source, "from_stride": source.stride(0), "to": out, "to_stride": out.stride(0)},
+            **{"from": source, "from_stride": source.stride(0), "to": out, "to_stride": panel},
             **{"n": source.shape[0], "width": index.shape[0], "index": index},
         )
-        return out
 
     def sum_blocks(
         self,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from spt_compiler import expression
 from spt_compiler.lowering import cpp_ffn
+from spt_compiler.lowering.cpu_products import multiply, prefers_onednn
 from spt_compiler.lowering.cpu_tiles import Buffers
 from spt_compiler.lowering.registry import register
 from spt_compiler.ops.reference_ffn import (
@@ -281,6 +282,16 @@ class _Work:
         """[F, ...] in block order: a copy, or the tensor itself where the units are in order."""
         return weight if self.units is None else self._pick(weight, self.units)
 
+    def by_block(self, weight: Tensor) -> Tensor | _Panels:
+        """[F, K] in block order, to be sliced by the units of blocks; as panels where that is copied anyway, or pays."""
+        columns = _units_inside(weight) and weight.stride(0) == 1 and weight.numel() and weight.dtype == self.buffers.dtype
+        if self.kernels is None or not columns or (self.units is None and not prefers_onednn(weight.dtype)):
+            return self.arrange(weight)
+        units = torch.arange(self.n_units) if self.units is None else self.units
+        panels = torch.empty(weight.numel(), dtype=weight.dtype)
+        self.kernels.gather_columns(weight.t(), units, panels, panel=self.width)
+        return _Panels(panels, weight.shape[1])
+
     def _pick(self, weight: Tensor, units: Tensor) -> Tensor:
         """weight[units] in the layout of weight."""
         kernels = self.kernels if weight.dim() == 2 and weight.dtype == self.buffers.dtype and weight.numel() else None
@@ -288,7 +299,9 @@ class _Work:
             inside = weight.t()
             if kernels is None or inside.stride(1) != 1:
                 return inside.index_select(1, units).t()
-            return kernels.gather_columns(inside, units, torch.empty(inside.shape, dtype=inside.dtype)).t()
+            picked = torch.empty(inside.shape, dtype=inside.dtype)
+            kernels.gather_columns(inside, units, picked, panel=len(units))
+            return picked.t()
         if kernels is None or weight.stride(1) != 1:
             return weight.index_select(0, units)
         return kernels.gather_rows(weight, units, torch.empty(weight.shape, dtype=weight.dtype))
@@ -307,6 +320,18 @@ class _Work:
         inverse = torch.empty_like(self.units)
         inverse[self.units] = torch.arange(self.n_units)
         return self._pick(gradient, inverse)
+
+
+@dataclass(frozen=True)
+class _Panels:
+    """A weight [F, K] in block order: of each block a matrix [K, W] of its own, one after the other in `values`."""
+
+    values: Tensor
+    k: int
+
+    def __getitem__(self, units: slice) -> Tensor:
+        """[W, K] of one block."""
+        return self.values[units.start * self.k : units.stop * self.k].view(self.k, units.stop - units.start).t()
 
 
 def _units_inside(weight: Tensor) -> bool:
@@ -331,13 +356,11 @@ def _sum_rows(rows: Tensor, kernels: cpp_ffn.Kernels | None) -> Tensor:
 
 def _accumulate_product(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """out = left @ right for a block's first rows, out += left @ right for the others."""
-    if out.dtype != left.dtype:
-        product = torch.mm(left, right)
-        out.copy_(product) if first else out.add_(product)
-    elif first:
-        torch.mm(left, right, out=out)
-    else:
-        out.addmm_(left, right)
+    if out.dtype == left.dtype:
+        multiply(out, left, right, add=not first)
+        return
+    product = torch.mm(left, right)
+    out.copy_(product) if first else out.add_(product)
 
 
 class _TokenSums:
@@ -365,7 +388,7 @@ class _TokenSums:
         else:
             self.total = torch.zeros(shape, dtype=wide)
 
-    def add(self, span: _Span, left: Tensor, weight: Tensor, *, first: bool = True) -> None:
+    def add(self, span: _Span, left: Tensor, weight: Tensor | _Panels, *, first: bool = True) -> None:
         """Adds left @ weight[units] for the span's rows; left [n, W], weight [F, width] in block order.
 
         first: this is the first product of these rows.
@@ -377,14 +400,11 @@ class _TokenSums:
                 _accumulate_product(products[segment.rows], left[segment.rows], weight[segment.units], first)
         elif span.tokens is None:
             (segment,) = span.segments
-            if self.total.dtype == left.dtype:
-                self.total[span.part].addmm_(left, weight[segment.units])
-            else:
-                self.total[span.part] += torch.mm(left, weight[segment.units])
+            _accumulate_product(self.total[span.part], left, weight[segment.units], False)
         else:
-            product = work.buffers.get("product", n_rows, weight.shape[1])
+            product = work.buffers.get("product", n_rows, self.total.shape[1])
             for segment in span.segments:
-                torch.mm(left[segment.rows], weight[segment.units], out=product[segment.rows])
+                multiply(product[segment.rows], left[segment.rows], weight[segment.units])
             self.total.index_add_(0, span.tokens, product.to(self.total.dtype))
 
     def close(self, chunk: _Chunk) -> None:
@@ -412,7 +432,7 @@ class _Inputs:
 
     def __init__(self, work: _Work, x, w_in, b_in, lora_a_out, lora_b, act_expr: str, act_in, p: float):
         self.work, self.x = work, x
-        self.w_in = [work.arrange(w) for w in w_in]
+        self.w_in = [work.by_block(w) for w in w_in]
         self.b_in = [work.arrange(b) for b in b_in] or [None] * len(w_in)
         self.lora = [
             (a.to(x.dtype), work.arrange(b).to(x.dtype)) if b.shape[1] else None for a, b in zip(lora_a_out, lora_b, strict=True)
@@ -433,10 +453,7 @@ class _Inputs:
             low = None if lora is None else span.take(lora[0])
             for segment in span.segments:
                 out, part, weight = z[segment.rows], rows[segment.rows], w[segment.units].t()
-                if b is None:
-                    torch.mm(part, weight, out=out)
-                else:
-                    torch.addmm(b[segment.units], part, weight, out=out)
+                multiply(out, part, weight, bias=None if b is None else b[segment.units])
                 if low is not None:
                     out.addmm_(low[segment.rows], lora[1][segment.units].t())
         return pre
@@ -517,7 +534,7 @@ def routed_ffn(
     work = _Work(x, gates, blocks, rows, offsets, permutation, kernels)
     low_rank = _LowRank(work, lora_down, lora_seed, lora_p, x.dtype)
     inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in, max(p, low_rank.p))
-    w_down = work.arrange(w_out.t())
+    w_down = work.by_block(w_out.t())
     saved = x.new_empty((len(w_in), rows.shape[0] if save else 0, work.width))
     if save:
         _clear_unused(saved, work)
@@ -598,7 +615,7 @@ def routed_ffn_backward(
     grads = _Gradients(work, flat)
     if low_rank.down is not None and grad_low is None:
         grad_low = grad_y.new_zeros((x.shape[0], low_rank.rank))
-    w_down = work.arrange(w_out.t()) if grads.through_hidden else None
+    w_down = work.by_block(w_out.t()) if grads.through_hidden else None
     flat_gates = None if gates is None else gates.reshape(-1)
     recompute = work.dense or saved.shape[1] == 0
     for chunk in work.chunks:
@@ -617,7 +634,7 @@ def routed_ffn_backward(
             if w_down is not None:
                 grad_hidden = work.buffers.get("grad_hidden", span.n_rows, span.width)
                 for segment in span.segments:
-                    torch.mm(grad[segment.rows], w_down[segment.units].t(), out=grad_hidden[segment.rows])
+                    multiply(grad_hidden[segment.rows], grad[segment.rows], w_down[segment.units].t())
                 if low_rank.down is not None:
                     grad_hidden += low_rank.back(span, low_grad)
             hidden, slopes = None, []
