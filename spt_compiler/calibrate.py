@@ -65,7 +65,8 @@ def _maintain(state: SiteState, weights: Callable[[], Any], after_backward: bool
     fresh = learning.new_rows(state) if wanted and alone else None
     if together:
         fresh = _gather(state, learning.new_rows(state), replicas)
-    if wanted and interval > 0 and state.initialised:
+    # Rounds of learning are reported on while a site settles; later ones that no look goes with are not judged.
+    if wanted and interval > 0 and state.initialised and (steps < learning.PERIOD or together or state.asked("measure")):
         _judge(state, fresh, weights, part, interval, together)
     if due and fresh is not None and fresh.shape[-2]:
         learning.learn(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import expression, pq, routing
+from .matmul import computes_in, product
 from .state import SiteState
 
 # Learning is dense at first and rare later: at steps 1, 2, 4, 8, 16 and then every 32 (KERNELS.md section 2.3: 20 to 50).
@@ -21,10 +22,12 @@ PERIOD = 32
 MIN_ROWS = 16  # fewer sampled rows than this say nothing worth a decision
 CODEBOOK_DECAY = 0.9
 MEAN_DECAY = 0.9
-UPDATE_RIDGE = 3.0  # later fits trust what was learned before ten times more than the first one trusts zero
+# Later fits trust what was learned before much more than the first one trusts zero, and so need fewer rows: a quarter of the ring.
+UPDATE_RIDGE = 3.0
+LATER = 4
 COMPENSATION_DECAY = 0.5
 HIDDEN_ROWS = 512  # whose hidden units are computed at a time
-SCALE_ROWS = 1024  # as many rows tell the spread of the output channels
+SCALE_ROWS = 512  # as many rows tell the spread of the output channels
 CLUSTER_ROWS = 2048  # and as many what units do: two copies of their profiles are the most that learning holds
 GROWN = 1.3  # this many times the rows of the last clustering are worth another one
 
@@ -56,13 +59,13 @@ def new_rows(state: SiteState) -> Tensor:
 
 
 def rows_to_learn(state: SiteState, fresh: Tensor) -> Tensor:
-    """What a fit should see: of an FFN all of the ring while it fills, later its newest half; of attention what is fresh."""
+    """What a fit should see: of an FFN all of the ring while it fills, later its newest part; of attention what is fresh."""
     sample, cursor = state.tensors["sample"], int(state.tensors["cursor"])
     size = sample.shape[-2]
     if state.kind == "attention":
         return fresh
     growing = cursor >= GROWN * state.counter("clustered_rows") and state.counter("clustered_rows") < size
-    return _finite(_ring(sample, cursor, min(cursor, size if growing else max(size // 2, fresh.shape[-2]))))[0]
+    return _finite(_ring(sample, cursor, min(cursor, size if growing else -(-size // LATER))))[0]
 
 
 def ring_is_full(state: SiteState) -> bool:
@@ -129,13 +132,20 @@ def _learn_codebook(state: SiteState, rows: Tensor, seed: int) -> None:
 
 def hidden(weights: Any, x: Tensor) -> Tensor:
     """Hidden units of an FFN for rows x [S, E]: [S, F], in fp32; some rows at a time, so that it is all that is held."""
-    wide = [(w.float(), None if b is None else b.float()) for w, b in zip(weights["w_in"], weights["b_in"], strict=True)]
+    w_in = [_native(w) for w in weights["w_in"]]
     fixed: dict[str, Any] = {f"a{i}": a.float() for i, a in enumerate(weights["act_in"])}
-    act, out = expression.parse(weights["act"]), x.new_empty(x.shape[0], wide[0][0].shape[0], dtype=torch.float32)
+    act, out = expression.parse(weights["act"]), x.new_empty(x.shape[0], w_in[0].shape[0], dtype=torch.float32)
     for rows, filled in zip(x.split(HIDDEN_ROWS), out.split(HIDDEN_ROWS), strict=True):
-        pre = {f"x{i}": torch.nn.functional.linear(rows, w, b) for i, (w, b) in enumerate(wide)}
+        pre = {f"x{i}": product(rows.to(w.dtype), w.t()).float() for i, w in enumerate(w_in)}
+        for z, b in zip(pre.values(), weights["b_in"], strict=True):
+            if b is not None:
+                z += b
         filled.copy_(expression.evaluate(act, pre | fixed))
     return out
+
+
+def _native(weight: Tensor) -> Tensor:
+    return weight.to(computes_in(weight))
 
 
 def blocks_kept(density: float, n_blocks: int) -> int:
@@ -146,8 +156,9 @@ def blocks_kept(density: float, n_blocks: int) -> int:
 def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, seed: int) -> None:
     t = state.tensors
     n_keep = blocks_kept(density, t["router_weight"].shape[0])
-    h, w_out = hidden(weights, x), weights["w_out"].float()
-    scale = routing.output_scale(h[:: -(-h.shape[0] // SCALE_ROWS)] @ w_out.t())
+    h, w_out = hidden(weights, x), _native(weights["w_out"])
+    few = h[:: -(-h.shape[0] // SCALE_ROWS)]
+    scale = routing.output_scale(product(few.to(w_out.dtype), w_out.t()))
     # While the ring fills, every fit starts anew from all that is in it: one batch is a poor picture of what units do. A router
     # that the user trains keeps its blocks.
     grown = x.shape[0] >= GROWN * state.counter("clustered_rows") and not state.parameters_taken
@@ -184,7 +195,7 @@ def _route(
     """Blocks and a router of one kind: (tensors of the state, kept [S, G] bool, and `routing.dropped_outputs`)."""
     t, settings = state.tensors, state.settings
     n_blocks = t["router_weight"].shape[0]
-    scaled = w_out * scale.unsqueeze(1)
+    scaled = (w_out * scale.unsqueeze(1)).to(w_out.dtype)
     paper, gate = (False, "hard") if settings is None else (settings.preset == "paper", settings.ffn.gate)
     permutation, weight, bias = t["permutation"], t["router_weight"].detach(), t["router_bias"].detach()
     if router == "static":
@@ -194,7 +205,7 @@ def _route(
         blocks += [energy.new_zeros(())] * (n_blocks - len(blocks))
         weight, bias = routing.static_router(torch.stack(blocks)[None], x.shape[1])
     elif first and not paper:  # the paper's blocks lie as the units do
-        profiles = h[:: -(-h.shape[0] // CLUSTER_ROWS)].abs().mul_(scaled.norm(dim=0))
+        profiles = h[:: -(-h.shape[0] // CLUSTER_ROWS)].abs().mul_(scaled.float().norm(dim=0))
         permutation = routing.cluster(profiles.T, n_blocks, seed, n_keep=n_keep)
         del profiles
     if router == "random":
@@ -227,7 +238,11 @@ def _make_up(
         mean = state.tensors["compensation"].lerp(mean, 1 - COMPENSATION_DECAY)
     missing -= (~kept).to(mean.dtype) @ mean
     rank = state.tensors["correction_in"].shape[0]
-    down, shift, up = routing.fit_correction(x, missing, scale, rank, seed)
+    if first:
+        down, shift, up = routing.fit_correction(x, missing, scale, rank, seed)
+    else:
+        prior = state.tensors["correction_in"], state.tensors["correction_out"]
+        down, shift, up = routing.fit_correction(x, missing, scale, rank, seed, prior=prior, ridge=UPDATE_RIDGE)
     missing -= torch.nn.functional.linear(x, down, shift) @ up.t()
     corrected = {"compensation": mean, "correction_in": down, "correction_shift": shift, "correction_out": up}
     return tensors | corrected, float((missing * scale).norm())
@@ -246,7 +261,7 @@ def router_quality(
         return {}, x.new_zeros(parts, 2)
     t = state.tensors
     n_blocks = t["router_weight"].shape[0]
-    h, w_out = hidden(weights, x), weights["w_out"].float()
+    h, w_out = hidden(weights, x), _native(weights["w_out"])
     scores = torch.nn.functional.linear(x, t["router_weight"].detach(), t["router_bias"].detach())
     n_keep = blocks_kept(density, n_blocks)
     kept = routing.choose(scores, t["always_on"], n_keep)
@@ -279,7 +294,8 @@ def evaluate_weights(recipes: Any, arguments: Sequence[Any]) -> dict[str, Any]:
 
     def adapted(weight: Tensor, branches: Sequence[Any]) -> Tensor:
         for a, b, scaling in branches:
-            weight = torch.addmm(weight.float(), rows(b).float(), a.evaluate(arguments).float(), alpha=scaling)
+            merged = torch.addmm(weight.float(), rows(b).float(), a.evaluate(arguments).float(), alpha=scaling)
+            weight = merged.to(weight.dtype)
         return weight
 
     w_in = [rows(w) for w in recipes["w_in"]]

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from .matmul import product
+
 # Rounds of k-means that only have to find a start, rounds of the refinement (it gains little after them), and rounds of
 # bidding in an assignment, whose prices carry over to the next.
 _START_ROUNDS = 5
@@ -25,9 +27,7 @@ _PRICE_ROUNDS = 25
 # Ridge of the compensation fit, relative to the number of tokens per block: keeps blocks that are always dropped
 # together apart, and a block that is hardly ever dropped near zero.
 _COMPENSATION_RIDGE = 0.1
-# Ridge of the correction, relative to the mean squared norm of the tokens along one direction, and extra directions and rounds
-# of the search for its best few.
-_CORRECTION_RIDGE = 0.1
+# Extra directions and rounds of the search for the best few of a correction.
 _OVERSAMPLE, _SEARCH_ROUNDS = 8, 3
 # Tokens whose hidden units are copied at a time.
 _ROWS = 512
@@ -165,9 +165,9 @@ def _even_out(block: Tensor, value: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _by_block(h: Tensor, w_out: Tensor, permutation: Tensor, n_blocks: int) -> Iterator[Tensor]:
-    """Contribution [S, E] of each block that has units, in order; one block at a time, to bound memory."""
+    """Contribution [S, E] fp32 of each block that has units, in order; one block at a time, to bound memory."""
     for units in permutation.long().split(-(-h.shape[1] // n_blocks)):
-        yield h.index_select(1, units) @ w_out.index_select(1, units).t()
+        yield product(h.index_select(1, units).to(w_out.dtype), w_out.index_select(1, units).t()).to(h.dtype)
 
 
 def block_outputs(h: Tensor, w_out: Tensor, permutation: Tensor, n_blocks: int) -> Tensor:
@@ -252,12 +252,11 @@ def fit_router(
     missing = wanted - mean_wanted - centred @ weight.t().double()
     # Dual form where there are fewer rows than columns: the smaller of the two systems.
     strength = max(ridge, 1e-6) * centred.square().sum().div(n_rows).clamp_min(1e-12)
+    single = centred.float()  # for the only large product
     if n_rows <= width:
-        system = centred @ centred.t()
-        change = missing.t() @ _solve(system, strength, centred)
+        change = missing.t() @ _solve(product(single, single.t()).double(), strength, centred)
     else:
-        system = centred.t() @ centred
-        change = _solve(system, strength, centred.t() @ missing).t()
+        change = _solve(product(single.t(), single).double(), strength, centred.t() @ missing).t()
     weight = weight.double() + change
     fitted = mean_wanted - weight @ mean_x
     if prior_bias is not None:
@@ -331,10 +330,10 @@ def dropped_outputs(h: Tensor, w_out: Tensor, permutation: Tensor, kept: Tensor)
     total, sums = h.new_empty(h.shape[0], w_out.shape[0]), h.new_zeros(n_units)
     for rows, dropped, filled in zip(*(x.split(_ROWS) for x in (h, ~kept, total)), strict=True):
         left = torch.where(dropped[:, block], _finite(rows), 0.0)
-        torch.mm(left, w_out.t(), out=filled)
+        filled.copy_(product(left.to(w_out.dtype), w_out.t()))
         sums += left.sum(0)
     own = block == torch.arange(n_blocks, device=h.device).unsqueeze(1)
-    mean = (own * sums) @ w_out.t() / (~kept).sum(0).clamp_min(1).unsqueeze(1)
+    mean = (own * sums) @ w_out.t().to(h.dtype) / (~kept).sum(0).clamp_min(1).unsqueeze(1)
     return total.nan_to_num_(0.0, 0.0, 0.0), mean.nan_to_num_(0.0, 0.0, 0.0)
 
 
@@ -357,7 +356,16 @@ def fit_compensation(missing: Tensor, mean: Tensor, kept: Tensor) -> Tensor:
     return mean + torch.where(dropped.any(0).unsqueeze(1), change.float(), 0)
 
 
-def fit_correction(x: Tensor, missing: Tensor, scale: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def fit_correction(
+    x: Tensor,
+    missing: Tensor,
+    scale: Tensor,
+    rank: int,
+    seed: int,
+    *,
+    prior: tuple[Tensor, Tensor] | None = None,
+    ridge: float = 0.1,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The best linear map of low rank from tokens to what routing leaves out: missing ~ (x down^T + shift) up^T.
 
     Which blocks a token drops, and what they would have said, both depend on the token: its mean, which
@@ -366,7 +374,10 @@ def fit_correction(x: Tensor, missing: Tensor, scale: Tensor, rank: int, seed: i
     Args:
         x: [S, E] float.  missing: [S, E_out], the dense output minus the compensated sparse one; rows that are not finite in
             either are left out.  scale: [E_out], see `output_scale`.  rank: r.  seed: of the search for the subspace.
-    Returns: down [r, E], shift [r], up [E_out, r] fp32; zeros where there is nothing to correct.
+        prior: (down [r, E], up [E_out, r]) of an earlier fit, toward which the map shrinks, so that repeated fits on fresh tokens
+            average; None: toward zero.  ridge: relative to the mean squared norm of the tokens along one direction.
+    Returns: down [r, E], shift [r], up [E_out, r] fp32; zeros where there is nothing to correct, the prior where tokens
+        tell nothing.
     """
     usable = x.isfinite().all(1) & missing.isfinite().all(1)
     x, wanted = x[usable].float(), missing[usable].float() * scale
@@ -376,14 +387,22 @@ def fit_correction(x: Tensor, missing: Tensor, scale: Tensor, rank: int, seed: i
     mean = x.mean(0) if n_rows else x.new_zeros(width)
     centred = x - mean
     energy = centred.square().sum().double()
+    if prior is not None and (n_rows < 2 or not energy > 0):
+        return prior[0], -(prior[0] @ mean), prior[1]
     if n_rows < 2 or not energy > 0 or not wanted.any():
         return down, shift, up
-    strength = _CORRECTION_RIDGE * energy / min(n_rows, width)
+    known = None if prior is None else (prior[0], prior[1] * scale.unsqueeze(1))
+    if known is not None:
+        expected = centred @ known[0].t() @ known[1].t()
+        wanted = wanted - expected
+    strength = ridge * energy / min(n_rows, width)
     # The smaller of the two systems; the full map [E, E_out] is never formed in the dual form.
-    outer = centred @ centred.t() if n_rows <= width else centred.t() @ centred
-    right = wanted if n_rows <= width else centred.t() @ wanted
+    outer = product(centred, centred.t()) if n_rows <= width else product(centred.t(), centred)
+    right = wanted if n_rows <= width else product(centred.t(), wanted)
     solution = _solve(outer.double(), strength, right.double()).float()
-    fitted = outer @ solution if n_rows <= width else centred @ solution
+    fitted = product(outer if n_rows <= width else centred, solution)
+    if known is not None:
+        fitted += expected
     # The directions of largest fitted energy, by subspace iteration (a full decomposition would cost E^3).
     wide = min(rank + _OVERSAMPLE, *fitted.shape)
     basis = torch.randn(fitted.shape[1], wide, generator=torch.Generator().manual_seed(seed)).to(fitted.device)
@@ -398,6 +417,8 @@ def fit_correction(x: Tensor, missing: Tensor, scale: Tensor, rank: int, seed: i
     to_features = solution @ directions
     if n_rows <= width:
         to_features = centred.t() @ to_features
+    if known is not None:
+        to_features = to_features + known[0].t() @ (known[1].t() @ directions)
     down[:found] = (to_features / spread).t()
     up[:, :found] = directions * spread / scale.unsqueeze(1)
     return down, -(down @ mean), up

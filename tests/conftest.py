@@ -20,6 +20,8 @@ import hypothesis
 import pytest
 import torch
 
+from spt_compiler import matmul
+
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("suite")
@@ -70,3 +72,13 @@ def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         for name in names:
             monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.fixture(params=["mkl", "onednn"])
+def vendor(request, monkeypatch):
+    """Each library in turn for fp32 products of any size, whatever processor this is."""
+    if request.param == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(matmul, "_onednn_is_faster", lambda: request.param == "onednn")
+    monkeypatch.setattr(matmul, "_MIN_SIDE", 1)
+    monkeypatch.setattr(matmul, "_MIN_VOLUME", 1)

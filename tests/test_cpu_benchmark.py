@@ -59,11 +59,11 @@ def test_turns_are_plain_steps_and_upkeep_is_where_it_is_timed(monkeypatch, seco
     assert len(rows) == turns and dense.steps == turns + 3 and all(a == (1.0, 1.0) for a, _ in rows)
     first = calls - turns - len(learned) - len(looked)  # the last call of the warm-up
     upkeep = {name: [n - first for n in at if n > first] for name, at in happened.items()}
-    # Attention and FFN learn in the second of the two calls, and again in the last of the interval; rows are judged before anything
-    # learns from them. Attention alone is judged in the other calls of the interval but the first, which only observes.
+    # Attention and FFN learn in the second of the two calls, and again in the last of the interval, where rows are judged before
+    # anything learns from them. Attention alone is judged in the other calls of the interval but the first, which only observes.
     one_round, last = turns + len(learned), turns + len(learned) + len(looked)
     assert upkeep["learn"] == [one_round] * 2 + [last] * 2
-    assert upkeep["guard"] == [one_round] * 2 + [*range(one_round + 2, last)] + [last] * 2
+    assert upkeep["guard"] == [*range(one_round + 2, last)] + [last] * 2
     assert [n for n in happened["learn"] if n <= first] == [2, 2, 3, 3, 5, 5, 7, 7, 9, 9]  # after 1, 2, 4, 8 and 16 backwards
 
 

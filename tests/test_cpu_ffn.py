@@ -10,7 +10,7 @@ import torch
 from ffn_cases import MADE_UP, Case, both, case, gradients, plain, rms
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spt_compiler.lowering import cpu_ffn, cpu_products
+from spt_compiler.lowering import cpu_ffn
 from spt_compiler.ops import reference_ffn
 
 ACTIVATIONS = (
@@ -52,16 +52,6 @@ def small_spans(monkeypatch):
     monkeypatch.setattr(cpu_ffn, "_MIN_SPAN", 20)
     for name in ("_CHUNK_BYTES", "_CHUNK_16_BIT"):
         monkeypatch.setattr(cpu_ffn, name, 1)
-
-
-@pytest.fixture(params=["mkl", "onednn"])
-def vendor(request, monkeypatch):
-    """Each library in turn for fp32 products of any size, whatever processor this is."""
-    if request.param == "onednn" and not torch.backends.mkldnn.is_available():
-        pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(cpu_products, "_onednn_is_faster", lambda: request.param == "onednn")
-    monkeypatch.setattr(cpu_products, "_MIN_SIDE", 1)
-    monkeypatch.setattr(cpu_products, "_MIN_VOLUME", 1)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -153,40 +143,6 @@ def test_fp32_products_of_either_library(kind, small_spans, vendor, nan_empty):
     got, expected = lowered(c.to(torch.float32), grad_y.float()), defined(c, grad_y)
     for name, value in expected.items():
         torch.testing.assert_close(got[name].double(), value, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_products_in_every_layout(vendor):
-    m, n, k = 37, 45, 33
-    for layouts in itertools.product(("rows", "columns", "spread"), repeat=2):
-        left, right = (_laid_out(torch.randn(shape), layout) for shape, layout in zip(((m, k), (k, n)), layouts, strict=True))
-        bias = torch.randn(2 * n)[::2]
-        torch.testing.assert_close(cpu_products.product(left, right).double(), left.double() @ right.double(), rtol=1e-5, atol=1e-5)
-        for out in (torch.randn(m, n), torch.randn(n, m).t(), torch.randn(m, 2 * n)[:, :n]):
-            exact, before = left.double() @ right.double(), out.double()
-            cpu_products.multiply(out, left, right, add=True)
-            torch.testing.assert_close(out.double(), before + exact, rtol=1e-5, atol=1e-5)
-            cpu_products.multiply(out, left, right)
-            torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
-            cpu_products.multiply(out, left, right, bias=bias)
-            torch.testing.assert_close(out.double(), exact + bias, rtol=1e-5, atol=1e-5)
-
-
-def _laid_out(matrix, layout):
-    if layout == "columns":
-        return matrix.t().contiguous().t()
-    return matrix if layout == "rows" else torch.stack([matrix, torch.full_like(matrix, torch.nan)], -1)[..., 0]
-
-
-def test_onednn_gets_no_layout_that_it_computes_in_plain_loops(monkeypatch):
-    monkeypatch.setattr(cpu_products, "_onednn_is_faster", lambda: True)
-    left, right = torch.randn(256, 768), torch.randn(768, 512)
-    assert cpu_products._takes(left, right[:, :256].contiguous())
-    assert cpu_products._takes(left, right.t().contiguous()[:256].t())
-    assert not cpu_products._takes(left, right[:, :256])  # columns of a wider matrix
-    assert not cpu_products._takes(left.double(), right[:, :256].contiguous().double())
-    assert not cpu_products._takes(left[:8], right[:, :256].contiguous())  # small
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not cpu_products._takes(left, right[:, :256].contiguous())
 
 
 def test_strides_of_gradients_and_of_tokens():

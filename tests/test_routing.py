@@ -312,6 +312,31 @@ def test_correction_finds_a_planted_map(n_rows):
     assert features.mean(0).abs().max() < 1e-3 and features.std(0).max() < 2  # centred, and of a size half precision holds
 
 
+@pytest.mark.parametrize("n_rows", [30, 300])
+def test_later_corrections_average_over_what_was_learned_before(n_rows):
+    torch.manual_seed(1)
+    down, up, scale = torch.randn(8, 64) / 8, torch.randn(12, 8), torch.rand(12) + 0.5
+
+    def rows():
+        x = torch.randn(n_rows, 64) + 1
+        return x, (x - x.mean(0)) @ down.t() @ up.t() + 2 * torch.randn(n_rows, 12)
+
+    def error(fit):
+        return float(((fit[2] @ fit[0] - up @ down) * scale.unsqueeze(1)).norm() / ((up @ down) * scale.unsqueeze(1)).norm())
+
+    first = routing.fit_correction(*rows(), scale, 8, 0)
+    stiff = routing.fit_correction(*rows(), scale, 8, 0, prior=(first[0], first[2]), ridge=1e8)
+    torch.testing.assert_close(stiff[2] @ stiff[0], first[2] @ first[0], rtol=1e-3, atol=1e-3)
+    loose = routing.fit_correction(*(again := rows()), scale, 8, 0, prior=(first[0], first[2]), ridge=1e-4)
+    alone = routing.fit_correction(*again, scale, 8, 0, ridge=1e-4)
+    if n_rows > 64:  # with fewer rows than columns what they leave open stays as it was
+        torch.testing.assert_close(loose[2] @ loose[0], alone[2] @ alone[0], rtol=1e-2, atol=1e-2)
+    later = first
+    for _ in range(40):
+        later = routing.fit_correction(*rows(), scale, 8, 0, prior=(later[0], later[2]), ridge=3.0)
+    assert error(later) < 0.7 * error(first)
+
+
 def test_correction_of_rank_one_is_the_best_one():
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(2000, 10, generator=generator)
@@ -329,3 +354,7 @@ def test_correction_of_rank_one_is_the_best_one():
 def test_useless_rows_give_no_correction(x):
     for part in routing.fit_correction(x, torch.randn(x.shape[0], 5), torch.ones(5), 2, 0):
         assert not part.any()
+    known = torch.randn(2, 4), torch.randn(5, 2)
+    if x.shape[0] > 1 and x.isfinite().all():
+        down, shift, up = routing.fit_correction(x, torch.randn(x.shape[0], 5), torch.ones(5), 2, 0, prior=known)
+        assert torch.equal(down, known[0]) and torch.equal(up, known[1]) and (x @ down.t() + shift).abs().max() < 1e-5

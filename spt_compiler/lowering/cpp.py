@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from spt_compiler.errors import SPTError
-from spt_compiler.lowering import cpu_products, render
+from spt_compiler.lowering import render
+from spt_compiler.matmul import cpu_info
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def _toolchain() -> str:
     if path is None:
         raise SPTError("no C++ compiler (g++, clang++ or c++, or $CXX) is installed", stage="lower")
     version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-    lines = cpu_products.cpu_info().splitlines()
+    lines = cpu_info().splitlines()
     processor = sorted({line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part"))})
     return "\n".join([path, version, platform.machine(), *processor])
 

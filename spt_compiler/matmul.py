@@ -1,4 +1,4 @@
-"""Matrix products of the CPU lowerings, by the vendor library that is the faster one on this processor.
+"""Matrix products, on a CPU by the vendor library that is the faster one on this processor.
 
 ATen multiplies fp32 matrices by MKL, which keeps its AVX-512 kernels for Intel's processors. On others oneDNN, which ATen
 takes for 16-bit matrices alone, is faster (one thread of an EPYC with AVX-512, 512 x 768 x 384: 224 GF/s against 104; held to
@@ -40,8 +40,18 @@ def prefers_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and _onednn_is_faster() and torch.backends.mkldnn.enabled
 
 
+def computes_in(tensor: Tensor) -> torch.dtype:
+    """The dtype in which products of statistics with this weight are fastest: its own where it has 16 bits that the device
+    multiplies natively, else fp32."""
+    if tensor.device.type == "cpu":
+        native = tensor.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    else:
+        native = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.dtype if native else torch.float32
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left [M, K] @ right [K, N], new; wherever the tensors lie, and whatever their types."""
+    """left [M, K] @ right [K, N], new, of one dtype; on any device."""
     if left.device.type == "cpu" and _takes(left, right):
         return _onednn(left, right, None)
     return torch.mm(left, right)
