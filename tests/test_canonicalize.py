@@ -429,6 +429,11 @@ def test_other_parts_of_what_is_joined_stay(function):
     assert {"cat", "stack"} & set(calls(canonical(function, Q, numbers(2, 3, 5, 4, seed=1))))
 
 
+def test_a_returned_part_of_what_is_joined_keeps_its_strides():
+    (part,) = canonical(lambda x, y: torch.cat([x, y]).chunk(2)[0], Q.mT, Q.mT)(Q.mT, Q.mT)
+    assert part.is_contiguous()
+
+
 def test_a_part_of_what_is_joined_and_written_holds_the_write():
     def function(x, y):
         joined = torch.cat([x, y], 2)

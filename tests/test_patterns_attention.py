@@ -1052,6 +1052,8 @@ def test_learned_queries_of_a_layer_at_symbolic_lengths():
 ONE_VECTOR: dict[str, Callable[[Pool, Tensor], Tensor]] = {
     "a layer of one": lambda m, x: (torch.softmax(m.one(x), 1) * x).sum(1),
     "a layer of one, masked": lambda m, x: (m.one(x).masked_fill(PADDED[:, None], LOW).softmax(dim=1) * x).sum(dim=1),
+    "a mask and a layer of one": lambda m, x: ((LOW * PADDED[:, None] + m.one(x)).softmax(dim=1) * x).sum(dim=1),
+    "a layer of one by a product": lambda m, x: torch.softmax(m.one(x), 1).mT @ x,
     "a layer of one of keys": lambda m, x: torch.softmax(m.one(torch.tanh(m.key(x))).squeeze(-1), -1)[:, None] @ x,
     "by einsum": lambda m, x: torch.einsum("bt,bte->be", torch.softmax(m.one(x)[..., 0], -1), x),
     "a vector": lambda m, x: torch.softmax(x @ m.query, -1).unsqueeze(1) @ m.key(x),
@@ -1130,15 +1132,23 @@ def test_projections_with_copies_of_a_weight(project):
     assert blocks.assert_exact_is_eager(Projected(project), TOKENS) == ["attention"]
 
 
-def test_learned_keys_and_values_of_every_row_stay_keys_and_values():
+@pytest.mark.parametrize(
+    "every",
+    [
+        lambda w: w.unsqueeze(0).expand(2, -1, -1),
+        lambda w: w.expand(2, -1, -1),
+        lambda w: w.repeat(2, 1, 1),
+        lambda w: w.unsqueeze(0),
+    ],
+)
+def test_learned_keys_and_values_of_every_row_stay_keys_and_values(every):
     class Memory(nn.Module):
         def __init__(self):
             super().__init__()
             self.keys, self.values = nn.Parameter(numbers(7, 8)), nn.Parameter(numbers(7, 5, seed=1))
 
         def forward(self, x):
-            keys, values = (w.unsqueeze(0).expand(x.shape[0], -1, -1) for w in (self.keys, self.values))
-            return torch.softmax(x @ keys.mT, -1) @ values
+            return torch.softmax(x @ every(self.keys).mT, -1) @ every(self.values)
 
     assert blocks.assert_exact_is_eager(Memory(), TOKENS) == ["attention"]
 

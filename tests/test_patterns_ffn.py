@@ -387,6 +387,7 @@ LAYOUTS: dict[str, tuple[Callable[[Block, Tensor], Tensor], tuple[int, ...]]] = 
         lambda m, x: F.relu(x @ m.up.weight.T.expand(2, 3, -1, -1)) @ m.down.weight.T.expand(2, 3, -1, -1),
         (2, 3, 5, WIDTH),
     ),
+    "weights before a vector": (lambda m, x: m.down.weight @ F.relu(m.up.weight @ x + m.up.bias) + m.down.bias, (WIDTH,)),
     "expanded weights on the left": (
         lambda m, x: torch.bmm(_copies(m.down.weight), F.relu(torch.bmm(_copies(m.up.weight), x.mT))).mT,
         (2, 5, WIDTH),

@@ -16,7 +16,7 @@ from ..graph import Arguments, dtype, is_float, is_parameter, is_tensor, rank, s
 from .editor import Editor, Unknown, rule
 
 # What may stand between a Parameter and its use as a weight. getitem: rows of a fused projection.
-_WEIGHT_LAYOUT = {torch.t, torch.permute, torch.reshape, operator.getitem, torch.unsqueeze, "unsqueeze", "to", "contiguous"}
+_WEIGHT_LAYOUT = {torch.t, torch.permute, torch.reshape, operator.getitem, "to", "contiguous"}
 
 def is_weight(node: Any) -> bool:
     """Whether `node` is a Parameter, seen through layout ops and casts only."""
@@ -29,13 +29,15 @@ def is_weight(node: Any) -> bool:
 
 @rule("matmul", "bmm", "mm", "__matmul__", torch.bmm, torch.mm, operator.matmul, torch.matmul)
 def spell_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
-    """@, bmm, mm -> torch.matmul; with a 2-d weight on the right -> F.linear."""
+    """@, bmm, mm -> torch.matmul; with a 2-d weight on the right, or before a vector -> F.linear."""
     found = Arguments(node, "input", "other" if node.target in ("matmul", torch.matmul, "__matmul__") else "mat2")
     a, b = list(found.values.values())
     if not found.valid or not is_tensor(a) or not is_tensor(b):
         return None
     if rank(a) > 1 and rank(b) == 2 and is_weight(b) and not is_weight(a):
         return e.call(F.linear, a, _transposed(e, b))
+    if rank(b) == 1 and rank(a) == 2 and is_weight(a) and not is_weight(b):
+        return e.call(F.linear, b, a)
     return e.retarget(node, torch.matmul, (a, b))
 
 

@@ -29,7 +29,7 @@ from ..graph import (
 )
 from .editor import FILLS, Editor, Unknown, rule
 from .products import is_weight, permuted, swapped, widened
-from .spelling import EXPANDS, joined_parts
+from .spelling import EXPANDS, added_dim, joined_parts
 
 # A fill below this survives any addition of a score in the dtypes it applies to: s + c == c for |s| < 1e20.
 _ABSORBING = -1e30
@@ -488,7 +488,7 @@ def queries_that_are_a_layer(e: Editor, node: fx.Node) -> fx.Node | None:
     """linear(x, w) on its way to a softmax over the tokens by which values are summed -> (w @ x.mT).mT: keys of learned queries."""
     x, w, *bias = node.args
     dims = rank(node)
-    if dims < 3 or rank(w) != 2 or not is_weight(w) or not _weighs_sum(node, dims - 2):
+    if dims < 3 or rank(w) != 2 or same_size(shape(w)[0], 1) or not is_weight(w) or not _weighs_sum(node, dims - 2):
         return None
     scores = e.call(torch.matmul, w, permuted(e, x, swapped(dims)))
     if bias:  # the same for all keys: it changes nothing but has, as a parameter, a gradient
@@ -531,6 +531,8 @@ def _matrix_of_copies(e: Editor, x: fx.Node) -> fx.Node:
         w = _matrix_of_copies(e, x.args[0])
         return x if w is x.args[0] else e.call(torch.t, w)
     w = x.args[0] if x.target in (*EXPANDS, "repeat") else x
+    while rank(w) > 2 and (added := added_dim(w)) is not None and added < rank(w) - 2 and e.same_grad(e.at, w):
+        w = w.args[0]
     *lead, rows, columns = shape(w) if rank(w) > 1 else (0, 0)
     if not same_shape((rows, columns), shape(x)[-2:]) or not all(same_size(s, 1) for s in lead) or not is_weight(w):
         return x

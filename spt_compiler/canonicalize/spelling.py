@@ -362,7 +362,7 @@ def one_of_a_dim(e: Editor, node: fx.Node) -> fx.Node | None:
     if not isinstance(dim, int) or not isinstance(index, int) or not rank(x):
         return None
     dim %= rank(x)
-    if index in (0, -1) and _added_dim(x) == dim:
+    if index in (0, -1) and added_dim(x) == dim:
         return x.args[0]
     if x.target is torch.permute:
         order = tuple(x.args[1])
@@ -374,7 +374,7 @@ def one_of_a_dim(e: Editor, node: fx.Node) -> fx.Node | None:
     return None if source is None or along != dim else e.call(operator.getitem, source, _at(dim, start))
 
 
-def _added_dim(x: fx.Node) -> int | None:
+def added_dim(x: fx.Node) -> int | None:
     """The dim of size one that a call adds and does no more: x.unsqueeze(d), x[:, None]."""
     if x.target in ("unsqueeze", torch.unsqueeze):
         dim = Arguments(x, "input", "dim")["dim"]
@@ -461,6 +461,8 @@ def part_of_joined(e: Editor, node: fx.Node) -> fx.Node | None:
     parts, along = joined_parts(joined)
     if not parts or along != dim or not e.same_grad(node, joined):
         return None
+    if any(u.op == "output" for u in node.users):
+        return None  # who gets it may count on its strides
     length, at = shape(node)[dim], 0
     for part in parts:
         if rank(part) != rank(node) or not isinstance(width := shape(part)[dim], int) or not isinstance(length, int):

@@ -287,7 +287,10 @@ def _mixes_heads(node: Node) -> bool:
         x = _without_layout(next((a for a in x.args if is_float(a) and rank(a) == rank(x)), None))
     if not isinstance(x, Node) or x.target is not torch.matmul:
         return isinstance(x, Node) and x.target is F.softmax
-    return _without_layout(x.args[0]).target not in (F.softmax, F.dropout)  # values, weighed by probabilities
+    left = x.args[0]
+    while isinstance(left, Node) and (left.target in _AFTER or left.target in _LAYOUT):
+        left = left.args[0]
+    return isinstance(left, Node) and left.target is not F.softmax  # else these are values, weighed by probabilities
 
 
 def _is_near(node: Node) -> bool:
@@ -871,14 +874,17 @@ def _pooled(node: Node, dim: Any) -> str:
 
 def capture_pooling(context: Context, node: Node) -> Reject | None:
     """A softmax over tokens that a vector, or a layer, scores, by which their values are summed."""
-    scores, dim = node.args[0] if node.args else None, node.kwargs.get("dim")
+    dim, stack = node.kwargs.get("dim"), list(node.args[:1])
     for _ in range(16):
-        if not isinstance(scores, Node) or not isinstance(dim, int):
+        if not stack or not isinstance(dim, int):
             return None
+        scores = stack.pop()
+        if not isinstance(scores, Node):
+            continue
         if said := _pooled(scores, dim):
             return Reject("{}", said) if not same_size(shape(node)[dim], 1) and _weighs_values(node, of_each=True) else None
-        follows = scores.target in STEPS or scores.target in _LAYOUT or scores.target is operator.getitem
-        scores = next((a for a in scores.args if is_float(a)), None) if follows else None
+        if scores.target in STEPS or scores.target in _LAYOUT or scores.target is operator.getitem:
+            stack += filter(is_float, scores.args)
     return None
 
 
