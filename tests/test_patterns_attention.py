@@ -1092,6 +1092,7 @@ def test_other_pooling_by_a_layer_says_so(function):
         lambda m, x: torch.softmax(m.one(x), 1) * x,  # no sum
         lambda m, x: torch.softmax(m.one(x), -1) * x,  # of one number
         lambda m, x: torch.softmax(m.score(x), 1),  # no values
+        lambda m, x: x.softmax(-1) @ (m.key(x).view(2, 6, 2, 4).transpose(1, 2).softmax(2).mT @ x[:, None]).flatten(1, 2),
         lambda m, x: F.cross_entropy(m.score(x).flatten(0, 1), x[..., 0].flatten().long() % 3),
     ],
 )

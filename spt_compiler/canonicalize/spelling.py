@@ -452,7 +452,10 @@ def joined_parts(node: Any) -> tuple[Sequence[fx.Node], int]:
 
 @rule(operator.getitem, "narrow", torch.narrow)
 def part_of_joined(e: Editor, node: fx.Node) -> fx.Node | None:
-    """torch.cat([x, y], d).chunk(2, d)[1] -> y, torch.stack([x, y], d)[..., 1, :] -> y; a slice of x or y where it is less."""
+    """torch.cat([x, y], d).chunk(2, d)[1] -> y, torch.stack([x, y], d)[..., 1, :] -> y; a slice of x or y where it is less.
+
+    (A part that nothing with a gradient reads has none afterwards, where it had one of zeros.)
+    """
     if not is_tensor(node):
         return None
     if node.target is operator.getitem and (stacked := _of_stack(e, node)) is not None:

@@ -874,17 +874,16 @@ def _pooled(node: Node, dim: Any) -> str:
 
 def capture_pooling(context: Context, node: Node) -> Reject | None:
     """A softmax over tokens that a vector, or a layer, scores, by which their values are summed."""
-    dim, stack = node.kwargs.get("dim"), list(node.args[:1])
+    dim, stack = node.kwargs.get("dim"), [(a, node.kwargs.get("dim")) for a in node.args[:1]]
     for _ in range(16):
         if not stack or not isinstance(dim, int):
             return None
-        scores = stack.pop()
-        if not isinstance(scores, Node):
-            continue
-        if said := _pooled(scores, dim):
+        scores, over = stack.pop()
+        if said := _pooled(scores, over):
             return Reject("{}", said) if not same_size(shape(node)[dim], 1) and _weighs_values(node, of_each=True) else None
         if scores.target in STEPS or scores.target in _LAYOUT or scores.target is operator.getitem:
-            stack += filter(is_float, scores.args)
+            over = -1 if scores.target is torch.reshape else over  # heads of keys, say: a layer of several features is not told
+            stack += [(a, over) for a in scores.args if is_float(a)]
     return None
 
 
