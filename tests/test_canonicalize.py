@@ -194,6 +194,8 @@ SPELLINGS = {
         lambda q, k: q.flatten(0, 1) * 2.0,
         lambda q, k: q.flatten(0, 1).unflatten(0, (2, 3)).flatten(0, 1) * 2.0,
         lambda q, k: torch.flatten(q, 0, 1).contiguous().view(6, 5, 4) * 2.0,
+        lambda q, k: q[:, :, None].reshape(6, 5, 4) * 2.0,
+        lambda q, k: q.unsqueeze(-1).view(6, 5, 4) * 2.0,
         lambda q, k: q.transpose(1, 2).transpose(2, 1).reshape(6, 5, 4).to(torch.float64) * 2.0,
     ],
 }

@@ -269,7 +269,7 @@ def spell_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
         target = tuple(s if isinstance(s, int) else t for s, t in zip(sizes, given, strict=True))
     else:
         return None
-    if x.target is torch.reshape and e.same_grad(node, x):
+    if (x.target is torch.reshape or added_dim(x) is not None) and e.same_grad(node, x):
         return e.call(torch.reshape, x.args[0], target)
     return e.retarget(node, torch.reshape, (x, target))
 
