@@ -170,12 +170,32 @@ SPELLINGS = {
         lambda q, k: F.scaled_dot_product_attention(query=q, key=k, value=k, attn_mask=None, dropout_p=0.0),
         lambda q, k: F.scaled_dot_product_attention(q, k, k, None, 0.0, False, scale=None),
     ],
+    "pieces": [
+        lambda q, k: q.tensor_split(2, 2)[1] * 2.0,
+        lambda q, k: q.dsplit((3,))[1] * 2.0,
+        lambda q, k: torch.dsplit(q, [3])[1] * 2.0,
+    ],
+    "rows": [
+        lambda q, k: q.tensor_split(2, 0)[1] * 2.0,
+        lambda q, k: q.vsplit(2)[1] * 2.0,
+        lambda q, k: torch.vsplit(q, [1])[1] * 2.0,
+    ],
+    "columns": [lambda q, k: q.tensor_split(3, 1)[2] * 2.0, lambda q, k: torch.hsplit(q, 3)[2] * 2.0],
+    "joined": [
+        lambda q, k: torch.cat([q, k], 2) * 2.0,
+        lambda q, k: torch.cat((q, k), dim=-2) * 2.0,
+        lambda q, k: torch.concat([q, k], dim=2) * 2.0,
+        lambda q, k: torch.concatenate([q, k], -2) * 2.0,
+        lambda q, k: torch.dstack([q, k]) * 2.0,
+    ],
     "layout": [
         lambda q, k: q.view(6, 5, 4) * 2.0,
         lambda q, k: q.reshape(-1, 5, 4) * 2.0,
         lambda q, k: q.flatten(0, 1) * 2.0,
         lambda q, k: q.flatten(0, 1).unflatten(0, (2, 3)).flatten(0, 1) * 2.0,
         lambda q, k: torch.flatten(q, 0, 1).contiguous().view(6, 5, 4) * 2.0,
+        lambda q, k: q[:, :, None].reshape(6, 5, 4) * 2.0,
+        lambda q, k: q.unsqueeze(-1).view(6, 5, 4) * 2.0,
         lambda q, k: q.transpose(1, 2).transpose(2, 1).reshape(6, 5, 4).to(torch.float64) * 2.0,
     ],
 }
@@ -200,6 +220,8 @@ def test_one_spelling_each(name):
         lambda x, weight: x.matmul(weight.transpose(0, 1)),
         lambda x, weight: F.linear(x.view(-1, 4), weight).view(2, 3, 6),
         lambda x, weight: torch.mm(x.view(-1, 4), weight.t()).view(2, 3, 6),
+        lambda x, weight: torch.inner(x, weight),
+        lambda x, weight: x.inner(other=weight),
     ],
 )
 def test_a_product_with_a_weight_is_linear(function):
@@ -371,9 +393,65 @@ def test_other_pieces_stay(function):
 
 
 @pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: torch.cat([x, y], 2).chunk(2, 2)[1],
+        lambda x, y: torch.cat([x, x, y], -2)[:, :, -5:],
+        lambda x, y: torch.hstack([x, y])[:, 3:],
+        lambda x, y: torch.cat([x, y]).tensor_split(2)[1],
+        lambda x, y: torch.cat([torch.cat([x, y], 1), x], 1).narrow(1, 3, 3),
+        lambda x, y: torch.stack([x, y])[1],
+        lambda x, y: torch.stack([x, y], -1)[..., -1],
+        lambda x, y: torch.stack([x, y], dim=1).unbind(1)[1],
+        lambda x, y: torch.stack([x, y], 2).chunk(2, 2)[1].squeeze(2),
+    ],
+)
+def test_a_part_of_what_is_joined_is_the_part(function):
+    module = canonical(lambda x, y: function(x, y) * 2.0, Q, numbers(2, 3, 5, 4, seed=1))
+    (call,) = (n for n in module.graph.nodes if n.op == "call_function")
+    assert describe(call) == "mul" and call.args[0].op == "placeholder"
+
+
+def test_a_slice_of_one_part_of_what_is_joined_is_a_slice_of_that():
+    assert calls(canonical(lambda x, y: torch.cat([x, y], 2)[:, :, 6:8] * 2.0, Q, Q + 1.0)) == ["getitem", "mul"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: torch.cat([x, y], 2)[:, :, 4:7],  # of both
+        lambda x, y: torch.cat([x, y], 2)[:, :, ::2],
+        lambda x, y: torch.cat([x, y], 2).chunk(2, 1)[1],  # along another dim
+        lambda x, y: torch.stack([x, y])[:, 1],
+        lambda x, y: torch.stack([x, y])[:1],
+        lambda x, y: torch.cat([x.float(), y], 2)[:, :, :5],  # of another type
+    ],
+)
+def test_other_parts_of_what_is_joined_stay(function):
+    assert {"cat", "stack"} & set(calls(canonical(function, Q, numbers(2, 3, 5, 4, seed=1))))
+
+
+def test_a_returned_part_of_what_is_joined_keeps_its_strides():
+    (part,) = canonical(lambda x, y: torch.cat([x, y]).chunk(2)[0], Q.mT, Q.mT)(Q.mT, Q.mT)
+    assert part.is_contiguous()
+
+
+def test_a_part_of_what_is_joined_and_written_holds_the_write():
+    def function(x, y):
+        joined = torch.cat([x, y], 2)
+        first = joined[:, :, :5]
+        joined[:, :, 2] = 7.0
+        return first * 2.0, joined[:, :, 5:] * 1.0
+
+    canonical(function, Q, Q + 1.0)
+
+
+@pytest.mark.parametrize(
     "view",
     [
         lambda h: h.view(2, 3, 5, 4),
+        lambda h: torch.cat([h, h * 2.0], 1)[:, :3],
+        lambda h: torch.stack([h, h])[1],
         lambda h: h.chunk(2, -1)[1],
         lambda h: h[..., 1:2],
         lambda h: h.permute(2, 0, 1, 3),

@@ -516,7 +516,10 @@ def test_a_second_score_term_is_a_bias_with_gradient():
     assert len(c.bias) == 1 and c.bias[0][0].meta["example_value"].requires_grad
 
 
-@pytest.mark.parametrize("mask", [lambda s: s, lambda s: s * 0.5 + PADDING, lambda s: s.masked_fill(HIDDEN, LOW)])
+@pytest.mark.parametrize(
+    "mask",
+    [lambda s: s, lambda s: s * 0.5 + PADDING, lambda s: PADDING + (BIAS + 0.5 * s), lambda s: s.masked_fill(HIDDEN, LOW)],
+)
 @pytest.mark.parametrize("shifted", [False, True])
 def test_sinks_are_one_more_key(mask, shifted):
     """A learned logit that takes probability and gives no value: a zero key in front, with the sink as its bias."""
@@ -552,7 +555,11 @@ ONE_MORE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("mask", [lambda s, b: s * 0.5 + b, lambda s, b: torch.where(CAUSAL, s, LOW) - 1.0 * (b > 0)])
+@pytest.mark.parametrize(
+    "mask",
+    [lambda s, b: s * 0.5 + b, lambda s, b: b + 0.5 * s, lambda s, b: torch.where(CAUSAL, s, LOW) - 1.0 * (b > 0)],
+    ids=["bias", "bias first", "masks"],
+)
 @pytest.mark.parametrize("name", ONE_MORE)
 def test_a_softmax_that_may_attend_to_nothing_has_a_sink_of_zero(name, mask):
     """softmax1, exp / (1 + sum of exp): one more key whose score is a number, and whose value is zero."""
@@ -613,8 +620,10 @@ def test_sinks_at_symbolic_lengths(values):
         lambda s, sink: torch.cat(tensors=[s, sink], dim=-1),
         lambda s, sink: torch.cat([s + sink[0, 0, 0], sink], -1),
         lambda s, sink: torch.cat([s + sink[0, 0, 0, 0], sink], -1),
+        lambda s, sink: torch.concatenate([BIAS - s, sink], -1),
+        lambda s, sink: torch.cat([0.3 - s, sink], -1),
     ],
-    ids=["named arguments", "with a vector of one", "with a number"],
+    ids=["named arguments", "with a vector of one", "with a number", "a bias less the scores", "a number less the scores"],
 )
 def test_sinks_however_they_are_joined(joined):
     class Attention(nn.Module):
@@ -912,17 +921,50 @@ def test_exponentials_that_are_no_softmax_over_the_keys(function):
 @pytest.mark.parametrize(
     "function, reason",
     [
-        (lambda q, k, v, w: torch.softmax(F.linear((q @ k.mT).permute(0, 2, 3, 1), w).permute(0, 3, 1, 2), -1) @ v, "permute"),
-        (lambda q, k, v, w: torch.softmax(torch.einsum("bhqk,hg->bgqk", q @ k.mT, w), -1) @ v, "permute"),
-        (lambda q, k, v, w: torch.softmax(F.conv2d(q @ k.mT, w[..., None, None]), -1) @ v, "conv2d"),
-        (lambda q, k, v, w: F.conv2d(torch.softmax(q @ k.mT, -1), w[..., None, None]) @ v, "conv2d"),
+        (
+            lambda q, k, v, w: torch.softmax(F.linear((q @ k.mT).permute(0, 2, 3, 1), w).permute(0, 3, 1, 2), -1) @ v,
+            "the scores of the heads (talking heads)",
+        ),
+        (
+            lambda q, k, v, w: torch.softmax(torch.einsum("bhqk,hg->bgqk", q @ k.mT, w), -1) @ v,
+            "the scores of the heads (talking heads)",
+        ),
+        (
+            lambda q, k, v, w: torch.softmax(torch.einsum("gh,bhqk->bgqk", w, (q @ k.mT * 0.5).masked_fill(HIDDEN, LOW)), -1) @ v,
+            "the scores of the heads (talking heads)",
+        ),
+        (  # one head of values: the weights could pass for queries, and the scores for their keys
+            lambda q, k, v, w: torch.softmax(torch.einsum("bhqk,hg->bgqk", q @ k.mT, w), -1) @ v[:, :1],
+            "the scores of the heads (talking heads)",
+        ),
+        (
+            lambda q, k, v, w: torch.einsum("bhqk,hg->bgqk", torch.softmax(q @ k.mT, -1), w) @ v,
+            "the probabilities of the heads (talking heads)",
+        ),
+        (
+            lambda q, k, v, w: F.linear(F.dropout(torch.softmax(q @ k.mT, -1), 0.1).permute(0, 2, 3, 1), w).permute(0, 3, 1, 2) @ v,
+            "the probabilities of the heads (talking heads)",
+        ),
+        (
+            lambda q, k, v, w: torch.softmax(F.conv2d(q @ k.mT, w[..., None, None]), -1) @ v,
+            "the scores of the heads (talking heads)",
+        ),
+        (
+            lambda q, k, v, w: F.conv2d(torch.softmax(q @ k.mT, -1), w[..., None, None]) @ v,
+            "the probabilities of the heads (talking heads)",
+        ),
+        (
+            lambda q, k, v, w: torch.softmax(F.conv2d(q @ k.mT, w[..., None, None].expand(4, 4, 3, 3), padding=1), -1) @ v,
+            "conv2d between the scores and the softmax",
+        ),
         (lambda q, k, v, w: torch.softmax((q @ k.mT).detach(), -1) @ v, "detach between the scores"),
         (lambda q, k, v, w: torch.softmax(q @ k.mT, -1).detach() @ v, "detach between the softmax"),
         (lambda q, k, v, w: torch.softmax(F.pad(q @ k.mT, (0, 1)), -1)[..., :-1].square() @ v, "joined with others"),
         (lambda q, k, v, w: torch.softmax(-torch.cdist(q, k).square().masked_fill(HIDDEN, 50.0), -1) @ v, "does not hide"),
     ],
     ids=[
-        *("talking heads", "by einsum", "by convolution", "after softmax", "detached scores", "detached probabilities"),
+        *("talking heads", "by einsum", "by einsum, masked", "by einsum, one head of values", "by einsum, after", "dropped, after"),
+        *("by convolution", "by convolution, after", "of neighbours", "detached scores", "detached probabilities"),
         *("a key that is padded", "distances with a weak mask"),
     ],
 )
@@ -965,6 +1007,156 @@ def test_keys_and_values_that_all_rows_share():
     assert blocks.assert_exact_is_eager(Bank(), Q, K[0, 0], V[0, 0]) == ["attention"]
     assert blocks.assert_exact_is_eager(Bank(), Q, K[0], V[0]) == ["attention"]
 
+
+
+class Pool(nn.Module):
+    """Tokens that learned vectors score, and `function` that sums them."""
+
+    def __init__(self, function: Callable, wanted: int = 3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.score, self.key, self.one = nn.Linear(8, wanted).double(), nn.Linear(8, 8).double(), nn.Linear(8, 1).double()
+        self.query = nn.Parameter(numbers(8))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+TOKENS = numbers(2, 6, 8, seed=4)
+PADDED = torch.arange(6) > 3
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: torch.softmax(m.score(x), 1).mT @ x,
+        lambda m, x: torch.softmax(m.score(torch.tanh(m.key(x))).transpose(1, 2), -1) @ x,
+        lambda m, x: torch.einsum("bth,bte->bhe", m.score(x).softmax(dim=-2), m.key(x)),
+        lambda m, x: F.dropout(torch.softmax((m.score(x) * 0.5).masked_fill(PADDED[:, None], LOW), 1), 0.0).mT @ m.key(x),
+        lambda m, x: torch.softmax(F.linear(x, m.score.weight).mT.masked_fill(PADDED, -math.inf), -1) @ x,
+    ],
+    ids=["plain", "of keys", "einsum", "masked, dropped", "without a bias"],
+)
+def test_a_layer_over_tokens_is_learned_queries(function):
+    """Pooling by several learned vectors: the rows of the layer's weight attend to the tokens."""
+    assert only(Pool(function), TOKENS).q.meta["example_value"].shape[-2] == 3
+    assert blocks.assert_exact_is_eager(Pool(function), TOKENS) == ["attention"]
+
+
+def test_learned_queries_of_a_layer_at_symbolic_lengths():
+    model = Pool(lambda m, x: torch.softmax(m.score(torch.tanh(m.key(x))), 1).mT @ x)
+    assert blocks.assert_exact_at_any_length(model, TOKENS) == ["attention"]
+
+
+ONE_VECTOR: dict[str, Callable[[Pool, Tensor], Tensor]] = {
+    "a layer of one": lambda m, x: (torch.softmax(m.one(x), 1) * x).sum(1),
+    "a layer of one, masked": lambda m, x: (m.one(x).masked_fill(PADDED[:, None], LOW).softmax(dim=1) * x).sum(dim=1),
+    "a mask and a layer of one": lambda m, x: ((LOW * PADDED[:, None] + m.one(x)).softmax(dim=1) * x).sum(dim=1),
+    "a layer of one by a product": lambda m, x: torch.softmax(m.one(x), 1).mT @ x,
+    "a layer of one of keys": lambda m, x: torch.softmax(m.one(torch.tanh(m.key(x))).squeeze(-1), -1)[:, None] @ x,
+    "by einsum": lambda m, x: torch.einsum("bt,bte->be", torch.softmax(m.one(x)[..., 0], -1), x),
+    "a vector": lambda m, x: torch.softmax(x @ m.query, -1).unsqueeze(1) @ m.key(x),
+    "a vector by a sum": lambda m, x: (torch.softmax((x * m.query).sum(-1), 1)[..., None] * x).sum(1),
+    "one query without a batch": lambda m, x: torch.softmax(x[0, 0] @ m.key(x[0]).mT * 0.3, -1) @ x[0],
+    "a learned query without a batch": lambda m, x: torch.softmax(m.query @ m.key(x[0]).mT, -1) @ x[0],
+    "keys times a query": lambda m, x: torch.softmax(m.key(x[0]) @ m.query, -1) @ x[0],
+    "a row of a layer": lambda m, x: torch.softmax(F.linear(x, m.score.weight[:1]), 1).mT @ x,
+}
+
+
+@pytest.mark.parametrize("name", ONE_VECTOR)
+def test_one_query_for_all_tokens_says_so(name):
+    sites = spt_compiler.explain(Pool(ONE_VECTOR[name]), TOKENS, options=blocks.EXACT).sites
+    (site,) = (s for s in sites if s.kind == "attention")
+    assert site.status == "skipped" and "queries of length 1" in site.reason
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: torch.einsum("bth,bthd->bhd", m.score(x).softmax(1), x[..., :6].reshape(2, 6, 3, 2)),  # one query each
+        lambda m, x: torch.softmax(s := m.score(x), 1).mT @ x + s.sum(),
+    ],
+    ids=["values of each", "scores read twice"],
+)
+def test_other_pooling_by_a_layer_says_so(function):
+    assert "a linear layer of the tokens makes the scores" in refused(Pool(function), TOKENS)
+    assert blocks.assert_exact_is_eager(Pool(function), TOKENS) == []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: torch.softmax(m.score(x), -1) @ m.score.weight,  # over features: a mixture
+        lambda m, x: torch.softmax(m.one(x), 1) * x,  # no sum
+        lambda m, x: torch.softmax(m.one(x), -1) * x,  # of one number
+        lambda m, x: torch.softmax(m.score(x), 1),  # no values
+        lambda m, x: x.softmax(-1) @ (m.key(x).view(2, 6, 2, 4).transpose(1, 2).softmax(2).mT @ x[:, None]).flatten(1, 2),
+        lambda m, x: F.cross_entropy(m.score(x).flatten(0, 1), x[..., 0].flatten().long() % 3),
+    ],
+)
+def test_what_is_no_pooling_is_not_reported(function):
+    matches, skipped = sites(Pool(function), TOKENS, check=False)
+    assert not [m for m in (*matches, *skipped) if (m.pattern.kind if hasattr(m, "pattern") else m.kind) == "attention"]
+
+
+class Projected(nn.Module):
+    """Projections around an attention by products with copies of one weight, or by inner products."""
+
+    def __init__(self, project: Callable):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = project
+        self.q, self.k, self.v, self.o = (nn.Parameter(numbers(8, 8, seed=i)) for i in range(4))
+
+    def forward(self, x):
+        q, k, v = (self.project(x, w) for w in (self.q, self.k, self.v))
+        return self.project(torch.softmax(q @ k.mT * 0.2, -1) @ v, self.o)
+
+
+@pytest.mark.parametrize(
+    "project",
+    [
+        lambda x, w: torch.bmm(x, w.t().unsqueeze(0).expand(x.shape[0], -1, -1)),
+        lambda x, w: x @ w.t().expand(x.shape[0], -1, -1),
+        lambda x, w: torch.bmm(x, w.repeat(x.shape[0], 1, 1).transpose(1, 2)),
+        lambda x, w: torch.inner(x, w),
+    ],
+)
+def test_projections_with_copies_of_a_weight(project):
+    (captured,) = models.capture(Projected(project), TOKENS)
+    module = copy_graph(captured.module)
+    canonicalize(module)
+    assert [n.target for n in module.graph.nodes].count(F.linear) == 4
+    assert only(Projected(project), TOKENS)
+    assert blocks.assert_exact_is_eager(Projected(project), TOKENS) == ["attention"]
+
+
+@pytest.mark.parametrize(
+    "every",
+    [
+        lambda w: w.unsqueeze(0).expand(2, -1, -1),
+        lambda w: w.expand(2, -1, -1),
+        lambda w: w.repeat(2, 1, 1),
+        lambda w: w.unsqueeze(0),
+    ],
+)
+def test_learned_keys_and_values_of_every_row_stay_keys_and_values(every):
+    class Memory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keys, self.values = nn.Parameter(numbers(7, 8)), nn.Parameter(numbers(7, 5, seed=1))
+
+        def forward(self, x):
+            return torch.softmax(x @ every(self.keys).mT, -1) @ every(self.values)
+
+    assert blocks.assert_exact_is_eager(Memory(), TOKENS) == ["attention"]
+
+
+def test_scores_by_inner_products():
+    assert not only(lambda q, k, v: torch.softmax(torch.inner(q, k) * 0.5, -1) @ v, Q[0, 0], K[0, 0], V[0, 0]).bias
+    assert sites(lambda q, k: torch.softmax(torch.inner(q, k), -1), Q[0, 0], K[0, 0]) == ([], [])
 
 
 def test_two_modalities_that_attend_by_one_product():

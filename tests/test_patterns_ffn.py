@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import spt_compiler
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.expression import evaluate, parse
+from spt_compiler.graph import describe
 from spt_compiler.patterns import FFNCapture, Lora, Weight, find
 from spt_compiler.rewrite import copy_graph
 
@@ -219,6 +220,27 @@ GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
         (lambda h: F.silu(h[0]) * h[1])(torch.einsum("bte,gfe->gbtf", x, m.fused.weight.view(2, HIDDEN, WIDTH)))
     ),
     "fused, unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).unflatten(-1, (2, -1)).unbind(-2))),
+    "fused, in depth": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).dsplit(2))),
+    "fused, in depth by a place": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*torch.dsplit(m.fused(x), [HIDDEN]))),
+    "fused, tensor_split": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).tensor_split((HIDDEN,), dim=-1))),
+    "joined and chunked": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*torch.cat([m.gate(x), m.up(x)], -1).chunk(2, -1))),
+    "joined and split": lambda m, x: m.down(
+        (lambda g, u: F.silu(g) * u)(*torch.dstack((m.gate(x), m.up(x))).split([HIDDEN, HIDDEN], 2))
+    ),
+    "joined and sliced": lambda m, x: m.down(
+        (lambda h: F.silu(h[..., :HIDDEN]) * h[:, :, -HIDDEN:])(torch.concat((m.gate(x), m.up(x)), dim=-1))
+    ),
+    "joined with others": lambda m, x: m.down(
+        (lambda h: F.silu(h[..., WIDTH : WIDTH + HIDDEN]) * h.narrow(2, WIDTH + HIDDEN, HIDDEN))(
+            torch.cat([x, m.gate(x), m.up(x)], -1)
+        )
+    ),
+    "joined with a fused one": lambda m, x: m.down(
+        (lambda h: F.silu(h[..., WIDTH : WIDTH + HIDDEN]) * h[..., WIDTH + HIDDEN :])(torch.cat([x, m.fused(x)], -1))
+    ),
+    "stacked in front": lambda m, x: m.down((lambda h: F.silu(h[0]) * h[1])(torch.stack((m.gate(x), m.up(x))))),
+    "stacked and unbound": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*torch.stack([m.gate(x), m.up(x)], 2).unbind(2))),
+    "stacked behind": lambda m, x: m.down((lambda h: F.silu(h[..., 0]) * h[..., -1])(torch.stack([m.gate(x), m.up(x)], dim=-1))),
 }
 
 
@@ -233,6 +255,41 @@ def test_interleaved_gates_read_every_other_row():
     assert [(w.start, w.step) for w in c.w_in] == [(1, 2), (0, 2)] and c.lora[0] == c.lora[1]
     for name in ("interleaved, slices", "interleaved, the value first", "interleaved, chunks", "interleaved, in front"):
         assert blocks.assert_exact_is_eager(Block(GATED[name]), X) == ["ffn"]
+
+
+@pytest.mark.parametrize("name", [name for name in GATED if "joined" in name or "stacked " in name or "in depth" in name])
+def test_gates_that_are_joined_and_taken_apart_again(name):
+    assert blocks.assert_exact_is_eager(Block(GATED[name]), X) == ["ffn"]
+
+
+def test_halves_that_are_joined_for_a_gated_linear_unit():
+    function = lambda m, x: m.down(F.glu(torch.cat([m.gate(x), m.up(x)], -1)))  # noqa: E731
+    assert "sigmoid" in only(function).act
+    assert blocks.assert_exact_is_eager(Block(function), X) == ["ffn"]
+
+
+def _with_a_zero(h: Tensor) -> Tensor:
+    h[..., 3] = 0.0
+    return h
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: (lambda h: F.silu(h[..., 1 : HIDDEN + 1]) * h[..., :HIDDEN])(torch.cat([m.gate(x), m.up(x)], -1)),  # of both
+        lambda m, x: (lambda g, u: F.silu(g) * u)(*torch.cat([m.gate(x), m.up(x)], 1).chunk(5, 1)[1:3]),  # of tokens
+        lambda m, x: (lambda h: F.silu(h[:, 0]) * h[:, 1])(torch.stack([m.gate(x), m.up(x)])),  # of another dim
+        lambda m, x: (lambda g, u: F.silu(g) * u)(*_with_a_zero(torch.cat([m.gate(x), m.up(x)], -1)).chunk(2, -1)),
+        lambda m, x: F.glu(_with_a_zero(torch.cat([m.gate(x), m.up(x)], -1))),
+        lambda m, x: (lambda g, u: F.silu(g) * u)(*_no_grad(lambda: torch.cat([m.gate(x), m.up(x)], -1)).chunk(2, -1)),
+        lambda m, x: (lambda h: (h := torch.cat([m.gate(x), m.up(x)], -1))[..., :HIDDEN].relu() * h[..., HIDDEN:] + h.sum())(x),
+    ],
+    ids=["both parts", "another dim", "another dim of a stack", "written", "written, a unit", "without grad", "used elsewhere"],
+)
+def test_other_parts_of_what_is_joined_stay(function):
+    model = Block(lambda m, x: m.down(function(m, x)) + x.sum())
+    assert not sites(model, X)[0]
+    assert blocks.assert_exact_is_eager(model, X) == []
 
 
 def test_a_fused_gate_reads_rows_of_one_weight():
@@ -310,13 +367,72 @@ LAYOUTS: dict[str, tuple[Callable[[Block, Tensor], Tensor], tuple[int, ...]]] = 
         lambda m, x: torch.einsum("btf,ef->bte", F.relu(torch.einsum("bte,fe->btf", x, m.up.weight)), m.down.weight),
         (2, 5, WIDTH),
     ),
+    "inner products": (lambda m, x: torch.inner(F.relu(x.inner(m.up.weight) + m.up.bias), m.down.weight), (2, 5, WIDTH)),
+    "inner products of matrices": (lambda m, x: torch.inner(F.relu(torch.inner(x, m.up.weight)), m.down.weight), (7, WIDTH)),
+    "hsplit": (lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*torch.hsplit(m.fused(x), 2))), (7, WIDTH)),
+    "expanded weights": (
+        lambda m, x: torch.bmm(F.relu(torch.bmm(x, _copies(m.up.weight.t()))), _copies(m.down.weight.t())),
+        (2, 5, WIDTH),
+    ),
+    "expanded weights, biases": (
+        lambda m, x: m.down.bias.baddbmm((x @ m.up.weight.T.expand(2, -1, -1) + m.up.bias).relu(), _copies(m.down.weight).mT),
+        (2, 5, WIDTH),
+    ),
+    "repeated weights": (
+        lambda m, x: torch.bmm(F.relu(torch.bmm(x, m.up.weight.t().repeat(2, 1, 1))), m.down.weight.t().repeat(2, 1, 1)),
+        (2, 5, WIDTH),
+    ),
+    "weights of one row": (lambda m, x: F.relu(x @ m.up.weight.T[None]) @ m.down.weight.view(1, WIDTH, HIDDEN).mT, (2, 5, WIDTH)),
+    "weights for each head": (
+        lambda m, x: F.relu(x @ m.up.weight.T.expand(2, 3, -1, -1)) @ m.down.weight.T.expand(2, 3, -1, -1),
+        (2, 3, 5, WIDTH),
+    ),
+    "weights before a vector": (lambda m, x: m.down.weight @ F.relu(m.up.weight @ x + m.up.bias) + m.down.bias, (WIDTH,)),
+    "expanded weights on the left": (
+        lambda m, x: torch.bmm(_copies(m.down.weight), F.relu(torch.bmm(_copies(m.up.weight), x.mT))).mT,
+        (2, 5, WIDTH),
+    ),
 }
+
+
+def _copies(weight: Tensor) -> Tensor:
+    return weight.unsqueeze(0).expand(2, -1, -1)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(name):
     function, sizes = LAYOUTS[name]
     only(function, numbers(*sizes))
+
+
+@pytest.mark.parametrize("name", [n for n in LAYOUTS if "inner" in n or "weights" in n or "split" in n])
+def test_layouts_of_weights_are_exact(name):
+    function, sizes = LAYOUTS[name]
+    assert blocks.assert_exact_is_eager(Block(function), numbers(*sizes)) == ["ffn"]
+
+
+def test_expanded_weights_at_symbolic_sizes():
+    def function(m, x):
+        up, down = (w.weight.t().unsqueeze(0).expand(x.shape[0], -1, -1) for w in (m.up, m.down))
+        return torch.bmm(F.gelu(torch.bmm(x, up)), down)
+
+    assert only(function, dynamic=True).width == HIDDEN
+    assert blocks.assert_exact_at_any_length(Block(function), X) == ["ffn"]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        lambda m: torch.stack([m.up.weight.t(), m.gate.weight.t()]),  # another matrix for each row
+        lambda m: _with_a_zero(m.up.weight.t().repeat(2, 1, 1)),
+        lambda m: _no_grad(lambda: _copies(m.up.weight.t())),
+    ],
+    ids=["of two layers", "written", "without grad"],
+)
+def test_other_weights_of_each_row_are_no_layer(weights):
+    model = Block(lambda m, x: m.down(F.gelu(torch.bmm(x, weights(m)))))
+    assert not sites(model, X)[0]
+    assert blocks.assert_exact_is_eager(model, X) == []
 
 
 def test_dropout_moves_to_the_end_of_the_activation():
@@ -478,8 +594,8 @@ def test_a_checkpointed_block_is_a_graph_of_its_own():
 NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "norm in between": (lambda m, x: m.down(m.norm(F.gelu(m.up(x)))), "a norm or reduction (layer_norm)"),
     "mean subtracted": (lambda m, x: m.down(F.gelu(h := m.up(x)) - h.mean(-1, keepdim=True)), "it reads .mean of shape"),
-    "weights on the left of halves": (
-        lambda m, x: m.down.weight @ (lambda a, b: F.silu(a) * b)(*(m.fused.weight @ x.mT).chunk(2, 1)),
+    "weights on the left of halves of the tokens": (
+        lambda m, x: m.down.weight @ (lambda a, b: F.silu(a) * b)(*(m.up.weight @ x.mT.repeat(1, 1, 2)).chunk(2, 2)),
         "on the left of activations whose features are rows",
     ),
     "weights on the left, hidden returned": (
@@ -528,7 +644,17 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: m.down(F.dropout(F.silu(m.gate(x)), 0.5) * F.dropout(m.up(x), 0.5)),
         "dropout inside of the activation",
     ),
-    "tensor that varies by token": (lambda m, x: m.down(F.gelu(m.up(x)) * x[..., :1]), "no parameter of an activation"),
+    "tensor that varies by token": (lambda m, x: m.down(F.gelu(m.up(x) * x[..., :1])), "no parameter of an activation"),
+    "factors of tokens and features": (
+        lambda m, x: m.down(F.gelu(m.up(x)) * x.repeat(1, 1, 2)[..., :HIDDEN]),
+        "a gated output, no block",
+    ),
+    "factors of two halves of the features": (
+        lambda m, x: m.down((F.gelu(m.up(x)).view(2, 5, 2, 5) * x[..., :2, None]).flatten(2)),
+        "between the projections",
+    ),
+    "a factor in the denominator": (lambda m, x: m.down(x[..., :1] / F.softplus(m.up(x))), "no parameter of an activation"),
+    "a factor before a sum": (lambda m, x: m.down(F.silu(m.gate(x)) * x[..., :1] + m.up(x)), "no parameter of an activation"),
     "three projections": (
         lambda m, x: m.down(F.silu(m.gate(x)) * m.up(x) + F.linear(x, m.down.weight.T)),
         "3 projections meet",
@@ -729,6 +855,23 @@ def _experts_in_halves(m: Experts, x: Tensor, returned: bool = False) -> Any:
     return F.grouped_mm(F.pad(h, (0, 8)), down, offs=ends)[:, :8]
 
 
+def _experts_of_sorted_tokens(grouped: Callable, weigh_first: bool) -> Callable:
+    """As libraries run them: tokens sorted by expert, weighed before or behind the second product, and added up again."""
+
+    def function(m: Experts, x: Tensor) -> Tensor:
+        up, down = (F.pad(w, (0, -w.shape[2] % 8, 0, -w.shape[1] % 16)).bfloat16().mT for w in (m.up, m.down))
+        x = F.pad(x.flatten(0, 1), (0, 2)).bfloat16()
+        weight, expert = torch.softmax(x[:, :3], -1).topk(2)
+        order = expert.flatten().argsort()
+        ends = (expert.flatten()[None] == torch.arange(3)[:, None]).sum(1).cumsum(0).int()
+        weight = weight.flatten()[order, None]
+        h = F.silu(grouped(x[order // 2], up, offs=ends))
+        y = grouped(h * weight if weigh_first else h, down, offs=ends)
+        return torch.zeros(15, 16, dtype=y.dtype).index_add(0, order // 2, y if weigh_first else y * weight)[:, :8]
+
+    return function
+
+
 def _one_picked_expert(m: Experts, x: Tensor) -> Tensor:
     best = x.sum((1, 2)).argmax(0, keepdim=True)
     return F.linear(F.gelu(F.linear(x, m.up[best][0])), m.down[best][0])
@@ -743,6 +886,8 @@ def _one_picked_expert(m: Experts, x: Tensor) -> Tensor:
         (_one_after_the_other, "one by one, each with its share of the rows"),
         (_experts_by_group, "grouped_mm"),
         (_experts_in_halves, "grouped_mm"),
+        (_experts_of_sorted_tokens(F.grouped_mm, weigh_first=False), "grouped_mm"),
+        (_experts_of_sorted_tokens(torch._grouped_mm, weigh_first=True), "grouped_mm"),
         (_one_picked_expert, "picked by an index"),
     ],
 )
@@ -788,6 +933,16 @@ COLUMNS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "turned and back, gated": lambda m, x: m.down((F.silu(m.gate(x).permute(2, 0, 1)) * m.up(x).permute(2, 0, 1)).permute(1, 2, 0)),
     "turned for a parameter": lambda m, x: m.down(F.gelu(m.up(x).transpose(1, 2) * m.beta[:, None]).transpose(1, 2)),
     "one layer turned": lambda m, x: F.linear(F.gelu(m.up.weight @ x.mT + m.up.bias[:, None]).mT, m.down.weight),
+    "halves": lambda m, x: m.down.weight @ (lambda g, u: F.silu(g) * u)(*(m.fused.weight @ x.mT).chunk(2, 1)),
+    "halves, a bias": lambda m, x: m.down.weight
+    @ (lambda g, u: F.silu(g) * u)(*(m.fused.weight @ x.mT + m.fused.bias[:, None]).split(HIDDEN, dim=-2)),
+    "halves, slices": lambda m, x: m.down.weight @ (lambda h: F.silu(h[:, :HIDDEN]) * h[:, HIDDEN:])(m.fused.weight @ x.mT),
+    "halves, interleaved": lambda m, x: m.down.weight @ (lambda h: F.silu(h[:, ::2]) * h[:, 1::2])(m.fused.weight @ x.mT),
+    "halves, hsplit": lambda m, x: m.down.weight @ (lambda g, u: F.silu(g) * u)(*torch.hsplit(m.fused.weight @ x.mT, 2)),
+    "halves, vsplit": lambda m, x: m.down.weight @ (lambda g, u: F.silu(g) * u)(*torch.vsplit(m.fused.weight @ x[0].T, 2)),
+    "halves, turned": lambda m, x: m.down((lambda g, u: F.silu(g) * u)(*m.fused(x).mT.chunk(2, 1)).mT),
+    "a gated linear unit": lambda m, x: m.down.weight @ F.glu(m.fused.weight @ x.mT, 1),
+    "a condition": lambda m, x: m.down.weight @ torch.where((h := m.up.weight @ x.mT) > 0.1, h, 0.3 * h),
 }
 
 
@@ -798,6 +953,72 @@ def test_layers_over_columns(name, dynamic):
     assert only(COLUMNS[name], dynamic=dynamic).width == HIDDEN
     if dynamic is None:
         assert blocks.assert_exact_is_eager(Block(COLUMNS[name]), X) == ["ffn"]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 5), (2, 1)])
+@pytest.mark.parametrize("name", ["plain", "biases", "gated", "halves, a bias"])
+def test_one_column_is_no_bias(name, sizes, caplog):
+    x = numbers(*sizes, WIDTH)
+    assert only(COLUMNS[name], x).width == HIDDEN
+    assert blocks.assert_exact_is_eager(Block(COLUMNS[name]), x) == ["ffn"]
+    assert not caplog.records  # fake tensors log what fails on them
+
+
+FACTORS: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "behind the activation": lambda m, x: m.down(F.gelu(m.up(x)) * x[..., :1]),
+    "made of the input": lambda m, x: m.down(x.mean(-1)[..., None] * F.gelu(m.up(x))),
+    "learned": lambda m, x: m.down(F.gelu(m.up(x)) * torch.sigmoid(F.linear(x, m.b.weight[:1, :1].expand(1, WIDTH)))),
+    "divided": lambda m, x: m.down(F.silu(m.gate(x)) * m.up(x) / x.exp().sum(-1, keepdim=True)),
+    "in a gate": lambda m, x: m.down((F.silu(m.gate(x)) * x[..., :1].sigmoid()) * m.up(x)),
+    "in both factors": lambda m, x: m.down((F.silu(m.gate(x)) / x[..., :1].exp()) * (x[..., 1:2] * m.up(x))),
+    "of a sequence": lambda m, x: m.down(F.dropout(F.gelu(m.up(x)) * x[:, :1, :1], 0.0)),
+    "of two kinds": lambda m, x: m.down(F.gelu(m.up(x)) * x[..., :1] * x[:1, :, 1:2]),
+    "without a bias": lambda m, x: (F.gelu(m.up(x)) * x[..., :1]) @ m.down.weight.T,
+    "on a gated linear unit": lambda m, x: m.down(F.glu(m.fused(x)) * x[..., :1]),
+    "on halves": lambda m, x: m.down((lambda g, u: F.silu(g) * u * x[..., :1])(*m.fused(x).chunk(2, -1))),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_factor_of_each_token_joins_the_output(name):
+    """It commutes with the second product; the bias of that stays outside."""
+    c = only(FACTORS[name])
+    assert c.b_out is None and c.width == HIDDEN
+    assert blocks.assert_exact_is_eager(Block(FACTORS[name]), X) == ["ffn"]
+
+
+def test_a_factor_of_each_token_at_symbolic_lengths():
+    assert blocks.assert_exact_at_any_length(Block(FACTORS["behind the activation"]), X) == ["ffn"]
+
+
+def test_a_factor_of_each_token_leaves_one_dropout():
+    function = lambda m, x: m.down(F.dropout(F.gelu(m.up(x)) * x[..., :1], 0.3))  # noqa: E731
+    assert only(function).dropout_p == 0.3
+    (captured,) = models.capture(Block(function), X)
+    module = copy_graph(captured.module)
+    canonicalize(module)
+    assert [n.target for n in module.graph.nodes].count(F.dropout) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.down((h := F.gelu(m.up(x))) * h.mean(-1, keepdim=True)),  # a norm: the factor is made of the block
+        lambda m, x: m.down(F.gelu(h := m.up(x)) * h.mean(-1, keepdim=True)),
+        lambda m, x: m.down(h := F.gelu(m.up(x)) * x[..., :1]) + h.sum(),
+        lambda m, x: m.down(_no_grad(lambda: F.gelu(m.up(x)) * x[..., :1])) + x,
+        lambda m, x: m.down(m.up(x) * x[..., :1]),  # no block
+    ],
+    ids=["a norm", "by the pre-activation", "used elsewhere", "without grad", "two layers"],
+)
+def test_other_factors_of_tokens_stay(function):
+    (captured,) = models.capture(Block(function), X)
+    module = copy_graph(captured.module)
+    canonicalize(module)
+    *_, last = (n for n in module.graph.nodes if n.target is F.linear)
+    assert describe(last.args[0]) == "mul"
+    assert not sites(Block(function), X)[0]
+    assert blocks.assert_exact_is_eager(Block(function), X) == []
 
 
 class Parallel(nn.Module):
@@ -840,6 +1061,114 @@ def test_a_block_whose_out_projection_is_joined_with_another(function):
 def test_other_joined_inputs_stay(function, width):
     matches, _ = sites(Parallel(function, width), X)
     assert not matches
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT * 0.5, -1) @ v
+
+
+class OneLayer(nn.Module):
+    """Queries, keys, values and the inside of a gated block made by one layer, and one out-projection for both, or two."""
+
+    def __init__(self, function: Callable):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.fused, self.out = nn.Linear(WIDTH, 3 * WIDTH + 2 * HIDDEN).double(), nn.Linear(WIDTH + HIDDEN, WIDTH).double()
+        self.proj, self.down = nn.Linear(WIDTH, WIDTH).double(), nn.Linear(HIDDEN, WIDTH).double()
+        self.quarters = nn.Linear(WIDTH, 4 * WIDTH).double()
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def _five(m: OneLayer, x: Tensor) -> Tensor:
+    q, k, v, gate, up = m.fused(x).split([WIDTH] * 3 + [HIDDEN] * 2, -1)
+    return m.out(torch.cat([_attend(q, k, v), F.silu(gate) * up], -1))
+
+
+def _two(m: OneLayer, x: Tensor) -> Tensor:
+    qkv, ff = m.fused(x).split((3 * WIDTH, 2 * HIDDEN), dim=-1)
+    gate, up = ff.chunk(2, -1)
+    return m.proj(_attend(*qkv.view(*x.shape[:2], 3, WIDTH).unbind(2))) + m.down(up * F.silu(gate))
+
+
+def _slices(m: OneLayer, x: Tensor) -> Tensor:
+    h = m.fused(x)
+    q, k, v = h[..., : 3 * WIDTH].chunk(3, -1)
+    return m.proj(_attend(q, k, v)) + m.down(F.gelu(h[..., 3 * WIDTH : 3 * WIDTH + HIDDEN]))
+
+
+def _block_first(m: OneLayer, x: Tensor) -> Tensor:
+    gate, up, *qkv = m.fused(x).split([HIDDEN] * 2 + [WIDTH] * 3, -1)
+    return m.out(torch.cat([F.silu(gate) * up, _attend(*qkv)], -1))
+
+
+def _block_around(m: OneLayer, x: Tensor) -> Tensor:
+    gate, q, k, v, up = m.fused(x).split([HIDDEN] + [WIDTH] * 3 + [HIDDEN], -1)
+    return m.proj(_attend(q, k, v)) + m.down(F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("function", [_five, _two, _slices, _block_first, _block_around])
+def test_one_layer_for_attention_and_a_block(function):
+    """The block's in-projection is rows of the layer's weight."""
+    matches, skipped = sites(OneLayer(function), X)
+    assert sorted(m.pattern.kind for m in matches) == ["attention", "ffn"] and not skipped
+    assert sorted(blocks.assert_exact_is_eager(OneLayer(function), X)) == ["attention", "ffn"]
+
+
+def test_one_layer_for_attention_and_a_block_at_symbolic_lengths():
+    assert sorted(blocks.assert_exact_at_any_length(OneLayer(_five), X)) == ["attention", "ffn"]
+
+
+@pytest.mark.parametrize("function", [_five, _two])
+def test_a_block_of_one_layer_learns(function):
+    model = OneLayer(function)
+    compiled = torch.compile(model, backend="spt", options={**blocks.SPARSE, "require_matches": 1})
+    losses = blocks.train_steps(model, compiled, [numbers(4, 16, WIDTH, seed=i) for i in range(4)])
+    assert all(map(math.isfinite, losses)) and any("ffn" in name for name in spt_compiler.state_dict(model))
+
+
+def _read_whole(m: OneLayer, x: Tensor) -> Tensor:
+    h = m.fused(x)
+    return _attend(*h[..., : 3 * WIDTH].chunk(3, -1)) + m.down(F.gelu(h[..., -HIDDEN:])) + h.sum()
+
+
+def _overlapping(m: OneLayer, x: Tensor) -> Tensor:
+    h = m.fused(x)
+    return _attend(*h[..., 2:-HIDDEN].chunk(4, -1)[:3])[..., :WIDTH] + m.down(F.gelu(h[..., -HIDDEN - 2 : -2]))
+
+
+def _written_part(m: OneLayer, x: Tensor) -> Tensor:
+    h = m.fused(x)
+    h[..., -1] = 0.0
+    return _attend(*h[..., : 3 * WIDTH].chunk(3, -1)) + m.down(F.gelu(h[..., -HIDDEN:]))
+
+
+def _part_without_grad(m: OneLayer, x: Tensor) -> Tensor:
+    h = m.fused(x)
+    part = _no_grad(lambda: h[..., -HIDDEN:])
+    return _attend(*h[..., : 3 * WIDTH].chunk(3, -1)) + m.down(F.gelu(part))
+
+
+@pytest.mark.parametrize("function", [_read_whole, _overlapping, _written_part, _part_without_grad])
+def test_a_layer_that_is_not_read_by_disjoint_rows_stays_one(function):
+    assert "ffn" not in [m.pattern.kind for m in sites(OneLayer(function), X)[0]]
+    assert "ffn" not in blocks.assert_exact_is_eager(OneLayer(function), X)
+
+
+def test_a_gate_on_the_output_of_attention_is_no_block():
+    """Its rows stay with those of queries, keys and values: one product."""
+
+    def function(m, x):
+        q, k, v, gate = m.quarters(x).chunk(4, -1)
+        return m.proj(_attend(q, k, v) * F.silu(gate))
+
+    (captured,) = models.capture(OneLayer(function), X)
+    module = copy_graph(captured.module)
+    canonicalize(module)
+    assert [n.target for n in module.graph.nodes].count(F.linear) == 2
+    assert blocks.assert_exact_is_eager(OneLayer(function), X) == ["attention"]
 
 
 @pytest.mark.parametrize("order", [(0, 0, 1), (0, 1, 0), (1, 0, 0)])

@@ -3,10 +3,12 @@
 What comes out (a pattern has to know these forms only):
 
     elementwise     operator.add/sub/mul/truediv/neg/pow/lt.../and_/or_/invert, torch.exp ..., F.relu, F.silu, F.gelu
-    layout          torch.t (2-d), torch.permute, torch.reshape (static sizes written out), x[..., i, :] for one of a dim; no no-ops
+    layout          torch.t (2-d), torch.permute, torch.reshape (static sizes written out), x[..., i, :] for one of a dim; no no-op;
+                    torch.cat(parts, d), of which no slice is one of the parts
     casts           x.to(dtype), only where the dtype changes
     products        torch.matmul of activations; F.linear(x, w, b) for weights, torch.t on a weight stored (in, out); where a
-                    whole block can be turned, its features come last
+                    whole block can be turned, its features come last; what it shares with a layer beside it, a layer of each,
+                    and a factor of each token behind it
     softmax         F.softmax(x, dim=-1 or a positive dim); a dtype argument is a cast before it; a sink is one more key
     masks           torch.masked_fill(x, mask, number), torch.where(mask, x, number), x + floats; torch.nan_to_num(softmax)
     dropout         F.dropout(x, p, True) with p > 0, or nothing
@@ -26,7 +28,7 @@ import logging
 
 from torch import fx
 
-from . import products, scores, spelling  # noqa: F401  (importing them registers their rules)
+from . import layers, products, scores, spelling  # noqa: F401  (importing them registers their rules)
 from .editor import MAX_PASSES, Editor, rule
 from .inplace import functionalize
 from .opaque import expand_opaque
@@ -51,7 +53,8 @@ def canonicalize(module: fx.GraphModule) -> None:
     expand_opaque(editor)
     functionalize(editor)
     for _ in range(MAX_PASSES):
-        if not editor.run():
+        was_spelled = editor.is_spelled
+        if not editor.run() and was_spelled:
             break
     else:
         log.debug("canonicalisation did not settle after %d passes", MAX_PASSES)

@@ -62,6 +62,7 @@ class Editor:
         self.created: list[fx.Node] = []
         self.moved: set[fx.Node] = set()
         self.at: fx.Node | None = None
+        self.passes = 0
         self._written: set[int | None] = set()
         self._regions: dict[fx.Node, tuple] = {}
         self._constants: dict[fx.Node, Any] = {}
@@ -90,6 +91,7 @@ class Editor:
                     node = replacement
                 if node.op not in ("call_function", "call_method"):
                     break
+        self.passes += 1
         return changed
 
     def _try(self, rule_: Rule, node: fx.Node) -> fx.Node | None:
@@ -223,11 +225,20 @@ class Editor:
 
     # ---- questions ----------------------------------------------------------------------------------------------
 
+    @property
+    def is_spelled(self) -> bool:
+        """Whether every call has its one spelling: only then does a rule see that something does not follow."""
+        return self.passes > 0
+
     def is_returned_twice(self, node: fx.Node, other: fx.Node) -> bool:
         """Whether one tensor would be returned in two places, or an input itself, if `other` took the place of `node`."""
         if not any(u.op == "output" for u in node.users):
             return False
         return other.op in ("placeholder", "get_attr") or any(u.op == "output" for u in other.users)
+
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether a call writes to the memory of `node`: then a rule that reads past it would miss that."""
+        return bool(self._written and {storage(node), None} & self._written)
 
     def same_region(self, *nodes: fx.Node) -> bool:
         """Whether all nodes run under the same grad and autocast modes: only then may work move from one to the other."""
@@ -283,7 +294,7 @@ class Editor:
 
     def _fold(self, node: fx.Node) -> float | int | bool | None:
         found = value(node)
-        if found is None or found.requires_grad or (self._written and {storage(node), None} & self._written):
+        if found is None or found.requires_grad or self.is_written(node):
             return None
         if node.target in FILLS:
             return self._rounded(self.fill(node), found.dtype)

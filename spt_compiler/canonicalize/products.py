@@ -12,20 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..graph import Arguments, dtype, is_float, is_parameter, is_tensor, rank, same_shape, same_size, shape
+from ..graph import Arguments, dtype, is_float, is_parameter, is_tensor, rank, same_size, shape
 from .editor import Editor, Unknown, rule
-from .spelling import ELEMENTWISE
 
 # What may stand between a Parameter and its use as a weight. getitem: rows of a fused projection.
 _WEIGHT_LAYOUT = {torch.t, torch.permute, torch.reshape, operator.getitem, "to", "contiguous"}
-
-# Steps between two layers that act on each number by itself.
-_POINTWISE = {
-    *ELEMENTWISE,
-    *(operator.truediv, torch.where, torch.masked_fill, torch.clamp, F.dropout, F.gelu, F.leaky_relu, F.elu, F.selu, F.celu),
-    *(F.mish, F.softplus, F.hardtanh, F.relu6, F.hardsigmoid, F.hardswish, F.softsign, F.logsigmoid, "to", "contiguous"),
-}
-
 
 def is_weight(node: Any) -> bool:
     """Whether `node` is a Parameter, seen through layout ops and casts only."""
@@ -38,13 +29,15 @@ def is_weight(node: Any) -> bool:
 
 @rule("matmul", "bmm", "mm", "__matmul__", torch.bmm, torch.mm, operator.matmul, torch.matmul)
 def spell_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
-    """@, bmm, mm -> torch.matmul; with a 2-d weight on the right -> F.linear."""
+    """@, bmm, mm -> torch.matmul; with a 2-d weight on the right, or before a vector -> F.linear."""
     found = Arguments(node, "input", "other" if node.target in ("matmul", torch.matmul, "__matmul__") else "mat2")
     a, b = list(found.values.values())
-    if not found.valid or rank(a) < 2 or rank(b) < 2:
+    if not found.valid or not is_tensor(a) or not is_tensor(b):
         return None
-    if rank(b) == 2 and is_weight(b) and not is_weight(a):
+    if rank(a) > 1 and rank(b) == 2 and is_weight(b) and not is_weight(a):
         return e.call(F.linear, a, _transposed(e, b))
+    if rank(b) == 1 and rank(a) == 2 and is_weight(a) and not is_weight(b):
+        return e.call(F.linear, b, a)
     return e.retarget(node, torch.matmul, (a, b))
 
 
@@ -81,6 +74,14 @@ def _product_plus(e: Editor, x: fx.Node, y: fx.Node, b: fx.Node, beta: Any, alph
     if beta == 0:
         return product
     return e.call(operator.add, product, b if beta == 1 else e.call(operator.mul, b, beta))
+
+
+@rule("inner", torch.inner)
+def inner_to_tensordot(e: Editor, node: fx.Node) -> fx.Node | None:
+    """inner(x, y) of matrices and more -> tensordot over the last dims."""
+    found = Arguments(node, "input", "other")
+    x, y = found.take("input", "other")
+    return e.call(torch.tensordot, x, y, dims=((-1,), (-1,))) if found.valid and min(rank(x), rank(y)) > 1 else None
 
 
 @rule(torch.tensordot)
@@ -275,50 +276,6 @@ def linear_of_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.call(torch.reshape, e.call(F.linear, source, *node.args[1:]), (*target[:-1], width))
 
 
-@rule(F.linear)
-def joined_inputs_apart(e: Editor, node: fx.Node) -> fx.Node | None:
-    """linear(cat([a, f(linear(x))], -1), w, b) -> linear(a, w[:, :n], b) + linear(f(linear(x)), w[:, n:]).
-
-    Two branches of a layer (attention and a feed-forward block, say) whose out-projections are one: the second closes its block.
-    """
-    joined, w, *bias = node.args
-    if joined.target not in (torch.cat, torch.concat) or len(joined.users) != 1 or not e.same_region(node, joined):
-        return None
-    found = Arguments(joined, "tensors", ("dim", 0))
-    parts, dim = found.take("tensors", "dim")
-    if not isinstance(parts, (tuple, list)) or dim not in (-1, rank(joined) - 1) or rank(w) != 2 or not is_weight(w):
-        return None
-    widths = [shape(p)[-1] for p in parts]
-    if not all(isinstance(s, int) for s in widths) or sum(_closes_block(p, shape(w)[0]) for p in parts) != 1:
-        return None
-    total = None
-    for i in sorted(range(len(parts)), key=lambda i: _closes_block(parts[i], shape(w)[0])):
-        start = sum(widths[:i])
-        rows = e.call(operator.getitem, w, (slice(None), slice(start, start + widths[i])))
-        term = e.call(F.linear, parts[i], rows, *(bias if total is None else []))
-        total = term if total is None else e.call(operator.add, total, term)
-    e.move((joined,))
-    return total
-
-
-def _closes_block(x: fx.Node, width: int) -> bool:
-    """Whether `x` is made by steps on each number, one at least, of linear layers that read `width` features."""
-    stack, seen, layers = [x], {x}, 0
-    while stack and len(seen) < 32:
-        current = stack.pop()
-        if current.target in _POINTWISE:
-            above = [a for a in current.args if is_tensor(a) and same_shape(shape(a), shape(x)) and a not in seen]
-            stack += above
-            seen.update(above)
-            continue
-        while isinstance(current, fx.Node) and current.target in (operator.getitem, "chunk", "split", torch.chunk, torch.split):
-            current = current.args[0]
-        if not isinstance(current, fx.Node) or current.target is not F.linear or not same_size(shape(current.args[0])[-1], width):
-            return False
-        layers += 1
-    return bool(layers) and x.target in _POINTWISE
-
-
 @rule(operator.add)
 def bias_into_linear(e: Editor, node: fx.Node) -> fx.Node | None:
     """linear(x, w) + b with a 1-d parameter b -> linear(x, w, b)."""
@@ -330,100 +287,3 @@ def bias_into_linear(e: Editor, node: fx.Node) -> fx.Node | None:
         if dtype(bias) is dtype(product) and same_size(shape(bias)[0], shape(product)[-1]):
             return e.call(F.linear, *product.args, bias)
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers over columns
-# ---------------------------------------------------------------------------------------------------------------------
-
-def _layer(node: Any) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]] | None:
-    """(x, weight, bias, order in which features come last) of w @ x, a linear layer with its weight on the left."""
-    if not is_tensor(node) or node.target is not torch.matmul:
-        return None
-    (w, x), dims = node.args, rank(node)
-    is_layer = rank(w) == 2 and is_weight(w) and not is_weight(x) and rank(x) == dims
-    return (x, w, None, swapped(dims)) if is_layer else None
-
-
-def _order(node: Any) -> tuple[int, ...] | None:
-    """The order of dims that a permutation makes; None for other calls."""
-    if not is_tensor(node) or node.target not in (torch.permute, torch.t):
-        return None
-    return tuple(node.args[1]) if node.target is torch.permute else (1, 0)
-
-
-@rule(torch.matmul, F.linear)
-def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
-    """w2 @ f(w1 @ x) -> linear(f(linear(x.mT, w1)), w2).mT.
-
-    Either half may be a linear layer with a permutation behind or before it. Both layers and what is between them turn at
-    once; a layer without the other half of its block gains nothing by it.
-    """
-    turns = _order(node.args[0]) if node.target is F.linear else None
-    if turns is None:
-        last = _layer(node)
-    else:  # the permutation is the layer's own if nobody else reads it
-        x, w, *rest = node.args
-        last = (x.args[0], w, *(rest or [None]), turns) if turns[-1] != rank(x) - 1 and len(x.users) == 1 else None
-    if last is None:
-        return None
-    h, w_out, b_out, order = last
-    if rank(w_out) != 2 or (turns and not e.same_region(node, node.args[0])):
-        return None
-    width, hidden = shape(w_out)
-    if not isinstance(width, int) or not isinstance(hidden, int) or hidden < width:
-        return None
-    back = tuple(order.index(i) for i in range(len(order)))
-
-    def first(x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]] | None:
-        if _order(x) == back and x.args[0].target is F.linear:
-            return x.args[0], x.args[0].args[1], None, order
-        return _layer(x)
-
-    if first(h) is not None:
-        return None  # nothing between them
-    inside, stack = {h}, [h]
-    while stack:
-        current = stack.pop()
-        if not e.same_region(node, current):
-            return None
-        if (found := first(current)) is not None:
-            # [F, E] and [E, F]: the block widens its input and comes back to it.
-            if found[3] != order or not same_shape(shape(found[1]), (hidden, width)):
-                return None
-            continue
-        if current.target not in _POINTWISE:
-            return None
-        above = [a for a in current.args if is_float(a) and same_shape(shape(a), shape(h)) and a not in inside]
-        inside.update(above)
-        stack += above
-    ends = (node, node.args[0] if turns else node)
-    if not any(map(first, inside)) or any(u not in inside and u not in ends for i in inside for u in i.users):
-        return None
-    turned: dict[fx.Node, fx.Node] = {}
-
-    def turn(x: Any) -> Any:
-        if not is_tensor(x) or not rank(x):
-            return x
-        if x not in turned:
-            turned[x] = anew(x)
-        return turned[x]
-
-    def anew(x: fx.Node) -> fx.Node:
-        if x in inside:
-            found = first(x)
-            if found is None:
-                return e.call(x.target, *map(turn, x.args), **x.kwargs)
-            return found[0] if _order(x) else linear(turn(found[0]), *found[1:3])
-        x = widened(e, x, len(order))
-        *lead, features = (shape(x)[i] for i in order)
-        if isinstance(features, int) and all(same_size(s, 1) for s in lead):
-            return e.call(torch.reshape, x, (features,))  # a bias
-        return permuted(e, x, order)
-
-    def linear(x: fx.Node, w: fx.Node, b: fx.Node | None) -> fx.Node:
-        return e.call(F.linear, x, w, *([] if b is None else [b]))
-
-    result = linear(turn(h), w_out, b_out)
-    e.move(inside)
-    return result if turns else permuted(e, result, back)

@@ -29,6 +29,7 @@ from ..graph import (
 )
 from .editor import FILLS, Editor, Unknown, rule
 from .products import is_weight, permuted, swapped, widened
+from .spelling import EXPANDS, added_dim, joined_parts
 
 # A fill below this survives any addition of a score in the dtypes it applies to: s + c == c for |s| < 1e20.
 _ABSORBING = -1e30
@@ -263,12 +264,17 @@ def _toward_softmax(node: fx.Node, any_dim: bool = False) -> list[fx.Node] | Non
 
 def _of_product(node: Any) -> bool:
     """Whether `node` is made of a product by steps that act on each score, in whatever order of dims."""
+    stack = [node]
     for _ in range(_CHAIN):
-        if not isinstance(node, fx.Node) or node.target is torch.matmul:
-            return isinstance(node, fx.Node)
-        if node.target not in _PER_SCORE and node.target is not torch.permute:
+        if not stack:
             return False
-        node = next((a for a in node.args if is_float(a) and rank(a) == rank(node)), None)
+        current = stack.pop()
+        if not isinstance(current, fx.Node):
+            continue
+        if current.target is torch.matmul:
+            return True
+        if current.target in _PER_SCORE or current.target is torch.permute:
+            stack += [a for a in reversed(current.args) if is_float(a) and rank(a) == rank(current)]
     return False
 
 
@@ -403,12 +409,13 @@ def step_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
     dims = rank(node)
     scores = [a for a in node.args if is_float(a) and same_shape(shape(a), shape(node)) and _of_product(a)]
     x = next((a for a in scores if a.target is torch.permute), None)
-    if x is None or len(x.users) != 1 or tuple(x.args[1]) == swapped(dims) or not e.same_region(node, x):
+    if x is None or len(x.users) != 1 or not e.same_region(node, x):
         return None
     if any(a.target is not torch.permute for a in scores):
         return None  # x is a bias made by a product (relative positions); the scores have their order already
-    if _toward_softmax(node, any_dim=True) is None:
-        return None
+    chain = _toward_softmax(node, any_dim=True)
+    if chain is None or (tuple(x.args[1]) == swapped(dims) and chain[-1].kwargs.get("dim") == -1):
+        return None  # scores that are transposed can be so by their product
     order = tuple(x.args[1])
     back = [order.index(i) for i in range(dims)]
 
@@ -474,6 +481,64 @@ def queries_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
     if (every, k, *values) == node.args:
         return None
     return e.call(node.target, every, k, *values, **node.kwargs)
+
+
+@rule(F.linear)
+def queries_that_are_a_layer(e: Editor, node: fx.Node) -> fx.Node | None:
+    """linear(x, w) on its way to a softmax over the tokens by which values are summed -> (w @ x.mT).mT: keys of learned queries."""
+    x, w, *bias = node.args
+    dims = rank(node)
+    if dims < 3 or rank(w) != 2 or same_size(shape(w)[0], 1) or not is_weight(w) or not _weighs_sum(node, dims - 2):
+        return None
+    scores = e.call(torch.matmul, w, permuted(e, x, swapped(dims)))
+    if bias:  # the same for all keys: it changes nothing but has, as a parameter, a gradient
+        scores = e.call(operator.add, scores, e.call(torch.unsqueeze, *bias, -1))
+    return permuted(e, scores, swapped(dims))
+
+
+def _weighs_sum(node: fx.Node, dim: int) -> bool:
+    """Whether steps on each score lead from `node` to a softmax over its dim `dim`, whose probabilities weigh a sum over that."""
+    for _ in range(_CHAIN):
+        user = _only_user(node)
+        if user is None:
+            return False
+        if user.target is F.softmax:
+            return user.kwargs.get("dim") in (dim, dim - rank(user)) and _is_summed(user, dim)
+        if user.target is torch.permute:
+            dim = tuple(user.args[1]).index(dim)
+        elif user.target not in _PER_SCORE or not same_shape(shape(user), shape(node)):
+            return False
+        node = user
+    return False
+
+
+@rule(torch.matmul)
+def weights_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
+    """x @ w.expand(B, ...) with one matrix of weights -> x @ w, and w.expand(B, ...) @ x alike; keys and values stay."""
+    if not e.is_spelled or _toward_softmax(node) is not None:
+        return None
+    if any(_from_softmax(a.args[0] if a.target is torch.permute else a) for a in node.args):
+        return None
+    matrices = [_matrix_of_copies(e, a) for a in node.args]
+    return e.call(torch.matmul, *matrices) if tuple(matrices) != node.args else None
+
+
+def _matrix_of_copies(e: Editor, x: fx.Node) -> fx.Node:
+    """The one matrix of weights that all leading dims of `x` share; else `x`."""
+    if rank(x) < 3 or e.is_written(x) or not e.same_grad(e.at, x):
+        return x
+    if x.target is torch.permute and tuple(x.args[1]) == swapped(rank(x)):
+        w = _matrix_of_copies(e, x.args[0])
+        return x if w is x.args[0] else e.call(torch.t, w)
+    w = x.args[0] if x.target in (*EXPANDS, "repeat") else x
+    while rank(w) > 2 and (added := added_dim(w)) is not None and added < rank(w) - 2 and e.same_grad(e.at, w):
+        w = w.args[0]
+    *lead, rows, columns = shape(w) if rank(w) > 1 else (0, 0)
+    if not same_shape((rows, columns), shape(x)[-2:]) or not all(same_size(s, 1) for s in lead) or not is_weight(w):
+        return x
+    for _ in lead:
+        w = e.call(operator.getitem, w, 0)
+    return w
 
 
 @rule(torch.matmul)
@@ -831,10 +896,8 @@ def _without_sink(joined: fx.Node, first: bool) -> tuple[Any, Any]:
         number = 0.0 if found["value"] is None else found["value"]
         is_sink = tuple(found["pad"]) == ((1, 0) if first else (0, 1)) and found["mode"] == "constant"
         return (found["input"], float(number)) if is_sink and isinstance(number, (int, float)) else (None, None)
-    if joined.target not in (torch.cat, torch.concat):
-        return None, None
-    parts, dim = Arguments(joined, "tensors", ("dim", 0)).take("tensors", "dim")
-    if not isinstance(parts, (tuple, list)) or len(parts) != 2 or dim not in (-1, rank(joined) - 1):
+    parts, dim = joined_parts(joined)
+    if len(parts) != 2 or dim != rank(joined) - 1:
         return None, None
     scores, sink = parts[:: -1 if first else 1]
     if not same_size(shape(sink)[-1], 1):
@@ -910,17 +973,21 @@ def _with_a_key(e: Editor, scores: Any, bias: fx.Node | None, read_twice: fx.Nod
         raise Unknown
     if scores.target in (operator.add, operator.sub, torch.masked_fill, torch.where):
         keeps = scores.target is torch.where  # a mask of what stays; in the others, of what is added or filled
-        mask, x = scores.args[:2] if keeps else scores.args[1::-1]
+        behind = keeps or (scores.target is operator.add and not _of_product(scores.args[0]))
+        mask, x = scores.args[:2] if behind else scores.args[1::-1]
         if not is_tensor(x) or not is_tensor(mask) or not same_shape(shape(x), shape(scores)):
             raise Unknown
         if not rank(mask) or not same_size(shape(mask)[-1], shape(scores)[-1]):
             raise Unknown
         padded = _with_a_key(e, x, bias, read_twice), e.call(F.pad, mask, (1, 0), value=1.0 if keeps else None)
-        return e.call(scores.target, *(padded[::-1] if keeps else padded), *scores.args[2:])
+        return e.call(scores.target, *(padded[::-1] if behind else padded), *scores.args[2:])
     if scores.target is torch.matmul:
         result = e.call(torch.matmul, scores.args[0], e.call(F.pad, scores.args[1], (1, 0)))
-    elif scores.target == "to" or (scores.target in (operator.mul, operator.truediv) and isinstance(scores.args[1], (int, float))):
-        result = e.call(scores.target, _with_a_key(e, scores.args[0], None, read_twice), *scores.args[1:])
+    elif scores.target in ("to", operator.mul, operator.truediv):
+        x, *number = scores.args[::-1] if scores.target is operator.mul and not is_tensor(scores.args[0]) else scores.args
+        if any(map(is_tensor, number)):
+            raise Unknown
+        result = e.call(scores.target, _with_a_key(e, x, None, read_twice), *number)
     else:
         raise Unknown
     return result if bias is None else e.call(operator.add, result, bias)

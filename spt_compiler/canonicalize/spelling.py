@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -206,7 +206,7 @@ def fold_numbers(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.call(node.target, *args, **node.kwargs)
 
 
-_EXPANDS = ("expand", "expand_as", "broadcast_to", torch.broadcast_to)
+EXPANDS = ("expand", "expand_as", "broadcast_to", torch.broadcast_to)
 
 
 @rule(
@@ -221,7 +221,7 @@ _EXPANDS = ("expand", "expand_as", "broadcast_to", torch.broadcast_to)
 )
 def broadcasting_expands(e: Editor, node: fx.Node) -> fx.Node | None:
     """scores + mask.expand_as(scores) -> scores + mask: broadcasting does the same, and the mask reads no scores."""
-    expanded = [a for a in node.args if is_tensor(a) and a.target in _EXPANDS and is_tensor(a.args[0])]
+    expanded = [a for a in node.args if is_tensor(a) and a.target in EXPANDS and is_tensor(a.args[0])]
     others = [a for a in node.args if is_tensor(a) and a not in expanded]
     if not e.same_grad(node, *expanded) or not expanded or not any(same_shape(shape(a), shape(node)) for a in others):
         return None
@@ -269,7 +269,7 @@ def spell_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
         target = tuple(s if isinstance(s, int) else t for s, t in zip(sizes, given, strict=True))
     else:
         return None
-    if x.target is torch.reshape and e.same_grad(node, x):
+    if (x.target is torch.reshape or added_dim(x) is not None) and e.same_grad(node, x):
         return e.call(torch.reshape, x.args[0], target)
     return e.retarget(node, torch.reshape, (x, target))
 
@@ -335,7 +335,7 @@ def spell_select(e: Editor, node: fx.Node) -> fx.Node | None:
     return e.retarget(node, operator.getitem, (x, _at(dim % rank(x), index)))
 
 
-def _at(dim: int, index: int) -> tuple[Any, ...]:
+def _at(dim: int, index: int | slice) -> tuple[Any, ...]:
     return (*[slice(None)] * dim, index)
 
 
@@ -362,7 +362,7 @@ def one_of_a_dim(e: Editor, node: fx.Node) -> fx.Node | None:
     if not isinstance(dim, int) or not isinstance(index, int) or not rank(x):
         return None
     dim %= rank(x)
-    if index in (0, -1) and _added_dim(x) == dim:
+    if index in (0, -1) and added_dim(x) == dim:
         return x.args[0]
     if x.target is torch.permute:
         order = tuple(x.args[1])
@@ -370,11 +370,11 @@ def one_of_a_dim(e: Editor, node: fx.Node) -> fx.Node | None:
         return e.call(operator.getitem, x.args[0], _at(order[dim], index)) if rest == sorted(rest) else None
     if not same_size(shape(x)[dim], 1) or index not in (0, -1):
         return None
-    source, start = _piece(e, x, dim)
-    return None if source is None or start is None else e.call(operator.getitem, source, _at(dim, start))
+    source, along, start = piece(e, x)
+    return None if source is None or along != dim else e.call(operator.getitem, source, _at(dim, start))
 
 
-def _added_dim(x: fx.Node) -> int | None:
+def added_dim(x: fx.Node) -> int | None:
     """The dim of size one that a call adds and does no more: x.unsqueeze(d), x[:, None]."""
     if x.target in ("unsqueeze", torch.unsqueeze):
         dim = Arguments(x, "input", "dim")["dim"]
@@ -398,28 +398,123 @@ def one_index(node: fx.Node) -> tuple[int | None, Any]:
     return (found[0], keys[found[0]]) if len(found) == 1 else (None, None)
 
 
-def _piece(e: Editor, x: fx.Node, dim: int) -> tuple[Any, Any]:
-    """(source, where along `dim` it starts) of a part of a tensor along that dim; (None, None) of others."""
-    name = describe(x).strip(".")
-    if name == "narrow":
+def piece(e: Editor, x: fx.Node) -> tuple[Any, int, int]:
+    """(source, dim, where it starts) of a part of a tensor along one dim, without steps; (None, 0, 0) of others."""
+    nothing = None, 0, 0
+    source = x.args[0] if x.args else None
+    if x.target is operator.getitem and not is_tensor(source) and isinstance(source, fx.Node):
+        pieces, index = source, x.args[1]
+        if describe(pieces).strip(".") not in ("chunk", "split", "tensor_split") or not pieces.args or not e.same_grad(x, pieces):
+            return nothing
+        source, dim = Arguments(pieces, "input", "sizes", ("dim", 0)).take("input", "dim")
+        if not isinstance(dim, int) or not isinstance(index, int) or index < 0:
+            return nothing
+        before = [value.shape[dim] for value in pieces.meta["example_value"][:index]]
+        return (source, dim % rank(source), sum(before)) if all(isinstance(s, int) for s in before) else nothing
+    if x.target is operator.getitem:
+        along, key = one_index(x) if is_tensor(source) else (None, None)
+        start = key.start or 0 if isinstance(key, slice) and key.step in (None, 1) else None
+    else:
+        name = describe(x).strip(".")
         source, along, start = Arguments(x, "input", "dim", "start", "length").take("input", "dim", "start")
-        return (source, start) if isinstance(along, int) and isinstance(start, int) and along % rank(x) == dim else (None, None)
-    if x.target is not operator.getitem:
-        return None, None
-    if is_tensor(x.args[0]):
-        along, key = one_index(x)
-        start = key.start or 0 if isinstance(key, slice) and key.step is None else None
-        return (x.args[0], start) if along == dim and isinstance(start, int) else (None, None)
-    pieces = x.args[0]
-    if describe(pieces).strip(".") not in ("chunk", "split", "tensor_split") or not isinstance(x.args[1], int):
-        return None, None
-    found = Arguments(pieces, "input", "sizes", ("dim", 0))
-    if not pieces.args or not e.same_grad(x, pieces):
-        return None, None
-    before = [value.shape[dim] for value in pieces.meta["example_value"][: x.args[1]]]
-    if found["dim"] not in (dim, dim - rank(x)) or not all(isinstance(s, int) for s in before) or x.args[1] < 0:
-        return None, None
-    return pieces.args[0], sum(before)
+        start = start if name == "narrow" else None
+    if not isinstance(along, int) or not isinstance(start, int) or not rank(source):
+        return nothing
+    size = shape(source)[along]
+    if start < 0 and isinstance(size, int):
+        start = max(start + size, 0)
+    return source, along % rank(source), start
+
+
+_JOINS = (torch.cat, torch.concat, torch.concatenate, torch.hstack, torch.vstack, torch.dstack)
+
+
+@rule(*_JOINS)
+def spell_cat(e: Editor, node: fx.Node) -> fx.Node | None:
+    """concat, hstack, vstack, dstack -> torch.cat(parts, d)."""
+    stacks = {torch.hstack: 1, torch.vstack: 0, torch.dstack: 2}
+    found = Arguments(node, "tensors") if node.target in stacks else Arguments(node, "tensors", ("dim", 0))
+    parts, dim = found["tensors"], stacks.get(node.target, found.values.get("dim"))
+    if not found.valid or not isinstance(parts, (tuple, list)) or not isinstance(dim, int) or not rank(node):
+        return None
+    if node.target in stacks:  # what has fewer dims gets more
+        dim = 0 if rank(node) == 1 else dim
+        if any(rank(p) != rank(node) for p in parts):
+            return None
+    return e.retarget(node, torch.cat, (parts, dim % rank(node)))
+
+
+def joined_parts(node: Any) -> tuple[Sequence[fx.Node], int]:
+    """(parts, dim) of a canonical torch.cat; ((), 0) of other calls."""
+    is_cat = is_tensor(node) and node.target is torch.cat and len(node.args) == 2 and not node.kwargs
+    return node.args if is_cat and isinstance(node.args[0], (tuple, list)) else ((), 0)
+
+
+@rule(operator.getitem, "narrow", torch.narrow)
+def part_of_joined(e: Editor, node: fx.Node) -> fx.Node | None:
+    """torch.cat([x, y], d).chunk(2, d)[1] -> y, torch.stack([x, y], d)[..., 1, :] -> y; a slice of x or y where it is less.
+
+    (A part that nothing with a gradient reads has none afterwards, where it had one of zeros.)
+    """
+    if not is_tensor(node):
+        return None
+    if node.target is operator.getitem and (stacked := _of_stack(e, node)) is not None:
+        return stacked
+    joined, dim, start = piece(e, node)
+    parts, along = joined_parts(joined)
+    if not parts or along != dim or not e.same_grad(node, joined):
+        return None
+    if any(u.op == "output" for u in node.users):
+        return None  # who gets it may count on its strides
+    length, at = shape(node)[dim], 0
+    for part in parts:
+        if rank(part) != rank(node) or not isinstance(width := shape(part)[dim], int) or not isinstance(length, int):
+            return None
+        if at <= start and start + length <= at + width:
+            if length == width:
+                return part
+            return e.call(operator.getitem, part, _at(dim, slice(start - at, start - at + length)))
+        at += width
+    return None
+
+
+def _of_stack(e: Editor, node: fx.Node) -> fx.Node | None:
+    """The tensor of a stack that an index of its own dim, or unbind, gives back."""
+    source, index = node.args
+    if is_tensor(source):
+        dim, index = one_index(node)
+    elif isinstance(source, fx.Node) and describe(source).strip(".") == "unbind":
+        unbound, dim = Arguments(source, "input", ("dim", 0)).take("input", "dim")
+        source = unbound if e.same_grad(node, source) else None
+    if not is_tensor(source) or source.target is not torch.stack or not isinstance(index, int) or not isinstance(dim, int):
+        return None
+    tensors, along = Arguments(source, "tensors", ("dim", 0)).take("tensors", "dim")
+    if not isinstance(tensors, (tuple, list)) or (along - dim) % rank(source) or not e.same_grad(node, source):
+        return None
+    return tensors[index]
+
+
+@rule(F.glu)
+def glu_of_joined(e: Editor, node: fx.Node) -> fx.Node | None:
+    """F.glu(torch.cat([x, y], d), d) -> x * sigmoid(y)."""
+    joined, dim = Arguments(node, "input", ("dim", -1)).take("input", "dim")
+    parts, along = joined_parts(joined)
+    if len(parts) != 2 or (along - dim) % rank(joined) or e.is_written(joined) or not e.same_region(node, joined):
+        return None
+    x, gate = parts
+    return e.call(operator.mul, x, e.call(torch.sigmoid, gate)) if same_shape(shape(x), shape(gate)) else None
+
+
+_SPLITS_ALONG = {"hsplit": 1, "vsplit": 0, "dsplit": 2}
+
+
+@rule(*_SPLITS_ALONG, *(getattr(torch, name) for name in _SPLITS_ALONG))
+def spell_split(e: Editor, node: fx.Node) -> fx.Node | None:
+    """x.dsplit(n) -> torch.tensor_split(x, n, 2)."""
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    dim = min(_SPLITS_ALONG[describe(node).strip(".")], rank(node.args[0]) - 1)  # hsplit of a vector
+    return e.retarget(node, torch.tensor_split, (*node.args, dim))
 
 
 @rule(torch._C._nn.pad)
@@ -502,10 +597,10 @@ PURE |= {
         F.pad,
     ),
     *(torch.reshape, torch.permute, torch.t, torch.unsqueeze, "to", "contiguous", "view", "reshape", "max", "amax"),
-    *_EXPANDS,
+    *EXPANDS,
     *("log_softmax", torch.log_softmax, F.log_softmax, torch.isnan, "isnan"),
     *(torch.logsumexp, "logsumexp", "unsqueeze", "squeeze", torch.squeeze, "mean", torch.mean, "sum", torch.sum),
-    *("chunk", "split", "unbind", "tensor_split", "narrow"),
+    *("chunk", "split", "unbind", "tensor_split", "narrow", torch.stack, *_JOINS),
     *(torch.chunk, torch.split, torch.unbind, torch.tensor_split, torch.narrow),
     *(torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
 }

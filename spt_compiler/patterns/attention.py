@@ -175,7 +175,7 @@ def _before_repeat(x: Node) -> Node | None:
 
 # Ops that rearrange, so that what passes them is no longer one score per (query, key): seen only to name a near miss.
 _REARRANGES = {
-    *(operator.getitem, torch.cat, torch.concat, torch.stack, torch.gather, torch.index_select, torch.roll, torch.flip),
+    *(operator.getitem, torch.cat, torch.stack, torch.gather, torch.index_select, torch.roll, torch.flip),
     *(
         F.pad,
         F.leaky_relu,
@@ -214,7 +214,7 @@ _NOTHING, _LOOSE, _PLAIN = 0, 1, 2
 
 def _is_product(node: Any) -> bool:
     """A product of two activations; the left one may be a parameter: queries that are learned, without a projection."""
-    return isinstance(node, Node) and node.target is torch.matmul and not is_weight(node.args[1])
+    return isinstance(node, Node) and node.target is torch.matmul and not is_weight(node.args[1]) and not _mixes_heads(node)
 
 
 DISTANCES = "the scores are distances between queries and keys, no products of them"
@@ -259,21 +259,45 @@ def _distance(node: Node) -> str:
     return "" if not meets else SQUARES if squared else DISTANCES
 
 
+MIXED = "a layer mixes the {} of the heads (talking heads)"
+
+_LAYOUT = {torch.permute, torch.t, torch.reshape, torch.unsqueeze, torch.squeeze, "unsqueeze", "squeeze", "expand", "contiguous"}
+
+
+def _without_layout(x: Any) -> Any:
+    while isinstance(x, Node) and x.target in _LAYOUT:
+        x = x.args[0]
+    return x
+
+
 def _mixes_heads(node: Node) -> bool:
-    """A linear layer, or a 1x1 convolution, over the heads of scores (talking heads), or one that makes them of vectors (additive
-    attention): seen only to name a near miss."""
-    if node.target is F.linear and shape(node)[-1] == 1:
-        return rank(node) > 3
+    """A linear layer, a 1x1 convolution or a product with weights over the heads of scores, or of probabilities."""
     if node.target is F.linear:
         x = node.args[0]
         order = x.args[1] if isinstance(x, Node) and x.target is torch.permute else (0,)
         return rank(node) > 3 and order[-1] not in (len(order) - 1, len(order) - 2)  # type: ignore[index, arg-type]
-    return node.target in (F.conv2d, torch.conv2d)
+    if node.target in (F.conv2d, torch.conv2d):
+        return all(same_size(s, 1) for s in shape(Arguments(node, "input", "weight")["weight"])[2:])
+    if node.target is not torch.matmul or rank(node) < 4:
+        return False
+    weight, x = map(_without_layout, node.args)
+    if not is_weight(weight) or rank(weight) != 2:
+        return False
+    while isinstance(x, Node) and (x.target in _AFTER or (x.target in STEPS and x.target is not torch.reshape)):
+        x = _without_layout(next((a for a in x.args if is_float(a) and rank(a) == rank(x)), None))
+    if not isinstance(x, Node) or x.target is not torch.matmul:
+        return isinstance(x, Node) and x.target is F.softmax
+    left = x.args[0]
+    while isinstance(left, Node) and (left.target in _AFTER or left.target in _LAYOUT):
+        left = left.args[0]
+    return isinstance(left, Node) and left.target is not F.softmax  # else these are values, weighed by probabilities
 
 
 def _is_near(node: Node) -> bool:
     """Whether a call, though no step between scores and values, may stand there in something like an attention."""
-    return node.target in _REARRANGES or _mixes_heads(node) or is_hook(node)
+    if node.target is F.linear and rank(node) > 3 and shape(node)[-1] == 1:
+        return True  # scores made of vectors (additive attention)
+    return node.target in (*_REARRANGES, F.conv2d, torch.conv2d) or _mixes_heads(node) or is_hook(node)
 
 
 def _score_levels(context: Context) -> dict[Node, int]:
@@ -289,9 +313,8 @@ def _score_levels(context: Context) -> dict[Node, int]:
         if written and storage(node) in written - {None}:
             levels[node] = _LOOSE
             continue
-        if node.target is torch.matmul:
-            if _is_product(node):
-                levels[node] = _PLAIN
+        if _is_product(node):
+            levels[node] = _PLAIN
             continue
         if _distance(node):
             levels[node] = _LOOSE
@@ -510,10 +533,11 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
     while not _is_product(current):
         reader = STEPS.get(current.target)
         if reader is None:
-            if current.target in (torch.cat, torch.concat, F.pad):
+            if current.target in (torch.cat, F.pad):
                 return Reject("the scores are joined with others before the softmax (sinks, or keys of two kinds)")
-            said = _said_above(context, current)
-            if said:
+            if _mixes_heads(_without_layout(current)):
+                return Reject(MIXED, "scores")
+            if said := _said_above(context, current):
                 return Reject("{}", said)
             if current.target in ("squeeze", torch.squeeze) and any(same_size(s, 1) for s in shape(current.args[0])[-2:-1]):
                 return Reject(ONE_QUERY)
@@ -579,6 +603,13 @@ def _leads_to_product(start: Node) -> bool:
     return False
 
 
+def _behind_layout(x: Node) -> Node:
+    """The call that reads `x` where nothing but layout is between, and nobody else reads it."""
+    while x.target in _LAYOUT and len(x.users) == 1:
+        x = next(iter(x.users))
+    return x
+
+
 @dataclass
 class _Below:
     nodes: list[Node]
@@ -601,6 +632,8 @@ def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
             user = next(iter(current.users), None)
             if user is None or user.op == "output":
                 return Reject("the probabilities are returned and multiply nothing")
+            if _mixes_heads(_behind_layout(user)):
+                return Reject(MIXED, "probabilities")
             if user.target in (operator.mul, torch.masked_fill, torch.where):
                 return Reject("a mask or factor is applied after the softmax ({})", describe(user))
             return Reject("{} between the softmax and the values", describe(user))
@@ -673,6 +706,8 @@ def capture_chain(context: Context, node: Node) -> Candidate | Reject | None:
     product = logits.nodes[-1]
     q, k = product.args
     v = below.product.args[1]
+    if 1 in (rank(q), rank(k)):
+        return Reject(ONE_QUERY)
     if any(rank(n) != rank(node) for n in (q, k, v)):
         return Reject("ranks of q, k, v and scores are {}, {}, {}, {}", rank(q), rank(k), rank(v), rank(node))
     scale = logits.factor
@@ -803,18 +838,53 @@ def capture_without_softmax(context: Context, node: Node) -> Reject | None:
     return Reject("{} of the scores, and no softmax, weighs the values", describe(node))
 
 
-def _weighs_values(weights: Node) -> bool:
-    """Whether `weights` multiply an activation from the left, behind steps on each of them."""
+def _weighs_values(weights: Node, of_each: bool = False) -> bool:
+    """Whether `weights` multiply an activation from the left, behind steps on each of them; of_each: from any side, or each value
+    by its weight before a sum."""
     stack, seen = [weights], {weights}
     while stack and len(seen) < 16:
         current = stack.pop()
         for user in current.users:
-            if _is_product(user) and user.args[0] is current:
+            if _is_product(user) and (of_each or user.args[0] is current):
                 return True
-            if user not in seen and (user.target in STEPS or user.target in _AFTER or user.target in (torch.square, operator.pow)):
+            if of_each and user.target is operator.mul and any(u.target in ("sum", torch.sum) for u in user.users):
+                return True
+            follows = user.target in STEPS or user.target in _AFTER or user.target in (torch.square, operator.pow)
+            if user not in seen and (follows or (of_each and user.target in (*_LAYOUT, operator.getitem))):
                 seen.add(user)
                 stack.append(user)
     return False
+
+
+POOLED = "a linear layer of the tokens makes the scores (attention pooling)"
+
+
+def _pooled(node: Node, dim: Any) -> str:
+    """What a call says that scores tokens by learned vectors for a softmax over `dim`, by one most often ("": it is no such)."""
+    if node.target is F.linear:
+        return ONE_QUERY if same_size(shape(node)[-1], 1) else POOLED if dim != -1 else ""
+    if node.target is torch.matmul:
+        return ONE_QUERY if rank(node.args[1]) == 1 else ""
+    pairs = node.args[0] if node.target in ("sum", torch.sum) and node.args else None
+    if not isinstance(pairs, Node) or pairs.target is not operator.mul:
+        return ""
+    summed = Arguments(node, "input", "dim")["dim"] in (-1, rank(pairs) - 1)
+    return ONE_QUERY if summed and any(is_weight(a) and rank(a) == 1 for a in pairs.args) else ""
+
+
+def capture_pooling(context: Context, node: Node) -> Reject | None:
+    """A softmax over tokens that a vector, or a layer, scores, by which their values are summed."""
+    dim, stack = node.kwargs.get("dim"), [(a, node.kwargs.get("dim")) for a in node.args[:1]]
+    for _ in range(16):
+        if not stack or not isinstance(dim, int):
+            return None
+        scores, over = stack.pop()
+        if said := _pooled(scores, over):
+            return Reject("{}", said) if not same_size(shape(node)[dim], 1) and _weighs_values(node, of_each=True) else None
+        if scores.target in STEPS or scores.target in _LAYOUT or scores.target is operator.getitem:
+            over = -1 if scores.target is torch.reshape else over  # heads of keys, say: a layer of several features is not told
+            stack += [(a, over) for a in scores.args if is_float(a)]
+    return None
 
 
 CALL = Pattern(
@@ -831,6 +901,13 @@ CHAIN = Pattern(
     anchors=(F.softmax,),
     capture=capture_chain,
     guards=(inputs_are_outside,),
+)
+POOLING = Pattern(
+    name="attention-pooling",
+    kind="attention",
+    equation="sum(softmax(x @ w) * v) over tokens stays",
+    anchors=(F.softmax,),
+    capture=capture_pooling,
 )
 FLEX = Pattern(
     name="flex-attention",
@@ -872,4 +949,4 @@ OTHERWISE = Pattern(
     capture=capture_without_softmax,
 )
 
-PATTERNS = (CALL, CHAIN, FLEX, CUT, OUTSIDE, WRITTEN_OUT, OTHERWISE)
+PATTERNS = (CALL, CHAIN, POOLING, FLEX, CUT, OUTSIDE, WRITTEN_OUT, OTHERWISE)

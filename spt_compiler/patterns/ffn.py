@@ -493,10 +493,10 @@ def _stacked(node: Node) -> Reject | None:
 
 def _one_by_one(node: Node) -> Node | None:
     """The rows of all experts if `node` joins, row by row, what each made of its share: cat([linear(x[i], w[i]) ...])."""
-    if node.target not in (torch.cat, torch.concat) or Arguments(node, "tensors", ("dim", 0))["dim"] != 0:
+    if node.target is not torch.cat or node.args[1:] != (0,):
         return None
-    products = node.args[0] if node.args else None
-    if not isinstance(products, (tuple, list)) or len(products) < 2 or any(p.target is not F.linear for p in products):
+    products = node.args[0]
+    if len(products) < 2 or any(p.target is not F.linear for p in products):
         return None
     weights = [p.args[1] for p in products]
     stacks = {w.args[0] if w.target is operator.getitem and is_weight(w) else None for w in weights}
@@ -539,7 +539,7 @@ def _read_by(source: Node) -> Any:
         arguments = source.args
     elif source.target is torch.ops.higher_order.autograd_function_apply:
         arguments = source.args[2:]  # behind the two bodies
-    elif source.target in (torch.cat, torch.concat):
+    elif source.target is torch.cat:
         return _one_by_one(source)
     else:
         weight_first = source.target is torch.matmul and is_weight(source.args[0])
@@ -1234,7 +1234,7 @@ EXPERTS = Pattern(
     kind="ffn",
     equation="grouped(act(grouped(x, w_in)), w_out) stays",
     anchors=(
-        *(torch.matmul, "*grouped_mm*", torch.cat, torch.concat, *_CONVOLUTIONS),
+        *(torch.matmul, "*grouped_mm*", torch.cat, *_CONVOLUTIONS),
         *(torch.ops.higher_order.autograd_function_apply, CUSTOM),
     ),
     capture=capture_block,

@@ -1,0 +1,286 @@
+"""Linear layers with steps on each number between them: a block, its parts apart from what is beside them, features last."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..graph import Arguments, is_float, is_tensor, rank, same_shape, same_size, shape
+from .editor import Editor, rule
+from .products import is_weight, permuted, swapped, widened
+from .spelling import ELEMENTWISE, joined_parts, one_index, piece
+
+# Steps between two layers that act on each number by itself.
+_POINTWISE = {
+    *ELEMENTWISE,
+    *(operator.truediv, torch.where, torch.masked_fill, torch.clamp, F.dropout, F.gelu, F.leaky_relu, F.elu, F.selu, F.celu),
+    *(F.mish, F.softplus, F.hardtanh, F.relu6, F.hardsigmoid, F.hardswish, F.softsign, F.logsigmoid, "to", "contiguous"),
+}
+
+
+def _cut(e: Editor, x: fx.Node, dim: int) -> tuple[Any, slice | None]:
+    """(tensor, slice) where `x` is that slice of it along `dim`, (tensor, None) where it is the gated linear unit of its halves;
+    (None, None) of others."""
+    if x.target is F.glu:
+        whole, along = Arguments(x, "input", ("dim", -1)).take("input", "dim")
+        return (whole if along % rank(x) == dim else None), None
+    if x.target is operator.getitem and is_tensor(x.args[0]):
+        along, key = one_index(x)
+        return (x.args[0], key) if along == dim and isinstance(key, slice) else (None, None)
+    whole, along, start = piece(e, x)
+    return (whole, slice(start, start + shape(x)[dim])) if whole is not None and along == dim else (None, None)
+
+
+def _up_to_layers(e: Editor, x: fx.Node, dim: int, is_layer: Callable[[fx.Node], Any]) -> set[fx.Node]:
+    """`x` and what it is made of, up to layers and with them, by steps on each number and parts along `dim`; else nothing."""
+    inside, stack = {x}, [x]
+    while stack and len(inside) < 48:
+        current = stack.pop()
+        if is_layer(current):
+            continue
+        if current.target in _POINTWISE:
+            above = [a for a in current.args if is_tensor(a) and same_shape(shape(a), shape(current))]
+        else:
+            whole, _ = _cut(e, current, dim)
+            if whole is None:
+                return set()
+            above = [whole]
+            inside.update({current.args[0]} - {whole})  # what splits it
+        above = [a for a in above if a not in inside]
+        inside.update(above)
+        stack += above
+    return set() if stack or not any(map(is_layer, inside)) else inside
+
+
+def _leaves(inside: set[fx.Node], *ends: fx.Node) -> bool:
+    """Whether somebody reads one of the nodes `inside`, beside each other and `ends`."""
+    return any(u not in inside and u not in ends for i in inside for u in i.users)
+
+
+def _is_linear(node: fx.Node) -> bool:
+    return node.target is F.linear
+
+
+def _block_above(e: Editor, x: fx.Node, width: int) -> set[fx.Node]:
+    """What makes `x` of linear layers that read `width` features, by one step at least: the inside of a block that `x` closes."""
+    if _is_linear(x) or not rank(x):
+        return set()
+    inside = _up_to_layers(e, x, rank(x) - 1, _is_linear)
+    layers = [n for n in inside if _is_linear(n)]
+    closes = (x.target in _POINTWISE or x.target is F.glu) and all(same_size(shape(n.args[0])[-1], width) for n in layers)
+    return inside if closes else set()
+
+
+@rule(F.linear)
+def joined_inputs_apart(e: Editor, node: fx.Node) -> fx.Node | None:
+    """linear(cat([a, f(linear(x))], -1), w, b) -> linear(a, w[:, :n], b) + linear(f(linear(x)), w[:, n:]).
+
+    Two branches of a layer (attention and a feed-forward block, say) whose out-projections are one: the second closes its block.
+    """
+    joined, w, *bias = node.args
+    parts, dim = joined_parts(joined)
+    if not parts or dim != rank(joined) - 1 or len(joined.users) != 1 or not e.same_region(node, joined):
+        return None
+    if rank(w) != 2 or not is_weight(w):
+        return None
+    widths = [shape(p)[-1] for p in parts]
+    closes = [bool(_block_above(e, p, shape(w)[0])) for p in parts]
+    if not all(isinstance(s, int) for s in widths) or sum(closes) != 1:
+        return None
+    total = None
+    for i in sorted(range(len(parts)), key=closes.__getitem__):
+        start = sum(widths[:i])
+        rows = e.call(operator.getitem, w, (slice(None), slice(start, start + widths[i])))
+        term = e.call(F.linear, parts[i], rows, *(bias if total is None else []))
+        total = term if total is None else e.call(operator.add, total, term)
+    e.move((joined,))
+    return total
+
+
+@rule(F.linear)
+def fused_layer_apart(e: Editor, node: fx.Node) -> fx.Node | None:
+    """linear(x, w), some slices of which are the inside of a block -> cat([linear(x, w[:n]), linear(x, w[n:])], -1).
+
+    Queries, keys and values and a feed-forward block beside them made by one layer: each keeps its rows, for slices of what is
+    joined are the parts.
+    """
+    x, w, *bias = node.args
+    width, dim = shape(x)[-1], rank(node) - 1
+    if rank(w) != 2 or not all(map(is_weight, (w, *bias))) or not all(isinstance(n, int) for n in (width, *shape(w))):
+        return None
+    parts: list[tuple[int, int, bool]] = []  # (first row, end, whether it is inside of a block)
+    for user in node.users:
+        for part in [user] if is_tensor(user) else user.users or [user]:  # what nobody reads is no split: the graph's output
+            whole, along, start = piece(e, part) if is_tensor(part) else (None, 0, 0)
+            if whole is not node or along != dim or not e.same_grad(part, node):
+                return None
+            parts.append((start, start + shape(part)[dim], _is_inside_block(e, part, node, width)))
+    parts.sort()
+    cuts = [0, *(b[0] for a, b in pairwise(parts) if a[2] is not b[2]), shape(w)[0]]
+    rows = [slice(a, b) for a, b in pairwise(cuts)]
+    if len(rows) < 2 or not all(any(r.start <= a and b <= r.stop for r in rows) for a, b, _ in parts):
+        return None
+    return e.call(torch.cat, [e.call(F.linear, x, *(e.call(operator.getitem, p, r) for p in (w, *bias))) for r in rows], dim)
+
+
+def _is_inside_block(e: Editor, part: fx.Node, layer: fx.Node, width: int) -> bool:
+    """Whether `part` of the output of `layer` leads to an out-projection that closes a block, of which `layer` is the first."""
+    stack, seen = [part], {part}
+    while stack and len(seen) < 48:
+        current = stack.pop()
+        for user in current.users:
+            if _is_linear(user):
+                narrows = same_size(shape(user)[-1], width) and isinstance(shape(current)[-1], int) and shape(current)[-1] >= width
+                if user.args[0] is current and narrows and layer in _block_above(e, current, width):
+                    return True
+                continue
+            follows = user.target in _POINTWISE or not is_tensor(user) or _cut(e, user, rank(user) - 1)[0] is not None
+            if follows and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+@rule(F.linear)
+def token_factor_to_output(e: Editor, node: fx.Node) -> fx.Node | None:
+    """linear(h * s, w, b) -> linear(h, w) * s + b inside of a block, where s is the same for all features of a token."""
+    h, w, *bias = node.args
+    inside = _block_above(e, h, shape(w)[0]) if rank(w) == 2 else set()
+    if not any(map(_token_factor, inside)) or _leaves(inside, node) or not e.same_region(node, *inside):
+        return None
+    without: dict[fx.Node, tuple[fx.Node, tuple]] = {}
+
+    def split(x: fx.Node) -> tuple[fx.Node, tuple]:
+        """(`x` without factors of tokens, those: (operator, factor) each)."""
+        if x not in without:
+            without[x] = anew(x)
+        return without[x]
+
+    def anew(x: fx.Node) -> tuple[fx.Node, tuple]:
+        if (found := _token_factor(x)) is not None:
+            rest, factors = split(found[0])
+            return rest, (*factors, (x.target, found[1]))
+        carriers = {operator.mul: 2, operator.truediv: 1, F.dropout: 1}.get(x.target, 0)
+        pairs = [split(a) if i < carriers and a in inside else (a, ()) for i, a in enumerate(x.args)]
+        factors = tuple(f for _, fs in pairs for f in fs)
+        return (e.call(x.target, *(a for a, _ in pairs), **x.kwargs) if factors else x), factors
+
+    rest, factors = split(h)
+    if not factors or not _block_above(e, rest, shape(w)[0]):
+        return None
+    result = e.call(F.linear, rest, w)
+    for operation, factor in factors:
+        result = e.call(operation, result, factor)
+    e.move(inside)
+    return e.call(operator.add, result, *bias) if bias else result
+
+
+def _token_factor(x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(h, s) of h * s or h / s, where s has one value for all features."""
+    if x.target not in (operator.mul, operator.truediv) or not all(map(is_float, x.args)):
+        return None
+    for h, s in (x.args, x.args[::-1])[: 1 if x.target is operator.truediv else 2]:
+        if same_shape(shape(h), shape(x)) and rank(s) > 1 and same_size(shape(s)[-1], 1) and not same_size(shape(h)[-1], 1):
+            return h, s
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers over columns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _layer(node: Any) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]] | None:
+    """(x, weight, bias, order in which features come last) of w @ x, a linear layer with its weight on the left."""
+    if not is_tensor(node) or node.target is not torch.matmul:
+        return None
+    (w, x), dims = node.args, rank(node)
+    is_layer = rank(w) == 2 and is_weight(w) and not is_weight(x) and rank(x) == dims
+    return (x, w, None, swapped(dims)) if is_layer else None
+
+
+def _order(node: Any) -> tuple[int, ...] | None:
+    """The order of dims that a permutation makes; None for other calls."""
+    if not is_tensor(node) or node.target not in (torch.permute, torch.t):
+        return None
+    return tuple(node.args[1]) if node.target is torch.permute else (1, 0)
+
+
+@rule(torch.matmul, F.linear)
+def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
+    """w2 @ f(w1 @ x) -> linear(f(linear(x.mT, w1)), w2).mT.
+
+    Either half may be a linear layer with a permutation behind or before it. Both layers and what is between them turn at
+    once; a layer without the other half of its block gains nothing by it.
+    """
+    turns = _order(node.args[0]) if node.target is F.linear else None
+    if turns is None:
+        last = _layer(node)
+    else:  # the permutation is the layer's own if nobody else reads it
+        x, w, *rest = node.args
+        last = (x.args[0], w, *(rest or [None]), turns) if turns[-1] != rank(x) - 1 and len(x.users) == 1 else None
+    if last is None:
+        return None
+    h, w_out, b_out, order = last
+    if rank(w_out) != 2 or (turns and not e.same_region(node, node.args[0])):
+        return None
+    width, hidden = shape(w_out)
+    if not isinstance(width, int) or not isinstance(hidden, int) or hidden < width:
+        return None
+    back = tuple(order.index(i) for i in range(len(order)))
+
+    def first(x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, tuple[int, ...]] | None:
+        if _order(x) == back and x.args[0].target is F.linear:
+            return x.args[0], x.args[0].args[1], None, order
+        return _layer(x)
+
+    if first(h) is not None:
+        return None  # nothing between them
+    inside = _up_to_layers(e, h, order[-1], first)
+    # They widen the block's input (those of a gated one by several times the hidden width), and it comes back to that.
+    layers = [layer for n in inside if (layer := first(n)) is not None]
+    if not layers or any(layer[3] != order or not same_size(shape(layer[1])[1], width) for layer in layers):
+        return None
+    if _leaves(inside, node, *([node.args[0]] if turns else [])) or not e.same_region(node, *inside):
+        return None
+    turned: dict[fx.Node, fx.Node] = {}
+
+    def turn(x: Any) -> Any:
+        if not is_tensor(x) or not rank(x):
+            return x
+        if x not in turned:
+            turned[x] = anew(x)
+        return turned[x]
+
+    def anew(x: fx.Node) -> fx.Node:
+        if x in inside:
+            if (found := first(x)) is not None:
+                return found[0] if _order(x) else linear(rows_of(found[0]), *found[1:3])
+            whole, part = _cut(e, x, order[-1])
+            if whole is not None:
+                return e.call(F.glu, turn(whole), -1) if part is None else e.call(operator.getitem, turn(whole), (Ellipsis, part))
+            return e.call(x.target, *map(turn, x.args), **x.kwargs)
+        x = widened(e, x, len(order))
+        *lead, features = (shape(x)[i] for i in order)
+        if isinstance(features, int) and all(same_size(s, 1) for s in lead):
+            return e.call(torch.reshape, x, (features,))  # a bias
+        return permuted(e, x, order)
+
+    def rows_of(x: fx.Node) -> fx.Node:
+        """The input of a layer, which no size of one makes a bias. Layers that share it read one node."""
+        if x not in turned:
+            turned[x] = permuted(e, x, order)
+        return turned[x]
+
+    def linear(x: fx.Node, w: fx.Node, b: fx.Node | None) -> fx.Node:
+        return e.call(F.linear, x, w, *([] if b is None else [b]))
+
+    result = linear(turn(h), w_out, b_out)
+    e.move(inside)
+    return result if turns else permuted(e, result, back)
