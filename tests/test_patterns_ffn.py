@@ -360,6 +360,32 @@ def test_low_rank_branches_of_the_in_projections():
     assert [len(branches) for branches in c.lora] == [0, 2] and c.lora[1][1].bias is not None
 
 
+class Scaled(nn.Module):
+    """Low-rank branches whose scaling the model holds: a parameter, or a buffer."""
+
+    def __init__(self, scaling: Tensor, dropout: float = 0.0):
+        super().__init__()
+        self.block = Block(lambda m, x: x)
+        self.scaling, self.dropout = scaling, dropout
+
+    def forward(self, x):
+        m = self.block
+        h = F.gelu(m.up(x) + self.scaling * m.b(m.a(F.dropout(x, self.dropout))))
+        return m.down(h) + F.linear(m.a2(h), m.b2.weight) * self.scaling
+
+
+@pytest.mark.parametrize("scaling", [nn.Parameter(torch.tensor(1.5)), nn.Buffer(torch.tensor([0.5]))])
+def test_low_rank_branches_whose_scaling_is_a_tensor(scaling):
+    c = only(Scaled(scaling))
+    assert len(c.lora[0]) == len(c.lora_out) == 1 and c.lora[0][0].scaling == 1.0
+    assert blocks.assert_exact_is_eager(Scaled(scaling), X) == ["ffn"]
+
+
+def test_low_rank_branches_whose_scaling_is_a_vector_stay():
+    matches, skipped = sites(Scaled(nn.Parameter(torch.ones(1, 5, 1))), X)
+    assert not matches and skipped
+
+
 def test_low_rank_branches_of_a_fused_projection_are_cut_as_it_is():
     def function(m, x):
         gate, up = (m.fused(x) + _low(m.a, m.bf, x)).chunk(2, -1)
@@ -608,8 +634,25 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: m.down(F.gelu(m.up(x)).view(2, 5, 2, 5).transpose(2, 3).reshape(2, 5, HIDDEN)),
         "between the projections",
     ),
+    "a convolution over the rows as an image": (
+        lambda m, x: m.down(F.gelu(m.conv(m.up(x).mT.reshape(2, HIDDEN, -1)).flatten(2).mT)),
+        "conv1d between the projections",
+    ),
+    "a backward of its own": (lambda m, x: m.down(_Rounded.apply(m.up(x))), "an autograd function whose backward"),
     "hidden broadcast": (lambda m, x: m.down(F.gelu(m.up(x))[None] * m.beta.expand(2, 1, 1, HIDDEN)), ""),
 }
+
+
+class _Rounded(torch.autograd.Function):
+    """A straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (F.relu(x) * 8).round() / 8
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
 
 
 def _zeroed(h: Tensor) -> Tensor:
@@ -757,6 +800,15 @@ def test_linear_attention_is_no_block():
         return m.down(q @ (k.mT @ m.gate(x)))
 
     assert sites(Block(function), X) == ([], [])
+
+    def by_heads(m, x):
+        q, k = (F.relu(y).view(2, -1, 2, HIDDEN // 2).transpose(1, 2) for y in (m.up(x), m.gate(x)))
+        v = m.gate(x).view(2, -1, 2, HIDDEN // 2).transpose(1, 2)
+        total = 1 / torch.einsum("bhtd,bhd->bht", q, k.sum(2))
+        out = torch.einsum("bhtd,bhde,bht->bhte", q, k.mT @ v, total)
+        return m.down(out.transpose(1, 2).reshape(2, -1, HIDDEN))
+
+    assert sites(Block(by_heads), X) == ([], [])
 
 
 def test_halves_of_a_grouped_product_that_meet_no_other_are_nothing():
