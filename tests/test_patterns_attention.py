@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spt_compiler
+from spt_compiler import debug
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.patterns import AttentionCapture, find
 from spt_compiler.rewrite import copy_graph
@@ -1062,6 +1063,38 @@ def test_keys_and_values_that_all_rows_share():
     assert blocks.assert_exact_is_eager(Bank(), Q, K[0], V[0]) == ["attention"]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_values_that_all_heads_share(dropout):
+    """Interpretable attention (temporal fusion transformers); keys of as many heads as values are a group."""
+
+    def function(q, k, v):
+        return F.dropout(torch.softmax((q @ k.mT).masked_fill(HIDDEN, LOW), -1), dropout) @ v[:, 0].unsqueeze(1)
+
+    assert only(function, Q, K, V).v.meta["example_value"].shape[1] == 4
+    assert only(lambda q, k, v: function(q, k[:, :1], v), Q, K, V).v.meta["example_value"].shape[1] == 1
+
+    class Shared(nn.Module):
+        def forward(self, q, k, v):
+            return function(q, k, v)
+
+    if not dropout:
+        assert blocks.assert_exact_is_eager(Shared(), Q, K, V) == ["attention"]
+
+
+def test_keys_of_two_dims_are_named_at_any_length():
+    class Planes(nn.Module):
+        def forward(self, q, k, v):
+            scores = torch.einsum("bijd,bkld->bijkl", q, k)
+            p = scores.flatten(-2).softmax(-1).view(*q.shape[:3], *k.shape[1:3])
+            return torch.einsum("bijkl,bkld->bijd", p, v)
+
+    with pytest.warns(UserWarning, match="replaced nothing"):
+        compiled = torch.compile(Planes(), backend="spt", options={**blocks.EXACT, "inner": "eager"})
+        for length in (6, 5):
+            compiled(Q[:, :, :length], K[:, :, :length], V[:, :, :length])
+    said = [str(row.reason) for rows in debug.reports() for row in rows]
+    assert len(said) == 2 and said[0].startswith("the scores change shape") and said[1].startswith(".flatten between"), said
+
 
 def test_two_modalities_that_attend_by_one_product():
     def function(q, k, a, b):
@@ -1111,6 +1144,26 @@ def test_a_learned_scale_goes_to_the_queries():
     tau = numbers(4, 1, 1, seed=8).requires_grad_()
     c = only(lambda q, k, v, t: torch.softmax(q @ k.mT * t.exp() + BIAS, -1) @ v, Q, K, V, tau)
     assert c.scale == 1.0 and not c.scale_nodes and len(c.bias) == 1
+
+
+def test_a_learned_scale_under_autocast():
+    """The product is narrow, the scale of each head is not, and their product is as wide as that."""
+
+    class Cosine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.linspace(0.5, 2.0, 4).view(4, 1, 1))
+
+        def forward(self, q, k, v):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return (torch.softmax(F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.scale.exp(), -1) @ v).float()
+
+    module, inputs = Cosine(), [x.float() for x in (Q, K, V)]
+    expected = blocks.gradients(module, module, *inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="spt", options={**blocks.EXACT, "inner": "eager"})
+    blocks.assert_same(blocks.gradients(module, compiled, *inputs), expected, rtol=1e-2, grad_rtol=3e-2)
+    assert [row.status for rows in debug.reports() for row in rows] == ["replaced"]
 
 
 def test_length_and_width_may_differ():
@@ -1288,6 +1341,10 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "keys picked after scoring": (
         lambda q, k, v: torch.softmax((q @ k.mT)[..., :3], -1) @ v[:, :, :3],
         "getitem between",
+    ),
+    "one query as a column": (
+        lambda q, k, v: torch.softmax((k @ q[:, :, :1].mT).squeeze(-1), -1).unsqueeze(-2) @ v,
+        "queries of length 1",
     ),
     "probabilities sliced": (lambda q, k, v: torch.softmax(q @ k.mT, -1)[..., :3] @ v[:, :, :3], "getitem between"),
     "values made of probabilities": (lambda q, k, v: (p := torch.softmax(q @ k.mT, -1)) @ p, "right operand"),

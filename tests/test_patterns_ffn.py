@@ -272,6 +272,7 @@ def test_products_and_powers_of_projections_are_activations(name):
         lambda m, x: m.down(m.up(x) * m.gate(x.flip(1))),  # two inputs
         lambda m, x: m.down(m.up(x) * m.beta),
         lambda m, x: m.down((m.up(x) * m.gate(x)).cumsum(1)),  # a linear recurrence over tokens
+        lambda m, x: m.down(m.norm(F.glu(m.fused(x)) + x.repeat(1, 1, 3)[..., :HIDDEN].exp())),  # the norm of a residual sum
     ],
 )
 def test_products_that_something_else_breaks_are_nothing(function):
@@ -727,6 +728,12 @@ def _all_experts(m: Experts, x: Tensor) -> Tensor:
     return torch.bmm(F.gelu(torch.bmm(x, m.up.mT)), m.down.mT)
 
 
+def _all_experts_over_a_batch(m: Experts, x: Tensor) -> Tensor:
+    """As GShard writes it: tokens dispatched to [expert, batch, slot, width]."""
+    h = torch.einsum("ebcd,efd->ebcf", torch.stack([x, x * 0.5], 1), m.up).relu()
+    return torch.einsum("ebcf,edf->ebcd", h, m.down)
+
+
 def _picking_experts(m: Experts, x: Tensor) -> Tensor:
     best = x[:, 0].argmax(-1) % 3
     return torch.bmm(F.gelu(torch.bmm(x, m.up[best].mT)), m.down[best].mT)
@@ -784,6 +791,7 @@ def _one_picked_expert(m: Experts, x: Tensor) -> Tensor:
         (_picking_experts, "each token picks the weights"),
         (_picking_for_vectors, "each token picks the weights"),
         (_one_after_the_other, "one by one, each with its share of the rows"),
+        (_all_experts_over_a_batch, "stacked by expert in one batched product"),
         (_experts_by_group, "grouped_mm"),
         (_experts_in_halves, "grouped_mm"),
         (_one_picked_expert, "picked by an index"),

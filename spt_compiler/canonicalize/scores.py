@@ -480,11 +480,30 @@ def queries_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
 
 @rule(torch.matmul)
 def values_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
-    """probabilities @ v, where v has fewer dims -> the same with dims of size one in front of v."""
+    """probabilities @ v, where v has fewer dims -> the same with dims of size one in front of v, and with the heads of the keys."""
     p, v = node.args
-    if not is_tensor(v) or not 2 <= rank(v) < rank(p) or is_weight(v) or not _from_softmax(p):
+    if not is_tensor(v) or not 2 <= rank(v) <= rank(p) or is_weight(v) or not _from_softmax(p):
         return None
-    return e.call(torch.matmul, p, widened(e, v, rank(p)))
+    heads = _key_heads(p)
+    if rank(v) == rank(p) and heads is not None and same_size(shape(v)[-3], 1) and not same_size(heads, 1):
+        v = e.call("expand", v, *(-1,) * (rank(v) - 3), heads, -1, -1)
+    v = widened(e, v, rank(p))
+    return None if v is node.args[1] else e.call(torch.matmul, p, v)
+
+
+def _key_heads(p: Any) -> int | None:
+    """How many heads the keys have whose scores made probabilities `p`, by steps on each of them only."""
+    dims = rank(p)
+    for _ in range(_CHAIN):
+        if not is_tensor(p) or rank(p) != dims:
+            return None
+        if p.target is torch.matmul:
+            heads = shape(p.args[1])[-3] if dims > 3 and rank(p.args[1]) == dims else None
+            return heads if isinstance(heads, int) else None
+        if p.target is not F.softmax and p.target not in (*_PER_PROBABILITY, *_PER_SCORE) or p.target is torch.reshape:
+            return None
+        p = next((a for a in p.args if is_float(a) and same_shape(shape(a), shape(p))), None)
+    return None
 
 
 @rule(torch.matmul)
@@ -668,7 +687,8 @@ def row_factor_to_queries(e: Editor, node: fx.Node) -> fx.Node | None:
     if len(scores.users) != 1 or not e.same_region(node, scores) or _toward_softmax(node) is None:
         return None
     q, k = scores.args
-    return e.call(torch.matmul, e.call(node.target, q, factor), k)
+    result = e.call(torch.matmul, e.call(node.target, q, factor), k)
+    return result if dtype(result) is dtype(node) else e.call("to", result, dtype(node))  # autocast narrows products only
 
 
 @rule(torch.matmul)

@@ -182,12 +182,14 @@ _REARRANGES = {
         torch.permute,
         torch.t,
         torch.reshape,
+        torch.flatten,
         torch.unsqueeze,
         torch.squeeze,
         torch.chunk,
         torch.split,
         torch.unbind,
     ),
+    *("view", "flatten", "unflatten"),
     *("gather", "index_select", "expand", "repeat", "unsqueeze", "squeeze", "chunk", "split", "unbind", "flip", "roll"),
     *("tril", "triu", "unfold", "narrow", "select", "scatter", "masked_scatter", "as_strided", "new_zeros", "clone"),
     *("detach", torch.detach),
@@ -524,7 +526,7 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
             said = _said_above(context, current)
             if said:
                 return Reject("{}", said)
-            if current.target in ("squeeze", torch.squeeze) and any(same_size(s, 1) for s in shape(current.args[0])[-2:-1]):
+            if current.target in ("squeeze", torch.squeeze) and any(same_size(s, 1) for s in shape(current.args[0])[-2:]):
                 return Reject(ONE_QUERY)
             return Reject("{} between the scores and the softmax", describe(current))
         logits.nodes.append(current)
@@ -579,7 +581,7 @@ def _leads_to_product(start: Node) -> bool:
     seen, stack = {start}, [start]
     while stack and len(seen) < 48:
         for user in stack.pop().users:
-            if _is_product(user):
+            if _is_product(user) or user.target is torch.einsum:  # one that is no plain product of two
                 return True
             follows = user.target in STEPS or user.target in _AFTER or _is_near(user)
             if user not in seen and follows:

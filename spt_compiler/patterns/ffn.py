@@ -483,13 +483,21 @@ def _stacked(node: Node) -> Reject | None:
         return Reject("grouped_mm gives the rows of each token to its own expert's weights (mixture of experts)")
     if node.target is not torch.matmul:
         return None
-    if any(rank(a) == 3 and is_weight(a) and _is_picked(a) for a in node.args):
+    stacks = [w for a in node.args if rank(w := _without_ones(a)) == 3 and is_weight(w)]
+    if any(map(_is_picked, stacks)):
         return Reject("each token picks the weights of its experts (mixture of experts)")
-    if any(rank(a) == 3 and is_weight(a) for a in node.args):
+    if stacks:
         return Reject("its weights are stacked by expert in one batched product (mixture of experts)")
     if rank(node.args[0]) == 2 and is_weight(node.args[0]) and not is_weight(node.args[1]):
         return Reject("its weights stand on the left of activations whose features are rows (w @ x.mT)")
     return None
+
+
+def _without_ones(weight: Any) -> Any:
+    """A stack of weights before dims of size one were put between its matrices."""
+    while isinstance(weight, Node) and weight.target in _SQUEEZES:
+        weight = weight.args[0]
+    return weight
 
 
 def _one_by_one(node: Node) -> Node | None:
@@ -623,6 +631,8 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         if target is operator.mul and (gated := _gated(node, found)) is not None:
             reason = Reject("a gate on {}, which is no projection of the same input: a gated output, no block", describe(gated))
             return replace(merged, refused=reason)
+        if target is operator.add and merged.nonlinear and _gated(node, found) is not None:
+            return None  # a residual sum: what follows reads the stream, and no hidden activation
         return replace(merged, nonlinear=merged.nonlinear or target in NONLINEAR, curved=merged.curved or _is_curved(node, found))
     if _pointwise_convolution(node):
         return Projection(node, nodes=(node,), refused=Reject("a 1x1 convolution in place of a linear layer"))
@@ -715,7 +725,7 @@ def _branch_state(node: Node, found: dict[Node, State]) -> State | None:
 
 
 def _gated(node: Node, found: dict[Node, State]) -> Node | None:
-    """The activation that a product scales, position by position, if it comes from elsewhere."""
+    """The activation that a product scales, or a sum adds, position by position, if it comes from elsewhere."""
     others = [a for a in node.all_input_nodes if a not in found and is_float(a) and rank(a) > 1]
     return next((a for a in others if same_shape(shape(a), shape(node))), None)
 
