@@ -639,6 +639,10 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: m.down(F.gelu(m.conv(m.up(x).mT.reshape(2, HIDDEN, -1)).flatten(2).mT)),
         "conv1d between the projections",
     ),
+    "a function without a form": (lambda m, x: m.down(torch.atan(m.up(x))), "atan between the projections"),
+    "a special function": (lambda m, x: m.down((h := m.up(x)) * torch.special.erfc(-h)), "special_erfc between the projections"),
+    "rounded straight through": (lambda m, x: m.down((h := m.up(x)) + (h.round() - h).detach()), "round between the projections"),
+    "a memory of keys and values": (lambda m, x: m.down(m.up(x).softmax(-1)), "a norm or reduction (softmax)"),
     "a backward of its own": (lambda m, x: m.down(_Rounded.apply(m.up(x))), "an autograd function whose backward"),
     "hidden broadcast": (lambda m, x: m.down(F.gelu(m.up(x))[None] * m.beta.expand(2, 1, 1, HIDDEN)), ""),
 }
@@ -686,6 +690,7 @@ def test_near_misses(name):
     [
         lambda m, x: m.down(m.up(x)),  # no activation: one linear layer in two factors
         lambda m, x: m.down(m.up(x) * 0.5 + m.beta),
+        lambda m, x: m.down(m.up(x).clone()),
         lambda m, x: F.gelu(m.up(x)),
         lambda m, x: m.down(F.gelu(m.up(x) + m.square(F.gelu(m.gate(x))))),  # two blocks in one another
     ],

@@ -770,6 +770,8 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
     is_layout = is_piece or node.target in _SQUEEZES or node.target in _RESHAPES or _selects_features(node)
     if not merged.nonlinear and merged.refused is not None and is_layout:
         return merged  # layout of what is no projection to begin with: experts, with a bias or as vectors, or features as channels
+    if is_tensor(node) and not merged.nonlinear and (node.target is F.softmax or _is_pointwise(node)):
+        merged = replace(merged, nonlinear=True)  # an activation, if none that can be written down
     if not is_tensor(node) or (not merged.nonlinear and not telling and node.target is not torch.permute):
         return None
     if how:
@@ -780,6 +782,13 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
         reason = Reject("{} between the projections", describe(node))
     # A norm, convolution or hook says more than the layout around it.
     return replace(merged, refused=reason if telling or merged.refused is None else merged.refused)
+
+
+def _is_pointwise(node: Node) -> bool:
+    """Whether torch says of a call that it acts on each number by itself, as activations do that have no form here."""
+    name = describe(node).strip(".")
+    overload = getattr(getattr(torch.ops.aten, name.removeprefix("special_"), None), "default", None)
+    return overload is not None and name != "clone" and torch.Tag.pointwise in overload.tags
 
 
 def _selects_features(node: Node) -> bool:
