@@ -70,9 +70,10 @@ def spt(
         prepared = prepared.as_dense(error)
         compiled = inner(gm, example_inputs)
     debug.publish(prepared, gm, config)
-    split = [r.name for r in prepared.reports if r.reason == SPLIT_BY_DDP]
-    if split:
-        warnings.warn(f"spt_compiler: {', '.join(split)} stays dense: {SPLIT_BY_DDP}", stacklevel=2)
+    for reason in (SPLIT_BY_DDP, LEFT_TO_PYTHON):  # all may be dense then, and no later graph ends the call and says so
+        split = [r.name for r in prepared.reports if r.reason == reason]
+        if split:
+            warnings.warn(f"spt_compiler: {', '.join(split)} stays dense: {reason}", stacklevel=2)
     return CompiledGraph(
         compiled,
         _original(gm),
@@ -122,6 +123,23 @@ class Prepared:
         return Prepared(self.module, reports=[debug.failed(r, reason) for r in self.reports], snapshots=self.snapshots)
 
 
+LEFT_TO_PYTHON = (
+    "a graph break inside of torch's own transformer modules leaves all of them to Python, for Dynamo compiles no call that begins "
+    "in torch's files; spt_compiler.compile(model) compiles their layers one by one (TORCH_LOGS=graph_breaks)"
+)
+
+
+def _left_to_python(gm: fx.GraphModule) -> list[SiteReport]:
+    """One row for a graph that breaks inside of nn.Transformer, or of its encoder or decoder: nobody sees their sites."""
+    cause = getattr(gm, "compile_subgraph_reason", None)
+    frames = list(getattr(cause, "user_stack", ())) if getattr(cause, "graph_break", False) else []
+    if not any(f.filename == torch.nn.modules.transformer.__file__ for f in frames):
+        return []
+    callers = [f for f in frames if f.filename != torch.nn.modules.transformer.__file__]
+    where = f"{callers[0].filename}:{callers[0].lineno}" if callers else ""
+    return [SiteReport("attention", "", where, "transformer", "skipped", LEFT_TO_PYTHON)]
+
+
 def prepare_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: SPTConfig) -> Prepared:
     """Runs our stages on a copy of `gm`. A failure leaves the site, or the graph, dense with a warning (raises under `strict`)."""
     training = torch.is_grad_enabled()
@@ -143,6 +161,7 @@ def prepare_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: SPT
         )
         with debug.stage("rewrite"):
             rewriter.finish()
+        prepared.reports.extend(_left_to_python(gm))
     except _StageFailed as failed:
         return _dense_after(failed, gm, prepared, config)
     except Exception as error:

@@ -127,8 +127,9 @@ def _padding(node: fx.Node) -> Any:
     return Arguments(node, "input", "pad", "mode", "value")["value"] if is_pad else None
 
 
-# Calls whose result is of ordinary size, whatever stands around: products (scores are no better) and bounded functions.
+# Calls whose result is of ordinary size, whatever stands around: products (scores are no better), bounded functions, fills.
 _KEEP_SIZE = {
+    *(torch.zeros, torch.ones, torch.zeros_like, torch.ones_like, "new_zeros", "new_ones"),
     *(torch.matmul, torch.nn.functional.linear, torch.nn.functional.embedding, torch.nn.functional.layer_norm),
     *(torch.nn.functional.softmax, torch.tanh, torch.sigmoid, torch.sin, torch.cos),
 }
@@ -380,6 +381,7 @@ class Analysis:
         from_parameters: nodes that depend on parameters only, beside constants and buffers that nobody writes, parameters
             included. Integers are neither: a quantised weight is no weight that a site could learn from or train.
         writes: (position, storage) of every in-place write, in graph order.
+        unsettled: memory that is written after something has read it; of any other, every reader sees what the last write left.
     """
 
     def __init__(self, module: fx.GraphModule):
@@ -412,6 +414,16 @@ class Analysis:
     @cached_property
     def writes(self) -> list[tuple[int, int | None]]:
         return [(i, storage(a)) for i, n in enumerate(self.nodes) for a in mutated_arguments(n)]
+
+    @cached_property
+    def unsettled(self) -> set[int | None]:
+        last = {s: i for i, s in self.writes}
+        if not last:
+            return set()
+        read = (
+            (i, storage(a)) for i, n in enumerate(self.nodes) for a in set(n.all_input_nodes) - set(mutated_arguments(n))
+        )
+        return {None} & last.keys() | {s for i, s in read if i < last.get(s, 0)}
 
     def is_written(self, node: fx.Node) -> bool:
         """Whether some call writes to the memory of `node`: then it may hold another value when it is read."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import spt_compiler
-from spt_compiler import OptionError, SPTConfig, SPTError
+from spt_compiler import OptionError, SPTConfig, SPTError, debug
 from spt_compiler import backend as backend_module
 from tests.blocks import EXACT, SPARSE, Block, Broken, Stack, assert_same, gradients, relative
 
@@ -662,3 +662,28 @@ def test_feed_forwards_below_the_break_even_stay_dense():
     assert replaced(1024, 511, torch.float32) == (0, "511 tokens a call are fewer than 512, the break-even on cpu")
     assert replaced(1024, 4096, torch.bfloat16)[0] == 1
     assert replaced(1024, 4095, torch.bfloat16) == (0, "4095 tokens a call are fewer than 4096, the break-even on cpu")
+
+
+class Translator(torch.nn.Module):
+    """A target mask that is given makes the decoder compare it with a causal one, on the host: the graph breaks there."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Transformer(32, 4, 2, 2, 64, 0.0, batch_first=True)
+
+    def forward(self, source, target):
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        return self.inner(source, target, tgt_mask=mask)
+
+
+def test_a_break_inside_of_torch_s_own_transformer_is_reported():
+    inputs = torch.randn(2, 9, 32), torch.randn(2, 8, 32)
+    (row,) = spt_compiler.explain(Translator(), *inputs, options=EXACT).sites
+    assert (row.kind, row.status) == ("attention", "skipped") and "spt_compiler.compile(model)" in row.reason
+    assert row.where.startswith(__file__)
+    with pytest.warns(UserWarning, match="stays dense: a graph break inside of torch's own transformer"):
+        torch.compile(Translator(), backend="spt", options={**EXACT, "inner": "eager"})(*inputs)
+    torch._dynamo.reset()
+    model = spt_compiler.compile(Translator(), **{**EXACT, "inner": "eager"})
+    model(*inputs)
+    assert sum(row.status == "replaced" for rows in debug.reports() for row in rows) == 10

@@ -800,19 +800,26 @@ def test_the_inference_only_encoder_layer_is_opened(norm_first, activation):
     assert "scaled_dot_product_attention" in names and names.count("linear") == 4
 
 
+def _tanh_gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
+
+
+def _slope(x: Tensor) -> Tensor:
+    t = torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x))
+    return 0.5 * x * ((1 - t * t) * (0.79788456 + 0.1070322243 * x * x)) + 0.5 * (1 + t)
+
+
 class TanhGelu(torch.autograd.Function):
     """An activation with a backward of its own, as Bloom has it."""
 
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
+        return _tanh_gelu(x)
 
     @staticmethod
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        t = torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x))
-        return grad * (0.5 * x * ((1 - t * t) * (0.79788456 + 0.1070322243 * x * x)) + 0.5 * (1 + t))
+        return grad * _slope(ctx.saved_tensors[0])
 
 
 class Straight(TanhGelu):
@@ -823,10 +830,58 @@ class Straight(TanhGelu):
         return grad
 
 
-@pytest.mark.parametrize(("function", "opened"), [(TanhGelu, True), (Straight, False)])
-def test_an_activation_with_a_backward_of_its_own(function, opened):
-    x = numbers(3, 4).requires_grad_()
-    names = calls(canonical(lambda x: function.apply(x) * 2.0, x, tolerance=1e-7))
+class Clipped(TanhGelu):
+    """The derivative as long as gradients are small."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-2.0, 2.0) * _slope(ctx.saved_tensors[0])
+
+
+class BiasGelu(torch.autograd.Function):
+    """An activation of a sum, with the gradients of both parts, as Megatron has it."""
+
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.save_for_backward(x, bias)
+        return _tanh_gelu(x + bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, bias = ctx.saved_tensors
+        grad = grad * _slope(x + bias)
+        return grad, grad.sum((0, 1))
+
+
+class HalfBias(BiasGelu):
+    """The gradient of the bias is not the sum over the rows."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, bias = ctx.saved_tensors
+        grad = grad * _slope(x + bias)
+        return grad, grad.sum((0, 1)) * 0.5
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(("function", "opened"), [(TanhGelu, True), (Straight, False), (Clipped, False)])
+def test_an_activation_with_a_backward_of_its_own(function, opened, dynamic):
+    x = numbers(2, 3, 4).requires_grad_()
+    names = calls(canonical(lambda x: function.apply(x) * 2.0, x, tolerance=1e-7, dynamic=dynamic))
+    assert ("gelu" in names) is opened and ("autograd_function_apply" in names) is not opened
+
+
+@pytest.mark.parametrize(("function", "opened"), [(BiasGelu, True), (HalfBias, False)])
+def test_an_activation_of_a_sum_with_a_backward_of_its_own(function, opened):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(numbers(4, seed=1))
+
+        def forward(self, x):
+            return function.apply(x, self.bias) * 2.0
+
+    names = calls(canonical(Layer(), numbers(2, 3, 4).requires_grad_(), tolerance=1e-7))
     assert ("gelu" in names) is opened and ("autograd_function_apply" in names) is not opened
 
 

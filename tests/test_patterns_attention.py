@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spt_compiler
+from spt_compiler import debug
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.patterns import AttentionCapture, find
 from spt_compiler.rewrite import copy_graph
@@ -739,16 +740,76 @@ def test_a_mask_that_was_written_to_hides_something_else():
     assert "after the softmax" in refused(Attention(), Q, K, V)
 
 
+@pytest.mark.parametrize("fill", [-math.inf, LOW, -1e9])
 @pytest.mark.parametrize("mask", [lambda m: m, lambda m: m.view(6, 6) == torch.tensor(True)])
-def test_hidden_probabilities_set_to_zero_again(mask):
+def test_hidden_probabilities_set_to_zero_again(mask, fill):
     rows = HIDDEN.clone()
     rows[2] = True
 
-    def function(q, k, v, m):
-        return torch.softmax((q @ k.mT).masked_fill(mask(m), -math.inf), -1).masked_fill(mask(m), 0.0) @ v
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return torch.softmax((q @ k.mT + BIAS.tanh()).masked_fill(mask(rows), fill), -1).masked_fill(mask(rows), 0.0) @ v
 
-    c = only(function, Q, K, V, rows)
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+    c = only(Attention(), Q, K, V)
     assert c.empty == "zero" and len(c.disallowed) == 1
+
+
+@pytest.mark.parametrize("symbolic", [None, True])
+def test_relative_positions_under_a_mask_are_no_mask(symbolic):
+    """Zeros that a shift joins with scores are bounded whatever the sizes are: only the fill hides keys."""
+
+    def function(q, k, v, r):
+        shifted = torch.cat([r.new_zeros(*r.shape[:3], 1), q @ r.mT], -1)
+        shifted = shifted.view(*r.shape[:2], r.shape[2] + 1, q.shape[2])[:, :, 1:].reshape(*r.shape[:2], q.shape[2], r.shape[2])
+        scores = q @ k.mT + shifted[..., : k.shape[2]]
+        mask = (torch.arange(k.shape[2]) > 3).view(1, 1, 1, -1)
+        return torch.softmax(scores.masked_fill(mask, LOW), -1).masked_fill(mask, 0.0) @ v
+
+    assert only(function, Q, K, V, numbers(2, 4, 6, 8, seed=5), dynamic=symbolic).empty == "zero"
+
+
+FILLED_ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "of the queries": lambda p, m: p.masked_fill(m[:, :1], 0.0),
+    "of each head": lambda p, m: torch.where(m.view(1, 1, 6, 6)[..., :1], 0, p),
+    "of what stays": lambda p, m: torch.where(~m[:, :1], F.dropout(p, 0.0), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", FILLED_ROWS)
+def test_rows_set_to_zero_after_the_softmax_are_rows_of_the_output(name):
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            p = torch.softmax((q @ k.mT).masked_fill(HIDDEN, LOW), -1)
+            return FILLED_ROWS[name](p, HIDDEN.flip(0)) @ v
+
+    assert only(Attention(), Q, K, V).empty == "uniform"
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+
+
+@pytest.mark.parametrize(
+    "filled",
+    [
+        lambda p, m: p.masked_fill(m[:1], 0.0),
+        lambda p, m: p.masked_fill(m[:, :1], 0.5),
+        lambda p, m: (h := p.masked_fill(m[:, :1], 0.0)) + h.mean(),
+    ],
+    ids=["of the keys", "with another number", "read twice"],
+)
+def test_other_fills_after_the_softmax_stay(filled):
+    refused(lambda q, k, v: filled(torch.softmax((q @ k.mT).masked_fill(HIDDEN, LOW), -1), HIDDEN.flip(0)) @ v, Q, K, V)
+
+
+@pytest.mark.parametrize("finite", [torch.nan_to_num, lambda s: s.nan_to_num(0.0, posinf=1e4)])
+def test_scores_made_finite_before_their_mask(finite):
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return torch.softmax(finite(q @ k.mT * 0.4).masked_fill(HIDDEN, -math.inf), -1) @ v
+
+    assert only(Attention(), Q, K, V).scale == 0.4
+    assert blocks.assert_exact_is_eager(Attention(), Q, K, V) == ["attention"]
+    said = refused(lambda q, k, v: torch.softmax(finite((q @ k.mT).masked_fill(HIDDEN, -math.inf)), -1) @ v, Q, K, V)
+    assert said == "a mask is applied before the scores are clamped"
 
 
 AFTER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -815,6 +876,42 @@ def test_a_difference_of_two_softmaxes_is_two_attentions(name):
     matches, skipped = sites(Difference(DIFFERENCES[name]), Q, K, V)
     assert len(matches) == 2 and not skipped
     assert blocks.assert_exact_is_eager(Difference(DIFFERENCES[name]), Q, K, V) == ["attention"] * 2
+
+
+PAIRS: dict[str, Callable[..., Tensor]] = {
+    "neighbouring heads": lambda p, w: (p := p.view(2, 2, 2, 6, 6))[:, :, 0] - w.mean() * p[:, :, 1],
+    "halves of the heads": lambda p, w: (p := p.view(2, 2, 2, 6, 6))[:, 0] - p[:, 1] / 3,
+    "each of two weighted": lambda p, w: (p := p.view(2, 2, 2, 6, 6))[:, :, 0] * w[:1, :1, :1] + 0.5 * p[:, :, 1],
+}
+
+
+class Pairs(nn.Module):
+    def __init__(self, difference: Callable[..., Any]):
+        super().__init__()
+        self.difference, self.weight = difference, nn.Parameter(BIAS[0].clone())
+
+    def forward(self, q, k, v):
+        p = torch.softmax(torch.nan_to_num(q @ k.mT * 0.4) + torch.full((6, 6), -math.inf, dtype=q.dtype).triu(1), -1)
+        return self.difference(p, self.weight) @ v[:, :2]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_difference_of_the_heads_of_one_softmax_is_one_of_outputs(name):
+    assert only(Pairs(PAIRS[name]), Q, K, V).v.meta["example_value"].shape[1] == 4
+    assert blocks.assert_exact_is_eager(Pairs(PAIRS[name]), Q, K, V) == ["attention"]
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        lambda p, w: (p := p.view(2, 2, 2, 6, 6))[:, :, 0] - w[:2] * p[:, :, 1],
+        lambda p, w: (p := p.view(2, 2, 2, 6, 6))[:, :, 0] - p[:, 1],
+        lambda p, w: (p := p.view(2, 2, 2, 6, 6))[:, :, 0] - p[:, :, 1] + p.mean(2),
+    ],
+    ids=["weighted by pairs", "of two dims", "read elsewhere"],
+)
+def test_other_differences_of_heads_stay(difference):
+    refused(Pairs(difference), Q, K, V)
 
 
 @pytest.mark.parametrize(
@@ -1007,6 +1104,38 @@ def test_keys_and_values_that_all_rows_share():
     assert blocks.assert_exact_is_eager(Bank(), Q, K[0, 0], V[0, 0]) == ["attention"]
     assert blocks.assert_exact_is_eager(Bank(), Q, K[0], V[0]) == ["attention"]
 
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_values_that_all_heads_share(dropout):
+    """Interpretable attention (temporal fusion transformers); keys of as many heads as values are a group."""
+
+    def function(q, k, v):
+        return F.dropout(torch.softmax((q @ k.mT).masked_fill(HIDDEN, LOW), -1), dropout) @ v[:, 0].unsqueeze(1)
+
+    assert only(function, Q, K, V).v.meta["example_value"].shape[1] == 4
+    assert only(lambda q, k, v: function(q, k[:, :1], v), Q, K, V).v.meta["example_value"].shape[1] == 1
+
+    class Shared(nn.Module):
+        def forward(self, q, k, v):
+            return function(q, k, v)
+
+    if not dropout:
+        assert blocks.assert_exact_is_eager(Shared(), Q, K, V) == ["attention"]
+
+
+def test_keys_of_two_dims_are_named_at_any_length():
+    class Planes(nn.Module):
+        def forward(self, q, k, v):
+            scores = torch.einsum("bijd,bkld->bijkl", q, k)
+            p = scores.flatten(-2).softmax(-1).view(*q.shape[:3], *k.shape[1:3])
+            return torch.einsum("bijkl,bkld->bijd", p, v)
+
+    with pytest.warns(UserWarning, match="replaced nothing"):
+        compiled = torch.compile(Planes(), backend="spt", options={**blocks.EXACT, "inner": "eager"})
+        for length in (6, 5):
+            compiled(Q[:, :, :length], K[:, :, :length], V[:, :, :length])
+    said = [str(row.reason) for rows in debug.reports() for row in rows]
+    assert len(said) == 2 and said[0].startswith("the scores change shape") and said[1].startswith(".flatten between"), said
 
 
 class Pool(nn.Module):
@@ -1209,6 +1338,26 @@ def test_a_learned_scale_goes_to_the_queries():
     assert c.scale == 1.0 and not c.scale_nodes and len(c.bias) == 1
 
 
+def test_a_learned_scale_under_autocast():
+    """The product is narrow, the scale of each head is not, and their product is as wide as that."""
+
+    class Cosine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.linspace(0.5, 2.0, 4).view(4, 1, 1))
+
+        def forward(self, q, k, v):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return (torch.softmax(F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.scale.exp(), -1) @ v).float()
+
+    module, inputs = Cosine(), [x.float() for x in (Q, K, V)]
+    expected = blocks.gradients(module, module, *inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="spt", options={**blocks.EXACT, "inner": "eager"})
+    blocks.assert_same(blocks.gradients(module, compiled, *inputs), expected, rtol=1e-2, grad_rtol=3e-2)
+    assert [row.status for rows in debug.reports() for row in rows] == ["replaced"]
+
+
 def test_length_and_width_may_differ():
     q, k, v = numbers(2, 4, 3, 8), numbers(2, 4, 9, 8, seed=1), numbers(2, 4, 9, 2, seed=2)
     only(lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v, q, k, v)
@@ -1384,6 +1533,10 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "keys picked after scoring": (
         lambda q, k, v: torch.softmax((q @ k.mT)[..., :3], -1) @ v[:, :, :3],
         "getitem between",
+    ),
+    "one query as a column": (
+        lambda q, k, v: torch.softmax((k @ q[:, :, :1].mT).squeeze(-1), -1).unsqueeze(-2) @ v,
+        "queries of length 1",
     ),
     "probabilities sliced": (lambda q, k, v: torch.softmax(q @ k.mT, -1)[..., :3] @ v[:, :, :3], "getitem between"),
     "values made of probabilities": (lambda q, k, v: (p := torch.softmax(q @ k.mT, -1)) @ p, "right operand"),
@@ -1738,3 +1891,34 @@ def test_rows_masked_by_a_fill_beside_an_additive_mask(scores):
     rest = [i for i in range(6) if i != 2]
     torch.testing.assert_close(got[1]["input0"][..., rest, :], expected[1]["input0"][..., rest, :])
     torch.testing.assert_close(got[1]["input2"], expected[1]["input2"])
+
+
+class Written(nn.Module):
+    """Scores with the heads before the keys, under a mask that is written after it was made."""
+
+    def __init__(self, mask: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, q, k, v):
+        mask = self.mask(q.new_full((q.shape[2], k.shape[2]), -math.inf))
+        scores = torch.einsum("bshd,bthd->bsht", q.transpose(1, 2), k.transpose(1, 2)) * 0.4
+        scores += mask.unsqueeze(1)
+        return torch.einsum("bsht,bthd->bshd", scores.softmax(-1), v.transpose(1, 2))
+
+
+def _banded(mask: Tensor) -> Tensor:
+    mask[:, :2] = 0.0
+    mask.masked_fill_(CAUSAL, 0.0)
+    return mask
+
+
+def _read_before(mask: Tensor) -> Tensor:
+    before = mask[None]
+    mask[:, :2] = 0.0
+    return before[0]
+
+
+@pytest.mark.parametrize("mask", [lambda m: m.triu_(1), _banded, _read_before], ids=["triu_", "in parts", "through a view"])
+def test_a_mask_that_is_written_before_the_scores_are_made(mask):
+    assert blocks.assert_exact_is_eager(Written(mask), Q, K, V) == ([] if mask is _read_before else ["attention"])

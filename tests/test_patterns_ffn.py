@@ -329,6 +329,7 @@ def test_products_and_powers_of_projections_are_activations(name):
         lambda m, x: m.down(m.up(x) * m.gate(x.flip(1))),  # two inputs
         lambda m, x: m.down(m.up(x) * m.beta),
         lambda m, x: m.down((m.up(x) * m.gate(x)).cumsum(1)),  # a linear recurrence over tokens
+        lambda m, x: m.down(m.norm(F.glu(m.fused(x)) + x.repeat(1, 1, 3)[..., :HIDDEN].exp())),  # the norm of a residual sum
     ],
 )
 def test_products_that_something_else_breaks_are_nothing(function):
@@ -474,6 +475,32 @@ def test_low_rank_branches_of_the_in_projections():
     assert [[branch.scaling for branch in branches] for branches in c.lora] == [[2.0], [0.25]]
     c = only(lambda m, x: m.down(F.silu(m.gate(x)) * (m.up(x) + _low(m.a, m.b, x) + _low(m.a, m.bb, x, 3.0))))
     assert [len(branches) for branches in c.lora] == [0, 2] and c.lora[1][1].bias is not None
+
+
+class Scaled(nn.Module):
+    """Low-rank branches whose scaling the model holds: a parameter, or a buffer."""
+
+    def __init__(self, scaling: Tensor, dropout: float = 0.0):
+        super().__init__()
+        self.block = Block(lambda m, x: x)
+        self.scaling, self.dropout = scaling, dropout
+
+    def forward(self, x):
+        m = self.block
+        h = F.gelu(m.up(x) + self.scaling * m.b(m.a(F.dropout(x, self.dropout))))
+        return m.down(h) + F.linear(m.a2(h), m.b2.weight) * self.scaling
+
+
+@pytest.mark.parametrize("scaling", [nn.Parameter(torch.tensor(1.5)), nn.Buffer(torch.tensor([0.5]))])
+def test_low_rank_branches_whose_scaling_is_a_tensor(scaling):
+    c = only(Scaled(scaling))
+    assert len(c.lora[0]) == len(c.lora_out) == 1 and c.lora[0][0].scaling == 1.0
+    assert blocks.assert_exact_is_eager(Scaled(scaling), X) == ["ffn"]
+
+
+def test_low_rank_branches_whose_scaling_is_a_vector_stay():
+    matches, skipped = sites(Scaled(nn.Parameter(torch.ones(1, 5, 1))), X)
+    assert not matches and skipped
 
 
 def test_low_rank_branches_of_a_fused_projection_are_cut_as_it_is():
@@ -734,8 +761,29 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: m.down(F.gelu(m.up(x)).view(2, 5, 2, 5).transpose(2, 3).reshape(2, 5, HIDDEN)),
         "between the projections",
     ),
+    "a convolution over the rows as an image": (
+        lambda m, x: m.down(F.gelu(m.conv(m.up(x).mT.reshape(2, HIDDEN, -1)).flatten(2).mT)),
+        "conv1d between the projections",
+    ),
+    "a function without a form": (lambda m, x: m.down(torch.atan(m.up(x))), "atan between the projections"),
+    "a special function": (lambda m, x: m.down((h := m.up(x)) * torch.special.erfc(-h)), "special_erfc between the projections"),
+    "rounded straight through": (lambda m, x: m.down((h := m.up(x)) + (h.round() - h).detach()), "round between the projections"),
+    "a memory of keys and values": (lambda m, x: m.down(m.up(x).softmax(-1)), "a norm or reduction (softmax)"),
+    "a backward of its own": (lambda m, x: m.down(_Rounded.apply(m.up(x))), "an autograd function whose backward"),
     "hidden broadcast": (lambda m, x: m.down(F.gelu(m.up(x))[None] * m.beta.expand(2, 1, 1, HIDDEN)), ""),
 }
+
+
+class _Rounded(torch.autograd.Function):
+    """A straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (F.relu(x) * 8).round() / 8
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
 
 
 def _zeroed(h: Tensor) -> Tensor:
@@ -768,6 +816,7 @@ def test_near_misses(name):
     [
         lambda m, x: m.down(m.up(x)),  # no activation: one linear layer in two factors
         lambda m, x: m.down(m.up(x) * 0.5 + m.beta),
+        lambda m, x: m.down(m.up(x).clone()),
         lambda m, x: F.gelu(m.up(x)),
         lambda m, x: m.down(F.gelu(m.up(x) + m.square(F.gelu(m.gate(x))))),  # two blocks in one another
     ],
@@ -808,6 +857,12 @@ class Experts(nn.Module):
 
 def _all_experts(m: Experts, x: Tensor) -> Tensor:
     return torch.bmm(F.gelu(torch.bmm(x, m.up.mT)), m.down.mT)
+
+
+def _all_experts_over_a_batch(m: Experts, x: Tensor) -> Tensor:
+    """As GShard writes it: tokens dispatched to [expert, batch, slot, width]."""
+    h = torch.einsum("ebcd,efd->ebcf", torch.stack([x, x * 0.5], 1), m.up).relu()
+    return torch.einsum("ebcf,edf->ebcd", h, m.down)
 
 
 def _picking_experts(m: Experts, x: Tensor) -> Tensor:
@@ -884,6 +939,7 @@ def _one_picked_expert(m: Experts, x: Tensor) -> Tensor:
         (_picking_experts, "each token picks the weights"),
         (_picking_for_vectors, "each token picks the weights"),
         (_one_after_the_other, "one by one, each with its share of the rows"),
+        (_all_experts_over_a_batch, "stacked by expert in one batched product"),
         (_experts_by_group, "grouped_mm"),
         (_experts_in_halves, "grouped_mm"),
         (_experts_of_sorted_tokens(F.grouped_mm, weigh_first=False), "grouped_mm"),
@@ -902,6 +958,15 @@ def test_linear_attention_is_no_block():
         return m.down(q @ (k.mT @ m.gate(x)))
 
     assert sites(Block(function), X) == ([], [])
+
+    def by_heads(m, x):
+        q, k = (F.relu(y).view(2, -1, 2, HIDDEN // 2).transpose(1, 2) for y in (m.up(x), m.gate(x)))
+        v = m.gate(x).view(2, -1, 2, HIDDEN // 2).transpose(1, 2)
+        total = 1 / torch.einsum("bhtd,bhd->bht", q, k.sum(2))
+        out = torch.einsum("bhtd,bhde,bht->bhte", q, k.mT @ v, total)
+        return m.down(out.transpose(1, 2).reshape(2, -1, HIDDEN))
+
+    assert sites(Block(by_heads), X) == ([], [])
 
 
 def test_halves_of_a_grouped_product_that_meet_no_other_are_nothing():

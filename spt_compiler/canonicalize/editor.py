@@ -64,6 +64,7 @@ class Editor:
         self.at: fx.Node | None = None
         self.passes = 0
         self._written: set[int | None] = set()
+        self._unsettled: set[int | None] = set()
         self._regions: dict[fx.Node, tuple] = {}
         self._constants: dict[fx.Node, Any] = {}
 
@@ -73,6 +74,7 @@ class Editor:
         """One pass over the graph; whether anything changed."""
         analysis = Analysis(self.module)
         self._written = {s for _, s in analysis.writes}
+        self._unsettled = analysis.unsettled
         self._regions = analysis.regions
         self._constants = {}
         changed = False
@@ -128,8 +130,8 @@ class Editor:
         if new not in self.created and self.is_returned_twice(old, new):
             return False
         if self._written:
-            touched = {storage(old), storage(new), *(storage(i) for c in self.created for i in c.all_input_nodes)}
-            if None in self._written or touched & self._written:
+            read = {storage(i) for c in self.created for i in c.all_input_nodes}
+            if None in self._written or {storage(old), storage(new)} & self._written or read & self._unsettled:
                 return False  # reading at another moment, or through another alias, could show
         return True
 

@@ -14,7 +14,7 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..graph import Analysis, dtype, is_float, is_tensor, same_shape, settled, shape, value
+from ..graph import Analysis, dtype, is_float, is_tensor, rank, same_shape, same_size, settled, shape, value
 from .editor import Editor, Unknown
 
 log = logging.getLogger(__name__)
@@ -197,42 +197,52 @@ _ACTIVATIONS: tuple[tuple[Callable, dict[str, Any]], ...] = (
     (F.gelu, {"approximate": "tanh"}),
     (F.mish, {}),
 )
-_POINTS = tuple(i * 0.173 for i in range(-70, 71))
+_POINTS = (*(i * 0.173 for i in range(-70, 71)), *(s * x for x in (25.0, 80.0, 1e3, 1e4) for s in (1, -1)))
 
 
 def _open_autograd_function(e: Editor, node: fx.Node) -> None:
-    """A custom autograd function of one tensor -> the activation that it is, if its backward is that one's derivative.
+    """A custom autograd function of a tensor, or of that and a bias -> the activation that it is (of their sum), if its
+    backward is that one's derivative.
 
-    Forward and backward are run on points in double precision; agreement to a relative 1e-6 is the proof (such functions
-    round their constants). Functions that are no element-wise activation stay opaque.
+    Forward and backward are run on points in double precision, the latter on gradients of all sizes; agreement to a
+    relative 1e-6 is the proof (such functions round their constants). Other functions stay opaque.
     """
-    tensors = [a for a in node.args if is_tensor(a)]
     bodies = [getattr(e.module, str(a.target), None) for a in node.args[:2] if isinstance(a, fx.Node)]
-    users = list(node.users)
-    if len(tensors) != 1 or len(node.args) != 3 or len(bodies) != 2 or len(users) != 1:
+    tensors, users = [a for a in node.args[2:] if is_tensor(a)], list(node.users)
+    sizes = [a for a in node.args[2:] if not is_tensor(a)]  # symbolic ones, which an activation has no use for
+    if not 1 <= len(tensors) <= 2 or len(bodies) != 2 or len(users) != 1 or not all(isinstance(a, fx.Node) for a in sizes):
         raise Unknown
+    x, *bias = tensors
     if users[0].target is not operator.getitem or users[0].args[1] != 0 or not is_float(users[0]):
         raise Unknown
-    if not same_shape(shape(users[0]), shape(tensors[0])) or dtype(users[0]) is not dtype(tensors[0]):
+    if not same_shape(shape(users[0]), shape(x)) or dtype(users[0]) is not dtype(x):
+        raise Unknown
+    if any(rank(b) != 1 or not same_size(shape(b)[0], shape(x)[-1]) for b in bias) or (bias and rank(x) < 2):
         raise Unknown
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.enable_grad():
-        x = torch.tensor(_POINTS, dtype=torch.float64)
-        outputs, saved = fx.Interpreter(bodies[0]).run(x)
+        points = torch.tensor(_POINTS, dtype=torch.float64)
+        shifts = torch.tensor([-0.4, 0.0, 0.7], dtype=torch.float64)
+        probes = [points.view(*(1,) * (rank(x) - 2), -1, 1).expand(*(-1,) * (rank(x) - 1), 3), shifts] if bias else [points]
+        given = iter(probes)
+        outputs, saved = fx.Interpreter(bodies[0]).run(*(next(given) if is_tensor(a) else 1 for a in node.args[2:]))
         y = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
-        gradient = fx.Interpreter(bodies[1]).run(torch.ones_like(x), *saved)
-        gradient = gradient[0] if isinstance(gradient, (tuple, list)) else gradient
+        incoming = 100 * torch.sin(37 * torch.arange(y.numel(), dtype=torch.float64)).view_as(y)
+        gradients = fx.Interpreter(bodies[1]).run(incoming, *saved)
+        gradients = gradients if isinstance(gradients, (tuple, list)) else (gradients,)
+        gradients = [g for a, g in zip(node.args[2:], gradients, strict=True) if is_tensor(a)]
+        leaves = [p.clone().requires_grad_() for p in probes]
         for function, kwargs in _ACTIVATIONS:
-            probe = x.clone().requires_grad_()
-            expected = function(probe, **kwargs)
-            (slope,) = torch.autograd.grad(expected.sum(), probe)
-            if _agree(y, expected, x) and _agree(gradient, slope, x):
+            expected = function(sum(leaves[1:], leaves[0]), **kwargs)
+            slopes = torch.autograd.grad(expected, leaves, incoming)
+            if _agree(y, expected) and all(_agree(a / 100, b / 100) for a, b in zip(gradients, slopes, strict=True)):
                 e.at = users[0]
-                users[0].replace_all_uses_with(e.call(function, tensors[0], **kwargs))
+                result = e.call(function, e.call(operator.add, x, *bias) if bias else x, **kwargs)
+                users[0].replace_all_uses_with(result)
                 e.graph.erase_node(users[0])
                 e.graph.erase_node(node)
                 return
     raise Unknown
 
 
-def _agree(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> bool:
-    return a.shape == b.shape and bool(((a - b.detach()).abs() <= 1e-6 * (1 + x.abs())).all())
+def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool(((a - b.detach()).abs() <= 1e-6 * (1 + b.abs())).all())

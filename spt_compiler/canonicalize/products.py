@@ -12,7 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..graph import Arguments, dtype, is_float, is_parameter, is_tensor, rank, same_size, shape
+from ..graph import (
+    Arguments,
+    dtype,
+    is_buffer,
+    is_float,
+    is_one_element,
+    is_parameter,
+    is_tensor,
+    rank,
+    same_size,
+    shape,
+)
 from .editor import Editor, Unknown, rule
 
 # What may stand between a Parameter and its use as a weight. getitem: rows of a fused projection.
@@ -286,4 +297,24 @@ def bias_into_linear(e: Editor, node: fx.Node) -> fx.Node | None:
             continue
         if dtype(bias) is dtype(product) and same_size(shape(bias)[0], shape(product)[-1]):
             return e.call(F.linear, *product.args, bias)
+    return None
+
+
+@rule(operator.mul)
+def factor_of_branch_to_weight(e: Editor, node: fx.Node) -> fx.Node | None:
+    """s * linear(linear(x, a), b) -> linear(linear(x, a), s * b) for one number s that the model holds or learns, where a narrows
+    and b widens again: the low-rank branch of a layer."""
+    for product, factor in (node.args, node.args[::-1]):
+        if not is_tensor(product) or product.target is not F.linear or len(product.args) != 2 or len(product.users) != 1:
+            continue
+        if not is_one_element(factor) or not is_float(factor) or not (is_weight(factor) or is_buffer(factor)):
+            continue
+        inner, b = product.args
+        while is_tensor(inner) and inner.target in (F.dropout, "to"):
+            inner = inner.args[0]
+        if inner.target is not F.linear or not e.same_region(node, product, inner) or dtype(b) is not dtype(node):
+            continue
+        wide, thin, narrow = shape(product)[-1], shape(b)[-1], shape(inner.args[0])[-1]
+        if all(isinstance(s, int) for s in (wide, thin, narrow)) and thin < min(wide, narrow):
+            return e.call(F.linear, product.args[0], e.call(operator.mul, b, factor))
     return None

@@ -29,7 +29,7 @@ from ..graph import (
 )
 from .editor import FILLS, Editor, Unknown, rule
 from .products import is_weight, permuted, swapped, widened
-from .spelling import EXPANDS, added_dim, joined_parts
+from .spelling import EXPANDS, added_dim, joined_parts, one_index
 
 # A fill below this survives any addition of a score in the dtypes it applies to: s + c == c for |s| < 1e20.
 _ABSORBING = -1e30
@@ -160,7 +160,7 @@ def spell_nan_to_num(e: Editor, node: fx.Node) -> fx.Node | None:
     """p.nan_to_num(0.0), p.masked_fill(p.isnan(), 0) of probabilities -> torch.nan_to_num(p): none of them is infinite."""
     x = node.args[0] if node.args else None
     if not is_tensor(x) or not _from_softmax(x.args[0] if x.target is torch.permute else x):
-        return None
+        return e.retarget(node, torch.nan_to_num, node.args, dict(node.kwargs)) if node.target == "nan_to_num" else None
     if node.target is not torch.masked_fill:
         found = Arguments(node, "input", ("nan", None), "posinf", "neginf")
         return e.retarget(node, torch.nan_to_num, (x,)) if found.valid and found["nan"] in (None, 0) else None
@@ -221,6 +221,7 @@ _PER_SCORE = {
     torch.tanh,
     torch.clamp,
     torch.maximum,
+    torch.nan_to_num,
     torch.reshape,
     "to",
     "contiguous",
@@ -543,11 +544,30 @@ def _matrix_of_copies(e: Editor, x: fx.Node) -> fx.Node:
 
 @rule(torch.matmul)
 def values_of_every_row(e: Editor, node: fx.Node) -> fx.Node | None:
-    """probabilities @ v, where v has fewer dims -> the same with dims of size one in front of v."""
+    """probabilities @ v, where v has fewer dims -> the same with dims of size one in front of v, and with the heads of the keys."""
     p, v = node.args
-    if not is_tensor(v) or not 2 <= rank(v) < rank(p) or is_weight(v) or not _from_softmax(p):
+    if not is_tensor(v) or not 2 <= rank(v) <= rank(p) or is_weight(v) or not _from_softmax(p):
         return None
-    return e.call(torch.matmul, p, widened(e, v, rank(p)))
+    heads = _key_heads(p)
+    if rank(v) == rank(p) and heads is not None and same_size(shape(v)[-3], 1) and not same_size(heads, 1):
+        v = e.call("expand", v, *(-1,) * (rank(v) - 3), heads, -1, -1)
+    v = widened(e, v, rank(p))
+    return None if v is node.args[1] else e.call(torch.matmul, p, v)
+
+
+def _key_heads(p: Any) -> int | None:
+    """How many heads the keys have whose scores made probabilities `p`, by steps on each of them only."""
+    dims = rank(p)
+    for _ in range(_CHAIN):
+        if not is_tensor(p) or rank(p) != dims:
+            return None
+        if p.target is torch.matmul:
+            heads = shape(p.args[1])[-3] if dims > 3 and rank(p.args[1]) == dims else None
+            return heads if isinstance(heads, int) else None
+        if p.target is not F.softmax and p.target not in (*_PER_PROBABILITY, *_PER_SCORE) or p.target is torch.reshape:
+            return None
+        p = next((a for a in p.args if is_float(a) and same_shape(shape(a), shape(p))), None)
+    return None
 
 
 @rule(torch.matmul)
@@ -731,7 +751,8 @@ def row_factor_to_queries(e: Editor, node: fx.Node) -> fx.Node | None:
     if len(scores.users) != 1 or not e.same_region(node, scores) or _toward_softmax(node) is None:
         return None
     q, k = scores.args
-    return e.call(torch.matmul, e.call(node.target, q, factor), k)
+    result = e.call(torch.matmul, e.call(node.target, q, factor), k)
+    return result if dtype(result) is dtype(node) else e.call("to", result, dtype(node))  # autocast narrows products only
 
 
 @rule(torch.matmul)
@@ -752,6 +773,67 @@ def row_factor_to_output(e: Editor, node: fx.Node) -> fx.Node | None:
     if not (same_size(shape(factor)[-1], 1) if rank(factor) else is_tensor(factor) or isinstance(factor, (int, float))):
         return None
     return e.call(weighted.target, e.call(torch.matmul, p, v), factor)
+
+
+@rule(torch.matmul)
+def row_fill_to_output(e: Editor, node: fx.Node) -> fx.Node | None:
+    """masked_fill(p, rows, 0) @ v of probabilities p -> masked_fill(p @ v, rows, 0), where all keys share the mask."""
+    filled, v = node.args
+    if not is_tensor(filled) or filled.target not in (torch.masked_fill, torch.where) or len(filled.users) != 1:
+        return None
+    keeps = filled.target is torch.where  # a mask of what stays; in the other, of what is filled
+    (p, mask), fill = filled.args[1::-1] if keeps else filled.args[:2], filled.args[2]
+    if not is_tensor(p) or not _from_softmax(p) or isinstance(fill, fx.Node) or fill != 0 or not 2 <= rank(v) <= rank(p):
+        return None
+    if rank(mask) and not same_size(shape(mask)[-1], 1) or not e.same_region(node, filled):
+        return None
+    if not same_shape(shape(p), shape(filled)):
+        return None
+    product = e.call(torch.matmul, p, v)
+    return e.call(filled.target, *((mask, product) if keeps else (product, mask)), fill)
+
+
+@rule(torch.matmul)
+def values_of_pairs_of_heads(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(p[:, :, 0] - s * p[:, :, 1]) @ v of one softmax's p -> y[:, :, 0] - s * y[:, :, 1] of y = p @ v.unsqueeze(2).
+
+    Differential attention whose two softmaxes are neighbouring heads of one.
+    """
+    total, v = node.args
+    if not is_tensor(total) or total.target not in (operator.add, operator.sub) or len(total.users) != 1:
+        return None
+    heads = [_without_factors(a) for a in total.args]
+    if any(h is None or h.target is not operator.getitem or len(h.users) != 1 for h in heads):
+        return None
+    p, dims = heads[0].args[0], rank(heads[0]) + 1
+    found = [one_index(h) for h in heads]
+    if any(h.args[0] is not p for h in heads) or set(p.users) != set(heads) or not is_tensor(p) or not _from_softmax(p):
+        return None
+    if any(not isinstance(i, int) or dim != found[0][0] for dim, i in found) or found[0][0] >= dims - 2 or rank(v) != dims - 1:
+        return None
+    if not e.same_region(node, total, *heads):
+        return None
+    shared = e.call(torch.unsqueeze, v, found[0][0])
+    product = e.call(torch.matmul, p, e.call("expand", shared, *_sizes(e, p, range(dims - 2)), -1, -1))
+
+    def of_output(x: fx.Node) -> fx.Node:
+        if x in heads:
+            return e.call(operator.getitem, product, x.args[1])
+        return e.call(x.target, *(of_output(a) if _without_factors(a) in heads else a for a in x.args))
+
+    return e.call(total.target, *map(of_output, total.args))
+
+
+def _without_factors(node: Any) -> Any:
+    """`node` without factors that are the same for all keys and that nobody else sees."""
+    while is_tensor(node) and node.target in (operator.mul, operator.truediv) and len(node.users) == 1:
+        x, factor = node.args
+        if node.target is operator.mul and not (is_tensor(x) and same_shape(shape(x), shape(node))):
+            x, factor = factor, x
+        if not is_tensor(x) or (is_tensor(factor) and rank(factor) and not same_size(shape(factor)[-1], 1)):
+            return None
+        node = x
+    return node if is_tensor(node) else None
 
 
 @rule(torch.matmul)

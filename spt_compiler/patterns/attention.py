@@ -182,12 +182,14 @@ _REARRANGES = {
         torch.permute,
         torch.t,
         torch.reshape,
+        torch.flatten,
         torch.unsqueeze,
         torch.squeeze,
         torch.chunk,
         torch.split,
         torch.unbind,
     ),
+    *("view", "flatten", "unflatten"),
     *("gather", "index_select", "expand", "repeat", "unsqueeze", "squeeze", "chunk", "split", "unbind", "flip", "roll"),
     *("tril", "triu", "unfold", "narrow", "select", "scatter", "masked_scatter", "as_strided", "new_zeros", "clone"),
     *("detach", torch.detach),
@@ -205,7 +207,7 @@ _REARRANGES = {
         "topk",
     ),
     *(F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.normalize),
-    *(F.dropout, torch.minimum, torch.lerp, "lerp", torch.nan_to_num, "nan_to_num", torch.sqrt, torch.abs, F.softmax),
+    *(F.dropout, torch.minimum, torch.lerp, "lerp", torch.sqrt, torch.abs, F.softmax),
     torch.scatter,
 }
 
@@ -511,6 +513,15 @@ def _clamp(logits: Logits, node: Node) -> Node | Reject:
     return x  # type: ignore[return-value]
 
 
+@step(torch.nan_to_num, "nan_to_num")
+def _made_finite(logits: Logits, node: Node) -> Node | Reject:
+    """As a clamp far out: scores of a working model are finite, and only a mask above would be changed by it."""
+    if logits.floor is not None:
+        return Reject("the scores are made finite before they are clamped")
+    logits.bounded_only = True
+    return node.args[0]  # type: ignore[return-value]
+
+
 @step("to")
 def _cast(logits: Logits, node: Node) -> Node | Reject:
     x = node.args[0]
@@ -539,7 +550,7 @@ def _read_logits(context: Context, start: Node) -> Logits | Reject:
                 return Reject(MIXED, "scores")
             if said := _said_above(context, current):
                 return Reject("{}", said)
-            if current.target in ("squeeze", torch.squeeze) and any(same_size(s, 1) for s in shape(current.args[0])[-2:-1]):
+            if current.target in ("squeeze", torch.squeeze) and any(same_size(s, 1) for s in shape(current.args[0])[-2:]):
                 return Reject(ONE_QUERY)
             return Reject("{} between the scores and the softmax", describe(current))
         logits.nodes.append(current)
@@ -594,7 +605,7 @@ def _leads_to_product(start: Node) -> bool:
     seen, stack = {start}, [start]
     while stack and len(seen) < 48:
         for user in stack.pop().users:
-            if _is_product(user):
+            if _is_product(user) or user.target is torch.einsum:  # one that is no plain product of two
                 return True
             follows = user.target in STEPS or user.target in _AFTER or _is_near(user)
             if user not in seen and follows:
@@ -615,17 +626,19 @@ class _Below:
     nodes: list[Node]
     product: Node
     dropout_p: float
-    zeroed: bool = False  # probabilities of rows without keys, nan at first, are set to zero again
+    zeroed: tuple[str, ...] = ()  # what rows without keys gave at first ("nan", "uniform") before they were set to zero again
 
 
 def _read_below(softmax: Node, logits: Logits) -> _Below | Reject:
     """Everything from the softmax to the product with the values."""
-    nodes, dropout_p, current, zeroed = [softmax], 0.0, softmax, False
+    nodes, dropout_p, current = [softmax], 0.0, softmax
+    zeroed: tuple[str, ...] = ()
     while True:
         user = next(iter(current.users)) if len(current.users) == 1 else None
         if user is not None and (_is_nan_to_zero(user) or (not zeroed and _hides_again(logits, user, current))):
+            zeroed = (*zeroed, "nan") if _is_nan_to_zero(user) else ("nan", "uniform")
             nodes.append(user)
-            current, zeroed = user, True
+            current = user
             continue
         useful = [u for u in current.users if _is_product(u) or u.target in _AFTER]
         if not useful:
@@ -659,7 +672,7 @@ def _is_nan_to_zero(node: Node) -> bool:
 
 
 def _hides_again(logits: Logits, user: Node, probabilities: Node) -> bool:
-    """Whether `user` fills the probabilities with 0 by the one mask (-inf) that the scores were filled by."""
+    """Whether `user` fills the probabilities with 0 by the one mask that the scores were filled by."""
     if user.target is torch.masked_fill:
         (x, mask, fill), known, inverse = user.args, logits.disallowed, logits.allowed
     elif user.target is torch.where:
@@ -673,7 +686,7 @@ def _hides_again(logits: Logits, user: Node, probabilities: Node) -> bool:
     if mask.target is operator.invert and not analysis.is_written(mask.args[0]):
         same = same or any(analysis.same_value(mask.args[0], other) for other in inverse)
     hidden = [*logits.allowed, *logits.disallowed]
-    if len(hidden) != 1 or logits.fills != [-math.inf] or not all(is_bounded(b) for b, _ in logits.bias):
+    if len(hidden) != 1 or len(logits.fills) != 1 or not all(is_bounded(b) for b, _ in logits.bias):
         return False
     return same
 
@@ -701,7 +714,7 @@ def capture_chain(context: Context, node: Node) -> Candidate | Reject | None:
     empty = _empty_rows(logits)
     if isinstance(empty, Reject):
         return empty
-    if below.zeroed and empty == "nan":
+    if empty in below.zeroed:
         empty = "zero"
     product = logits.nodes[-1]
     q, k = product.args

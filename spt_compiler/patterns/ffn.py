@@ -452,6 +452,7 @@ _HOMOGENEOUS = {operator.mul, operator.neg, F.relu, F.leaky_relu}
 _TRANSPARENT = {F.dropout, "to", "contiguous"}
 _SPLITS = {"chunk", "split", "tensor_split", "unbind", torch.chunk, torch.split, torch.tensor_split, torch.unbind}
 _SQUEEZES = {"squeeze", "unsqueeze", torch.squeeze, torch.unsqueeze}
+_RESHAPES = {torch.reshape, "flatten", torch.flatten}  # of symbolic sizes a flatten stays one
 _NORMS = {F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm, F.normalize, torch.rms_norm}
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 _REDUCTIONS = {
@@ -482,13 +483,21 @@ def _stacked(node: Node) -> Reject | None:
         return Reject("grouped_mm gives the rows of each token to its own expert's weights (mixture of experts)")
     if node.target is not torch.matmul:
         return None
-    if any(rank(a) == 3 and is_weight(a) and _is_picked(a) for a in node.args):
+    stacks = [w for a in node.args if rank(w := _without_ones(a)) == 3 and is_weight(w)]
+    if any(map(_is_picked, stacks)):
         return Reject("each token picks the weights of its experts (mixture of experts)")
-    if any(rank(a) == 3 and is_weight(a) for a in node.args):
+    if stacks:
         return Reject("its weights are stacked by expert in one batched product (mixture of experts)")
     if rank(node.args[0]) == 2 and is_weight(node.args[0]) and not is_weight(node.args[1]):
         return Reject("its weights stand on the left of activations whose features are rows (w @ x.mT)")
     return None
+
+
+def _without_ones(weight: Any) -> Any:
+    """A stack of weights before dims of size one were put between its matrices."""
+    while isinstance(weight, Node) and weight.target in _SQUEEZES:
+        weight = weight.args[0]
+    return weight
 
 
 def _one_by_one(node: Node) -> Node | None:
@@ -600,25 +609,30 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
         if target is not F.glu:
             return None
         return Hidden(frozenset({first.whole.linear}), True, Reject("a gated linear unit over a dim beside the hidden units"))
-    if target in (torch.matmul, F.scaled_dot_product_attention):
-        if not any(_is_refused_block(s) for s in above) or all(a in found for a in node.args):
+    if target in (torch.matmul, torch.einsum, F.scaled_dot_product_attention):
+        if not any(_is_refused_block(s) for s in above) or all(_is_made_of(a, found) for a in node.all_input_nodes):
             return None  # what attention does with it is attention's business, linear attention included
     if target == "to" and isinstance(first, Projection) and first.lora and is_float(node):
         return replace(first, nodes=(*first.nodes, node))  # adapters may be of a wider type than the model
     merged = _merged(above)
     if merged is None:
         return _of_different_inputs(node, above)
-    if target is torch.reshape:
+    if target in _RESHAPES:
         kept = same_size(shape(node)[-1], shape(node.args[0])[-1])
         return merged if kept and is_float(node) else _broken(merged, node, "changes the last dim")
     if target in _TRANSPARENT:
         return merged if is_float(node) else _broken(merged, node)
+    if target is torch.ops.higher_order.autograd_function_apply:
+        reason = Reject("an autograd function whose backward is not that of a known activation, between the projections")
+        return replace(merged, nonlinear=True, refused=reason)
     if target is F.glu:
         return replace(merged, nonlinear=True)
     if target in ELEMENTWISE:
         if target is operator.mul and (gated := _gated(node, found)) is not None:
             reason = Reject("a gate on {}, which is no projection of the same input: a gated output, no block", describe(gated))
             return replace(merged, refused=reason)
+        if target is operator.add and merged.nonlinear and _gated(node, found) is not None:
+            return None  # a residual sum: what follows reads the stream, and no hidden activation
         return replace(merged, nonlinear=merged.nonlinear or target in NONLINEAR, curved=merged.curved or _is_curved(node, found))
     if _pointwise_convolution(node):
         return Projection(node, nodes=(node,), refused=Reject("a 1x1 convolution in place of a linear layer"))
@@ -637,6 +651,19 @@ def _is_curved(node: Node, found: dict[Node, State]) -> bool:
 def _is_refused_block(state: State) -> bool:
     """An activation of projections that is no site, whatever comes after it (adapters that rotate it, say)."""
     return isinstance(state, Hidden) and state.nonlinear and state.refused is not None
+
+
+def _is_made_of(node: Node, found: dict[Node, State]) -> bool:
+    """Whether `node` is, or is made of, a projection or an activation, in few steps: keys or values, and no rotation."""
+    stack, seen = [node], {node}
+    while stack and len(seen) < 32:
+        current = stack.pop()
+        if current in found:
+            return True
+        above = [a for a in current.all_input_nodes if a not in seen]
+        seen.update(above)
+        stack += above
+    return False
 
 
 def _is_computed(context: Context, weight: Any) -> bool:
@@ -698,7 +725,7 @@ def _branch_state(node: Node, found: dict[Node, State]) -> State | None:
 
 
 def _gated(node: Node, found: dict[Node, State]) -> Node | None:
-    """The activation that a product scales, position by position, if it comes from elsewhere."""
+    """The activation that a product scales, or a sum adds, position by position, if it comes from elsewhere."""
     others = [a for a in node.all_input_nodes if a not in found and is_float(a) and rank(a) > 1]
     return next((a for a in others if same_shape(shape(a), shape(node))), None)
 
@@ -740,8 +767,11 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
     is_piece = node.target in _SPLITS or (node.target is operator.getitem and not is_tensor(node.args[0]))
     if not is_tensor(node) and node.target not in _SPLITS:
         return None
-    if not merged.nonlinear and merged.refused is not None and (is_piece or _selects_features(node) or node.target in _SQUEEZES):
-        return merged  # pieces of what is no projection to begin with: experts, with a bias or as vectors
+    is_layout = is_piece or node.target in _SQUEEZES or node.target in _RESHAPES or _selects_features(node)
+    if not merged.nonlinear and merged.refused is not None and is_layout:
+        return merged  # layout of what is no projection to begin with: experts, with a bias or as vectors, or features as channels
+    if is_tensor(node) and not merged.nonlinear and (node.target is F.softmax or _is_pointwise(node)):
+        merged = replace(merged, nonlinear=True)  # an activation, if none that can be written down
     if not is_tensor(node) or (not merged.nonlinear and not telling and node.target is not torch.permute):
         return None
     if how:
@@ -752,6 +782,13 @@ def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
         reason = Reject("{} between the projections", describe(node))
     # A norm, convolution or hook says more than the layout around it.
     return replace(merged, refused=reason if telling or merged.refused is None else merged.refused)
+
+
+def _is_pointwise(node: Node) -> bool:
+    """Whether torch says of a call that it acts on each number by itself, as activations do that have no form here."""
+    name = describe(node).strip(".")
+    overload = getattr(getattr(torch.ops.aten, name.removeprefix("special_"), None), "default", None)
+    return overload is not None and name != "clone" and torch.Tag.pointwise in overload.tags
 
 
 def _selects_features(node: Node) -> bool:
@@ -928,7 +965,7 @@ class _Reader:
                 self.dropout_p = float(p)
                 self.dropped[node] = None
             return result
-        if node.target in _TRANSPARENT or node.target is torch.reshape:
+        if node.target in _TRANSPARENT or node.target in _RESHAPES:
             return self.read(node.args[0], factor)
         if node.target is F.glu:
             return self.glu(node)
