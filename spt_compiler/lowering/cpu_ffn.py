@@ -170,7 +170,10 @@ class _Work:
         offsets: Tensor,
         permutation: Tensor,
         kernels: cpp_ffn.Kernels | None = None,
+        *,
+        whole_blocks: bool = False,
     ):
+        """whole_blocks: the rows of a block are products of their own (weight gradients): of 16 bits, best not cut into spans."""
         self.kernels, self.buffers = kernels, Buffers(x.dtype)
         self.n_tokens = x.shape[0]
         self.n_units = permutation.shape[0]
@@ -202,7 +205,7 @@ class _Work:
         if self.dense:
             # No more hidden values at a time than the sparse capacity holds.
             self.span = max(1, min(self.span, self.capacity))
-        elif low_precision:
+        elif low_precision and whole_blocks:
             # A weight gradient is one GEMM per block and chunk then: partial sums would be rounded to 16 bits.
             self.span = max(1, self.n_tokens)
         self.chunks = self._chunks(low_precision, x.element_size() * max(x.shape[1], 1))
@@ -610,7 +613,8 @@ def routed_ffn_backward(
     flat.put("b_out", lambda: _sum_rows(grad_y, kernels))
     if flat.needed <= {"b_out"}:
         return flat.tensors()
-    work = _Work(x, gates, blocks, rows, offsets, permutation, kernels)
+    summed = any(name.startswith(("w_", "lora_b", "lora_down")) for name in flat.needed)
+    work = _Work(x, gates, blocks, rows, offsets, permutation, kernels, whole_blocks=summed)
     low_rank = _LowRank(work, lora_down, lora_seed, lora_p, x.dtype)
     inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in, max(p, low_rank.p))
     grads = _Gradients(work, flat)
