@@ -208,14 +208,14 @@ class _Work:
         elif low_precision and whole_blocks:
             # A weight gradient is one GEMM per block and chunk then: partial sums would be rounded to 16 bits.
             self.span = max(1, self.n_tokens)
-        self.chunks = self._chunks(low_precision, x.element_size() * max(x.shape[1], 1))
+        self.chunks = self._chunks(low_precision and whole_blocks, x.element_size() * max(x.shape[1], 1))
         # Sums of 16-bit products over several spans are kept wide.
         self.partial = self.accumulate if self.dense or len(self.chunks) > 1 else x.dtype
 
-    def _chunks(self, low_precision: bool, row_bytes: int) -> list[_Chunk]:
+    def _chunks(self, whole: bool, row_bytes: int) -> list[_Chunk]:
         n_tokens, slots = self.n_tokens, max(self.blocks.shape[1], 1)
         size = max(_CHUNK_BYTES // (slots * row_bytes), _MIN_SPAN * self.n_blocks // slots, 1)
-        if low_precision:
+        if whole:
             size = max(size, _CHUNK_16_BIT)
         if self.listed is None or self.kernels is None or n_tokens <= size:
             return [_Chunk(slice(0, n_tokens), tuple((0, count) for count in self.counts))]
