@@ -22,9 +22,9 @@ PERIOD = 32
 MIN_ROWS = 16  # fewer sampled rows than this say nothing worth a decision
 CODEBOOK_DECAY = 0.9
 MEAN_DECAY = 0.9
-# Later fits trust what was learned before much more than the first one trusts zero, and so need fewer rows: a quarter of the ring.
+# Later fits trust what was learned before much more than the first one trusts zero, and so need fewer rows.
 UPDATE_RIDGE = 3.0
-LATER = 4
+UPDATE_ROWS = 1024
 COMPENSATION_DECAY = 0.5
 HIDDEN_ROWS = 512  # whose hidden units are computed at a time
 SCALE_ROWS = 512  # as many rows tell the spread of the output channels
@@ -59,13 +59,13 @@ def new_rows(state: SiteState) -> Tensor:
 
 
 def rows_to_learn(state: SiteState, fresh: Tensor) -> Tensor:
-    """What a fit should see: of an FFN all of the ring while it fills, later its newest part; of attention what is fresh."""
+    """What a fit should see: of an FFN all of the ring while it fills, later its newest rows; of attention what is fresh."""
     sample, cursor = state.tensors["sample"], int(state.tensors["cursor"])
     size = sample.shape[-2]
     if state.kind == "attention":
         return fresh
     growing = cursor >= GROWN * state.counter("clustered_rows") and state.counter("clustered_rows") < size
-    return _finite(_ring(sample, cursor, min(cursor, size if growing else -(-size // LATER))))[0]
+    return _finite(_ring(sample, cursor, min(cursor, size if growing else min(size, UPDATE_ROWS))))[0]
 
 
 def ring_is_full(state: SiteState) -> bool:

@@ -9,6 +9,7 @@ plain loops, a thousand times slower, where its second operand is neither contig
 from __future__ import annotations
 
 import functools
+import itertools
 import platform
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from torch import Tensor
 # Below these MKL's smaller overhead wins: of any side, and of all three multiplied.
 _MIN_SIDE = 32
 _MIN_VOLUME = 1 << 21
+# Pieces that a dim is cut into, see `_pieces`.
+_PIECE, _STEP = 512, 128
 
 
 @functools.lru_cache(maxsize=1)
@@ -52,24 +55,57 @@ def computes_in(tensor: Tensor) -> torch.dtype:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left [M, K] @ right [K, N], new, of one dtype; on any device."""
-    if left.device.type == "cpu" and _takes(left, right):
-        return _onednn(left, right, None)
-    return torch.mm(left, right)
+    if left.device.type != "cpu" or not _takes(left, right):
+        return torch.mm(left, right)
+    out = left.new_empty(left.shape[0], right.shape[1])
+    if right.is_contiguous():
+        multiply(out, left, right, summed=True)
+    else:  # some columns at a time: oneDNN's buffers are as large as the second matrix
+        for a in range(0, right.shape[1], size := max(_STEP, _PIECE**2 // left.shape[1] // _STEP * _STEP)):
+            multiply(out[:, a : a + size], left, right[:, a : a + size])
+    return out
 
 
-def multiply(out: Tensor, left: Tensor, right: Tensor, *, bias: Tensor | None = None, add: bool = False) -> None:
+def multiply(
+    out: Tensor, left: Tensor, right: Tensor, *, bias: Tensor | None = None, add: bool = False, summed: bool = False
+) -> None:
     """out = left @ right + bias, or out += left @ right.
 
     Args:
         out: [M, N], rows or columns contiguous.  left: [M, K].  right: [K, N], best contiguous or the transpose of what is.
-        bias: [N] or None; not with `add`.
+        bias: [N] or None; not with `add`.  summed: K is what differs from call to call, and not M.
     """
-    if out.stride(1) != 1 and out.stride(0) == 1 and bias is None:
+    if out.stride(1) != 1 and out.stride(0) == 1 and bias is None and summed:
         out, left, right = out.t(), right.t(), left.t()
-    if out.dtype == left.dtype and _takes(left, right):
-        computed = _onednn(left, right, None if bias is None else bias.contiguous())
-        out.add_(computed) if add else out.copy_(computed)
-    elif add:
+    if out.dtype != left.dtype or not _takes(left, right):
+        _by_aten(out, left, right, bias, add)
+        return
+    bias = None if bias is None else bias.contiguous()
+    for part in _pieces(left.shape[summed]):
+        if summed:
+            into, a, b, further = out, left[:, part], right[part], add or part.start > 0
+        else:
+            into, a, b, further = out[part], left[part], right, add
+        if part.stop - part.start < _STEP:
+            _by_aten(into, a, b, None if further else bias, further)
+        elif further:
+            into.add_(_onednn(a, b, None))
+        else:
+            into.copy_(_onednn(a, b, bias))
+
+
+def _pieces(size: int) -> list[slice]:
+    """Cuts of a dim that differs from call to call into few sizes, of which a rest below `_STEP` is not oneDNN's.
+
+    oneDNN compiles a kernel for every shape (half a millisecond) and keeps a thousand of them with their buffers (1 MB each).
+    """
+    edges = [*range(0, size, _PIECE), size]
+    last = edges[-2] + (size - edges[-2]) // _STEP * _STEP
+    return [slice(a, b) for a, b in itertools.pairwise(sorted({*edges, last}))]
+
+
+def _by_aten(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, add: bool) -> None:
+    if add:
         out.addmm_(left, right)
     elif bias is None:
         torch.mm(left, right, out=out)

@@ -82,3 +82,5 @@ def vendor(request, monkeypatch):
     monkeypatch.setattr(matmul, "_onednn_is_faster", lambda: request.param == "onednn")
     monkeypatch.setattr(matmul, "_MIN_SIDE", 1)
     monkeypatch.setattr(matmul, "_MIN_VOLUME", 1)
+    monkeypatch.setattr(matmul, "_PIECE", 16)
+    monkeypatch.setattr(matmul, "_STEP", 4)

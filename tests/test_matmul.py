@@ -17,13 +17,23 @@ def test_products_in_every_layout(vendor):
         bias = torch.randn(2 * n)[::2]
         torch.testing.assert_close(matmul.product(left, right).double(), left.double() @ right.double(), rtol=1e-5, atol=1e-5)
         for out in (torch.randn(m, n), torch.randn(n, m).t(), torch.randn(m, 2 * n)[:, :n]):
-            exact, before = left.double() @ right.double(), out.double()
-            matmul.multiply(out, left, right, add=True)
-            torch.testing.assert_close(out.double(), before + exact, rtol=1e-5, atol=1e-5)
-            matmul.multiply(out, left, right)
-            torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
-            matmul.multiply(out, left, right, bias=bias)
-            torch.testing.assert_close(out.double(), exact + bias, rtol=1e-5, atol=1e-5)
+            for summed in (False, True):
+                exact, before = left.double() @ right.double(), out.double()
+                matmul.multiply(out, left, right, add=True, summed=summed)
+                torch.testing.assert_close(out.double(), before + exact, rtol=1e-5, atol=1e-5)
+                matmul.multiply(out, left, right, summed=summed)
+                torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+                matmul.multiply(out, left, right, bias=bias, summed=summed)
+                torch.testing.assert_close(out.double(), exact + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_few_shapes_reach_onednn(monkeypatch):
+    """It compiles and keeps a kernel for each."""
+    shapes = {tuple(p.stop - p.start for p in matmul._pieces(n)) for n in range(1, 2000)}
+    assert {size for sizes in shapes for size in sizes if size >= matmul._STEP} == {128, 256, 384, 512}
+    assert all(sum(size < matmul._STEP for size in sizes) <= 1 for sizes in shapes)
+    for n in (1, 127, 128, 511, 512, 513, 1999):
+        assert [i for p in matmul._pieces(n) for i in range(p.start, p.stop)] == [*range(n)]
 
 
 def _laid_out(matrix, layout):

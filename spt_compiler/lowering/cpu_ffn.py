@@ -358,10 +358,10 @@ def _sum_rows(rows: Tensor, kernels: cpp_ffn.Kernels | None) -> Tensor:
     return out
 
 
-def _accumulate_product(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """out = left @ right for a block's first rows, out += left @ right for the others."""
+def _accumulate_product(out: Tensor, left: Tensor, right: Tensor, first: bool, *, summed: bool = True) -> None:
+    """out = left @ right for a block's first rows, out += left @ right for the others; summed: over the rows of a span."""
     if out.dtype == left.dtype:
-        multiply(out, left, right, add=not first)
+        multiply(out, left, right, add=not first, summed=summed)
         return
     product = torch.mm(left, right)
     out.copy_(product) if first else out.add_(product)
@@ -401,10 +401,10 @@ class _TokenSums:
         if self.waits:
             products = self.products[span.place : span.place + n_rows]
             for segment in span.segments:
-                _accumulate_product(products[segment.rows], left[segment.rows], weight[segment.units], first)
+                _accumulate_product(products[segment.rows], left[segment.rows], weight[segment.units], first, summed=False)
         elif span.tokens is None:
             (segment,) = span.segments
-            _accumulate_product(self.total[span.part], left, weight[segment.units], False)
+            _accumulate_product(self.total[span.part], left, weight[segment.units], False, summed=False)
         else:
             product = work.buffers.get("product", n_rows, self.total.shape[1])
             for segment in span.segments:
