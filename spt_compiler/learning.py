@@ -238,11 +238,9 @@ def _make_up(
         mean = state.tensors["compensation"].lerp(mean, 1 - COMPENSATION_DECAY)
     missing -= (~kept).to(mean.dtype) @ mean
     rank = state.tensors["correction_in"].shape[0]
-    if first:
-        down, shift, up = routing.fit_correction(x, missing, scale, rank, seed)
-    else:
-        prior = state.tensors["correction_in"], state.tensors["correction_out"]
-        down, shift, up = routing.fit_correction(x, missing, scale, rank, seed, prior=prior, ridge=UPDATE_RIDGE)
+    prior = state.tensors["correction_in"], state.tensors["correction_out"]
+    later: dict[str, Any] = {} if first else {"prior": prior, "ridge": UPDATE_RIDGE}
+    down, shift, up = routing.fit_correction(x, missing, scale, rank, seed, **later)
     missing -= torch.nn.functional.linear(x, down, shift) @ up.t()
     corrected = {"compensation": mean, "correction_in": down, "correction_shift": shift, "correction_out": up}
     return tensors | corrected, float((missing * scale).norm())
@@ -293,10 +291,10 @@ def evaluate_weights(recipes: Any, arguments: Sequence[Any]) -> dict[str, Any]:
         return recipe.evaluate(arguments)[kept]
 
     def adapted(weight: Tensor, branches: Sequence[Any]) -> Tensor:
+        merged = weight
         for a, b, scaling in branches:
-            merged = torch.addmm(weight.float(), rows(b).float(), a.evaluate(arguments).float(), alpha=scaling)
-            weight = merged.to(weight.dtype)
-        return weight
+            merged = torch.addmm(merged.float(), rows(b).float(), a.evaluate(arguments).float(), alpha=scaling)
+        return merged.to(weight.dtype)
 
     w_in = [rows(w) for w in recipes["w_in"]]
     return {

@@ -61,8 +61,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     if right.is_contiguous():
         multiply(out, left, right, summed=True)
     else:  # some columns at a time: oneDNN's buffers are as large as the second matrix
-        for a in range(0, right.shape[1], size := max(_STEP, _PIECE**2 // left.shape[1] // _STEP * _STEP)):
-            multiply(out[:, a : a + size], left, right[:, a : a + size])
+        size = max(_STEP, _PIECE**2 // left.shape[1] // _STEP * _STEP)
+        for into, columns in zip(out.split(size, 1), right.split(size, 1), strict=True):
+            multiply(into, left, columns)
     return out
 
 

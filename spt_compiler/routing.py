@@ -387,9 +387,9 @@ def fit_correction(
     mean = x.mean(0) if n_rows else x.new_zeros(width)
     centred = x - mean
     energy = centred.square().sum().double()
-    if prior is not None and (n_rows < 2 or not energy > 0):
-        return prior[0], -(prior[0] @ mean), prior[1]
-    if n_rows < 2 or not energy > 0 or not wanted.any():
+    if n_rows < 2 or not energy > 0:
+        return (down, shift, up) if prior is None else (prior[0], -(prior[0] @ mean), prior[1])
+    if not wanted.any():
         return down, shift, up
     known = None if prior is None else (prior[0], prior[1] * scale.unsqueeze(1))
     if known is not None:

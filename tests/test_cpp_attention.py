@@ -244,6 +244,14 @@ def test_without_a_compiler_aten_runs_and_one_warning_says_so(failure, monkeypat
     assert registry.chosen("tile_attention_v1", "cpu") == "cpp"
 
 
+def test_libraries_of_another_processor_are_not_taken(monkeypatch):
+    linux, others = "model name\t: One\nflags\t\t: avx2 fma\ncpu MHz\t\t: 1", "Intel64 Family 6, GenuineIntel"
+    for info, tells in ((linux, "avx2 fma"), (others, "Intel64 Family 6")):
+        monkeypatch.setattr(cpp, "cpu_info", lambda info=info: info)
+        key = cpp._toolchain.__wrapped__()
+        assert tells in key and "MHz" not in key  # what varies by the moment is no part of it
+
+
 def test_a_second_process_would_find_the_library(monkeypatch, tmp_path):
     monkeypatch.setenv("SPT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cpp, "_libraries", {})

@@ -66,8 +66,9 @@ def _toolchain() -> str:
     if path is None:
         raise SPTError("no C++ compiler (g++, clang++ or c++, or $CXX) is installed", stage="lower")
     version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-    lines = cpu_info().splitlines()
-    processor = sorted({line for line in lines if line.lower().startswith(("flags", "features", "model name", "cpu part"))})
+    info = cpu_info()
+    deciding = ("flags", "features", "model name", "cpu part")
+    processor = sorted({line for line in info.splitlines() if line.lower().startswith(deciding)}) or [info]
     return "\n".join([path, version, platform.machine(), *processor])
 
 
