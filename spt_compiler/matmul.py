@@ -38,11 +38,6 @@ def _onednn_is_faster() -> bool:
     return foreign and torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def prefers_onednn(dtype: torch.dtype) -> bool:
-    """Whether products of this dtype are worth laying out as oneDNN wants them: see `multiply`."""
-    return dtype == torch.float32 and _onednn_is_faster() and torch.backends.mkldnn.enabled
-
-
 def computes_in(tensor: Tensor) -> torch.dtype:
     """The dtype in which products of statistics with this weight are fastest: its own where it has 16 bits that the device
     multiplies natively, else fp32."""
@@ -58,41 +53,20 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     if left.device.type != "cpu" or not _takes(left, right):
         return torch.mm(left, right)
     out = left.new_empty(left.shape[0], right.shape[1])
-    if right.is_contiguous():
-        multiply(out, left, right, summed=True)
+    if right.is_contiguous():  # K is the number of rows that statistics are of, which differs from call to call
+        for part in _pieces(left.shape[1]):
+            a, b, further = left[:, part], right[part], part.start > 0
+            if part.stop - part.start < _STEP:
+                out.addmm_(a, b, beta=float(further))
+            elif further:
+                out.add_(_onednn(a, b))
+            else:
+                out.copy_(_onednn(a, b))
     else:  # some columns at a time: oneDNN's buffers are as large as the second matrix
         size = max(_STEP, _PIECE**2 // left.shape[1] // _STEP * _STEP)
         for into, columns in zip(out.split(size, 1), right.split(size, 1), strict=True):
-            multiply(into, left, columns)
+            into.copy_(_onednn(left, columns) if _takes(left, columns) else torch.mm(left, columns))
     return out
-
-
-def multiply(
-    out: Tensor, left: Tensor, right: Tensor, *, bias: Tensor | None = None, add: bool = False, summed: bool = False
-) -> None:
-    """out = left @ right + bias, or out += left @ right.
-
-    Args:
-        out: [M, N], rows or columns contiguous.  left: [M, K].  right: [K, N], best contiguous or the transpose of what is.
-        bias: [N] or None; not with `add`.  summed: K is what differs from call to call, and not M.
-    """
-    if out.stride(1) != 1 and out.stride(0) == 1 and bias is None and summed:
-        out, left, right = out.t(), right.t(), left.t()
-    if out.dtype != left.dtype or not _takes(left, right):
-        _by_aten(out, left, right, bias, add)
-        return
-    bias = None if bias is None else bias.contiguous()
-    for part in _pieces(left.shape[summed]):
-        if summed:
-            into, a, b, further = out, left[:, part], right[part], add or part.start > 0
-        else:
-            into, a, b, further = out[part], left[part], right, add
-        if part.stop - part.start < _STEP:
-            _by_aten(into, a, b, None if further else bias, further)
-        elif further:
-            into.add_(_onednn(a, b, None))
-        else:
-            into.copy_(_onednn(a, b, bias))
 
 
 def _pieces(size: int) -> list[slice]:
@@ -105,21 +79,12 @@ def _pieces(size: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(sorted({*edges, last}))]
 
 
-def _by_aten(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, add: bool) -> None:
-    if add:
-        out.addmm_(left, right)
-    elif bias is None:
-        torch.mm(left, right, out=out)
-    else:
-        torch.addmm(bias, left, right, out=out)
-
-
-def _onednn(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+def _onednn(left: Tensor, right: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
 
 
 def _takes(left: Tensor, right: Tensor) -> bool:
-    if left.dtype != right.dtype or not prefers_onednn(left.dtype):
+    if left.dtype != torch.float32 or right.dtype != left.dtype or not (_onednn_is_faster() and torch.backends.mkldnn.enabled):
         return False
     sides = (*left.shape, right.shape[1])
     laid_out = right.is_contiguous() or right.t().is_contiguous()
