@@ -512,6 +512,66 @@ def test_low_rank_branches_of_a_fused_projection_are_cut_as_it_is():
     assert c.lora[0] == c.lora[1] and [w.start for w in c.w_in] == [0, HIDDEN]
 
 
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _plus_low(m: Block, y: Tensor, x: Tensor) -> Tensor:
+    """y + 0.5 * b(a(x)) by addmm, the tokens of both in one dim."""
+    return torch.addmm(_flat(y), m.a(_flat(x)), m.b.weight.t(), alpha=0.5).view_as(y)
+
+
+FLAT_BRANCHES: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "addmm": lambda m, x: m.down(F.gelu(_plus_low(m, m.up(x), x))),
+    "a method": lambda m, x: m.down(F.gelu((y := m.up(x)).flatten(0, 1).addmm(m.a(_flat(x)), m.b.weight.t()).view(y.shape))),
+    "in place": lambda m, x: m.down(F.gelu(m.up(_flat(x)).addmm_(m.a(_flat(x)), m.b.weight.t(), alpha=0.5).view(2, 5, HIDDEN))),
+    "a sum": lambda m, x: m.down(F.gelu((y := m.up(x)) + (m.b(m.a(_flat(x))) * 0.5).view(y.shape))),
+    "a gate": lambda m, x: m.down(F.silu(m.gate(x)) * _plus_low(m, m.up(x), x)),
+    "halves": lambda m, x: m.down(
+        (lambda g, u: F.silu(g) * u)(*(_flat(m.fused(x)) + m.bf(m.a(_flat(x)))).chunk(2, -1)).view(2, 5, HIDDEN)
+    ),
+    "a unit": lambda m, x: m.down(F.glu(_flat(m.fused(x)) + m.bf(m.a(_flat(x)))).view(2, 5, HIDDEN)),
+    "everything": lambda m, x: F.linear(
+        F.gelu(_flat(m.up(x)) + m.b(m.a(_flat(x)))).view(2, 5, HIDDEN), m.down.weight, m.down.bias
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLAT_BRANCHES)
+def test_low_rank_branches_on_flat_tokens(name):
+    function = FLAT_BRANCHES[name]
+    assert len(only(function).lora[-1]) == 1
+    assert blocks.assert_exact_is_eager(Block(function), X) == ["ffn"]
+
+
+def test_low_rank_branches_on_flat_tokens_of_the_out_projection():
+    function = lambda m, x: torch.addmm(  # noqa: E731
+        _flat(m.down(h := F.gelu(m.up(x)))), m.a2(_flat(h)), m.b2.weight.t(), alpha=2.0
+    ).view(x.shape)
+    assert [branch.scaling for branch in only(function).lora_out] == [2.0]
+    assert blocks.assert_exact_is_eager(Block(function), X) == ["ffn"]
+
+
+@pytest.mark.parametrize("name", ["addmm", "a method"])
+def test_low_rank_branches_on_flat_tokens_at_symbolic_lengths(name):
+    assert blocks.assert_exact_at_any_length(Block(FLAT_BRANCHES[name]), X) == ["ffn"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, y, x: (y + (m.b(m.a(x.transpose(0, 1).reshape(-1, WIDTH)))).view(2, 5, HIDDEN)),  # tokens in another order
+        lambda m, y, x: (_flat(y) + m.b(m.a(_flat(x))).flip(0)).view(2, 5, HIDDEN),  # of another token
+        lambda m, y, x: (_flat(y) + m.b(m.a(_flat(x))) * torch.arange(10.0)[:, None]).view(2, 5, HIDDEN),  # a factor of each
+        lambda m, y, x: y + (low := m.b(m.a(_flat(x)))).view(2, 5, HIDDEN) + low.sum(),  # used elsewhere
+    ],
+)
+def test_other_sums_of_flat_tokens_are_no_branch(function):
+    model = Block(lambda m, x: m.down(F.gelu(function(m, m.up(x), x))))
+    assert not sites(model, X)[0]
+    assert blocks.assert_exact_is_eager(model, X) == []
+
+
 def test_low_rank_branches_of_the_out_projection():
     c = only(lambda m, x: m.down(h := F.gelu(m.up(x))) + _low(m.a2, m.b2, h))
     assert [(branch.scaling, branch.dropout_p) for branch in c.lora_out] == [(2.0, 0.0)] and c.lora == ()

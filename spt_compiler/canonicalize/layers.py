@@ -37,6 +37,11 @@ def _cut(e: Editor, x: fx.Node, dim: int) -> tuple[Any, slice | None]:
     return (whole, slice(start, start + shape(x)[dim])) if whole is not None and along == dim else (None, None)
 
 
+def _cut_last(e: Editor, whole: fx.Node, part: slice | None) -> fx.Node:
+    """What `_cut` has found of the last dim, of another tensor."""
+    return e.call(F.glu, whole, -1) if part is None else e.call(operator.getitem, whole, (Ellipsis, part))
+
+
 def _up_to_layers(e: Editor, x: fx.Node, dim: int, is_layer: Callable[[fx.Node], Any]) -> set[fx.Node]:
     """`x` and what it is made of, up to layers and with them, by steps on each number and parts along `dim`; else nothing."""
     inside, stack = {x}, [x]
@@ -145,6 +150,53 @@ def _is_inside_block(e: Editor, part: fx.Node, layer: fx.Node, width: int) -> bo
                 seen.add(user)
                 stack.append(user)
     return False
+
+
+@rule(torch.reshape)
+def layers_on_flat_tokens(e: Editor, node: fx.Node) -> fx.Node | None:
+    """f(linear(x.flatten(0, 1)), y.flatten(0, 1)).view(B, T, F) -> f(linear(x), y): neither the layers nor the steps on each
+    number mix tokens, so that what they share with layers beside them is one tensor for both."""
+    (*lead, width), last = shape(node) or (0,), node.args[0]
+    if rank(last) < 2 or not lead or not same_size(shape(last)[-1], width):
+        return None
+    flat = shape(last)[:-1]
+    inside, flattened, stack = set[fx.Node](), set[fx.Node](), [last]
+    while stack and len(inside) < 48:
+        current = stack.pop()
+        if current.target is torch.reshape:
+            if not same_shape(shape(current.args[0]), (*lead, shape(current)[-1])):
+                return None
+            flattened.add(current)
+            continue
+        if current.target in _POINTWISE:
+            above = [a for a in current.args if rank(a) > 1]
+        elif _is_linear(current):
+            above = [current.args[0]]
+        elif (whole := _cut(e, current, len(flat))[0]) is not None:
+            above = [whole]
+            inside.update({current.args[0]} - {whole})  # what splits it
+        else:
+            return None
+        if not all(same_shape(shape(a)[:-1], flat) for a in above):
+            return None
+        inside.add(current)
+        stack += [a for a in above if a not in inside and a not in flattened]
+    if stack or not any(map(_is_linear, inside)) or _leaves(inside, node) or not e.same_region(node, *inside, *flattened):
+        return None
+    unfolded: dict[fx.Node, fx.Node] = {f: f.args[0] for f in flattened}  # type: ignore[misc]
+
+    def unfold(x: Any) -> Any:
+        if x in inside and x not in unfolded:
+            unfolded[x] = anew(x)
+        return unfolded.get(x, x) if is_tensor(x) else x
+
+    def anew(x: fx.Node) -> fx.Node:
+        whole, part = _cut(e, x, len(flat))
+        return e.call(x.target, *map(unfold, x.args), **x.kwargs) if whole is None else _cut_last(e, unfold(whole), part)
+
+    result = unfold(last)
+    e.move(inside)
+    return result
 
 
 @rule(F.linear)
@@ -264,7 +316,7 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
                 return found[0] if _order(x) else linear(rows_of(found[0]), *found[1:3])
             whole, part = _cut(e, x, order[-1])
             if whole is not None:
-                return e.call(F.glu, turn(whole), -1) if part is None else e.call(operator.getitem, turn(whole), (Ellipsis, part))
+                return _cut_last(e, turn(whole), part)
             return e.call(x.target, *map(turn, x.args), **x.kwargs)
         x = widened(e, x, len(order))
         *lead, features = (shape(x)[i] for i in order)
