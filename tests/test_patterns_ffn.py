@@ -740,6 +740,26 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: m.down((F.gelu(m.up(x)).view(2, 5, 2, 5) * x[..., :2, None]).flatten(2)),
         "between the projections",
     ),
+    "squeeze and excite, pooled by a module": (
+        lambda m, x: m.down((h := F.gelu(m.up(x))) * m.square(F.adaptive_avg_pool1d(h.mT, 1).squeeze(-1)).sigmoid()[:, None]),
+        "scales them (squeeze and excite)",
+    ),
+    "a gate by the mean of pre-activations": (
+        lambda m, x: m.down((h := m.up(x)) * torch.sigmoid(h.mean(1, keepdim=True))),
+        "scales them (squeeze and excite)",
+    ),
+    "a gate by the mean of hidden units": (
+        lambda m, x: m.down((h := F.gelu(m.up(x))) * torch.sigmoid(h.mean(1, keepdim=True))),
+        "a norm or reduction (.mean)",
+    ),
+    "a gate by the mean of the input": (
+        lambda m, x: m.down(F.gelu(m.up(x)) * torch.sigmoid(m.gate(x.mean(1, keepdim=True)))),
+        "its projections read different inputs",
+    ),
+    "a global response norm": (
+        lambda m, x: m.down(m.beta * (h := F.gelu(m.up(x))) * ((g := torch.linalg.vector_norm(h, dim=1, keepdim=True)) / g.mean()) + h),
+        "a norm or reduction (linalg_vector_norm)",
+    ),
     "a factor in the denominator": (lambda m, x: m.down(x[..., :1] / F.softplus(m.up(x))), "no parameter of an activation"),
     "a factor before a sum": (lambda m, x: m.down(F.silu(m.gate(x)) * x[..., :1] + m.up(x)), "no parameter of an activation"),
     "three projections": (
@@ -869,6 +889,21 @@ def test_near_misses(name):
     if reason:  # what is too far from a block is no candidate
         found = [str(s.reason) for s in skipped]
         assert len(found) == 1 and reason in found[0], found
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda m, h: m.b(F.relu(m.a2(h.mean(1, keepdim=True)))),
+        lambda m, h: m.b(F.relu(m.a2(h.mean(1)))).unsqueeze(1),
+        lambda m, h: m.square(h),
+    ],
+)
+def test_gates_that_layers_make_of_the_hidden_units(gate):
+    """The gate's own layers are candidates beside the block that it gates."""
+    model = Block(lambda m, x: m.down((h := F.gelu(m.up(x))) * torch.sigmoid(gate(m, h))))
+    matches, skipped = sites(model, X)
+    assert not matches and "scales them (squeeze and excite)" in str(skipped[-1].reason) and len(skipped) == 2
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -466,6 +466,8 @@ _REDUCTIONS = {
     torch.mean,
     torch.sum,
     torch.norm,
+    torch.linalg.norm,
+    torch.linalg.vector_norm,
     torch.var,
     F.softmax,
 }
@@ -615,8 +617,12 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
     if target == "to" and isinstance(first, Projection) and first.lora and is_float(node):
         return replace(first, nodes=(*first.nodes, node))  # adapters may be of a wider type than the model
     merged = _merged(above)
+    if target is operator.mul and (merged is None or merged.refused is None):
+        own = _gated_by_itself(node, found)
+        if own is not None:
+            return own
     if merged is None:
-        return _of_different_inputs(node, above)
+        return _of_different_inputs(node, above, found)
     if target in _RESHAPES:
         kept = same_size(shape(node)[-1], shape(node.args[0])[-1])
         return merged if kept and is_float(node) else _broken(merged, node, "changes the last dim")
@@ -653,8 +659,8 @@ def _is_refused_block(state: State) -> bool:
     return isinstance(state, Hidden) and state.nonlinear and state.refused is not None
 
 
-def _is_made_of(node: Node, found: dict[Node, State]) -> bool:
-    """Whether `node` is, or is made of, a projection or an activation, in few steps: keys or values, and no rotation."""
+def _is_made_of(node: Any, found: Container[Node]) -> bool:
+    """Whether `node` is, or is made of, one of `found` in few steps: a projection or an activation (keys or values, no rotation)."""
     stack, seen = [node], {node}
     while stack and len(seen) < 32:
         current = stack.pop()
@@ -730,6 +736,27 @@ def _gated(node: Node, found: dict[Node, State]) -> Node | None:
     return next((a for a in others if same_shape(shape(a), shape(node))), None)
 
 
+def _gated_by_itself(node: Node, found: dict[Node, State]) -> Hidden | None:
+    """A product of hidden units and what other layers, or a mean over tokens, have made of all of them."""
+    for h, gate in (node.args, node.args[::-1]):
+        state = found.get(h)  # type: ignore[arg-type]
+        if not isinstance(state, (Projection, Hidden)) or not same_shape(shape(h), shape(node)) or not is_float(gate):
+            continue
+        merged = _merged([state])
+        if gate in found:
+            whole = merged is not None and merged.nonlinear and _merged([state, found[gate]]) is None
+        else:
+            whole = rank(gate) > 1 and not same_shape(shape(gate), shape(node))
+        if merged is None or not whole or not same_size(shape(gate)[-1], shape(node)[-1]):
+            continue
+        if _is_made_of(gate, {h, *merged.sources}):
+            return replace(merged, nonlinear=True, refused=Reject(GATED_BY_ITSELF, describe(gate)))
+    return None
+
+
+GATED_BY_ITSELF = "a gate that is made of all hidden units, or of their mean over tokens ({}), scales them (squeeze and excite)"
+
+
 def _merged(above: list[State]) -> Hidden | None:
     """The union of what a node's inputs are; None if they are projections of different inputs (a residual sum, q and k)."""
     sources: frozenset[Node] = frozenset()
@@ -749,14 +776,18 @@ def _merged(above: list[State]) -> Hidden | None:
     return Hidden(sources, nonlinear, refused, curved)
 
 
-def _of_different_inputs(node: Node, above: list[State]) -> Hidden | None:
-    """A gate, or something added to a pre-activation, that reads another input: adapters that are no low-rank branch."""
+def _of_different_inputs(node: Node, above: list[State], found: dict[Node, State]) -> Hidden | None:
+    """A gate, or something added to a pre-activation, that reads another input: adapters that are no low-rank branch, or a gate
+    that is the same for all tokens."""
     states = [s for s in above if isinstance(s, (Projection, Hidden))]
     nonlinear = any(isinstance(s, Hidden) and s.nonlinear for s in states)
-    pre = next((s for s in states if isinstance(s, Projection)), None)
-    if pre is None or node.target is not (operator.mul if nonlinear else operator.add):
+    sources = next((frozenset({s.linear}) for s in states if isinstance(s, Projection)), None)
+    if sources is None and nonlinear:
+        whole = [s for a in node.all_input_nodes if isinstance(s := found.get(a), Hidden) and same_shape(shape(a), shape(node))]
+        sources = whole[0].sources if len(whole) == 1 else None
+    if sources is None or node.target is not (operator.mul if nonlinear else operator.add):
         return None
-    return Hidden(frozenset({pre.linear}), nonlinear, Reject("its projections read different inputs"))
+    return Hidden(sources, nonlinear, Reject("its projections read different inputs"))
 
 
 def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
