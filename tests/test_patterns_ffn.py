@@ -24,6 +24,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 import spt_compiler
+from spt_compiler import debug
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.expression import evaluate, parse
 from spt_compiler.graph import describe
@@ -653,6 +654,41 @@ def test_weights_that_change_in_the_forward_stay(parametrise):
     assert not matches and "nor computed from parameters alone" in str(skipped[0].reason)
 
 
+class Mixed(nn.Module):
+    """A block under autocast, parts of which run in full precision."""
+
+    def __init__(self, function: Callable):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function, self.up, self.down = function, nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.function(self, x).float()
+
+
+def _in_full(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return function(x.float())
+
+
+def test_an_activation_under_another_autocast_mode():
+    model, x = Mixed(lambda m, x: m.down(_in_full(F.gelu, m.up(x)))), X.float()
+    expected = blocks.gradients(model, model, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="spt", options={**blocks.EXACT, "inner": "eager"})
+    blocks.assert_same(blocks.gradients(model, compiled, x), expected, rtol=1e-2, grad_rtol=2e-2)
+    assert [row.status for rows in debug.reports() for row in rows] == ["replaced"]
+
+
+@pytest.mark.parametrize(
+    "function", [lambda m, x: _in_full(m.down, F.gelu(m.up(x))), lambda m, x: m.down(F.gelu(_in_full(m.up, x)))]
+)
+def test_layers_under_two_autocast_modes_stay(function):
+    matches, skipped = sites(Mixed(function), X.float())
+    assert not matches and ["another grad or autocast mode" in str(s.reason) for s in skipped] == [True]
+
+
 def test_weights_that_are_written_in_place_stay():
     """What routers and states see of a weight is computed anew without the write."""
     model = Computed(lambda m: m.in_features == WIDTH and register_parametrization(m, "weight", WithoutOneRow()))
@@ -757,7 +793,7 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         "its projections read different inputs",
     ),
     "a global response norm": (
-        lambda m, x: m.down(m.beta * (h := F.gelu(m.up(x))) * ((g := torch.linalg.vector_norm(h, dim=1, keepdim=True)) / g.mean()) + h),
+        lambda m, x: m.down((h := F.gelu(m.up(x))) * m.beta * torch.linalg.vector_norm(h, dim=1, keepdim=True) + h),
         "a norm or reduction (linalg_vector_norm)",
     ),
     "a factor in the denominator": (lambda m, x: m.down(x[..., :1] / F.softplus(m.up(x))), "no parameter of an activation"),

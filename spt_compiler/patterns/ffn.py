@@ -660,7 +660,7 @@ def _is_refused_block(state: State) -> bool:
 
 
 def _is_made_of(node: Any, found: Container[Node]) -> bool:
-    """Whether `node` is, or is made of, one of `found` in few steps: a projection or an activation (keys or values, no rotation)."""
+    """Whether `node` is, or is made of, one of `found` in few steps: if of projections, keys or values and no rotation."""
     stack, seen = [node], {node}
     while stack and len(seen) < 32:
         current = stack.pop()
