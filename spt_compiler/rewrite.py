@@ -576,7 +576,7 @@ class Rewriter:
             for branch in branches:
                 a_out = self.emit(torch.reshape, branch.a_out, (-1, value_of(branch.a_out).shape[-1]))
                 low.append(a_out if branch.scaling == 1.0 else self.emit(torch.mul, a_out, branch.scaling))
-            rows = [self._rows(replace(w, node=branch.b)) for branch in branches]
+            rows = [self._rows(branch.rows_of(branch.b, w)) for branch in branches]
             for found, parts in ((outputs, low), (weights, rows)):
                 joined = parts[0] if len(parts) == 1 else self.emit(torch.cat, parts, 1)
                 found.append(self.emit(torch.ops.aten.to.dtype, joined, dtype))
@@ -590,7 +590,7 @@ class Rewriter:
         for i, (w, branches) in enumerate(zip(c.w_in, c.lora, strict=True)):
             for branch in branches:
                 if branch.bias is not None:
-                    term = self.emit(torch.mul, self._rows(replace(w, node=branch.bias)), branch.scaling)
+                    term = self.emit(torch.mul, self._rows(branch.rows_of(branch.bias, w)), branch.scaling)
                     total = self.emit(torch.add, biases[i], term)
                     biases[i] = self.emit(torch.ops.aten.to.dtype, total, value_of(c.w_in[i].node).dtype)
         return biases

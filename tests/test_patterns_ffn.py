@@ -65,13 +65,13 @@ def rows(weight: Weight | None, values: dict[Any, Any]) -> Tensor | None:
 def compute(c: FFNCapture, values: dict[Any, Any]) -> Tensor:
     """What a capture says, written down; without dropout."""
 
-    def up(branch: Lora, low: Tensor, kept: slice = slice(None)) -> Tensor:
+    def up(branch: Lora, low: Tensor, projection: Weight | None = None) -> Tensor:
         out = F.linear(low, values[branch.b], None if branch.bias is None else values[branch.bias])
-        return branch.scaling * out[..., kept]
+        return branch.scaling * (out if projection is None else out[..., branch.rows_of(branch.b, projection).rows])
 
     x, pre = values[c.x], []
     for w, b, branches in zip(c.w_in, c.b_in, c.lora or ((),) * len(c.w_in), strict=True):
-        added = [up(branch, values[branch.a_out], w.rows) for branch in branches]
+        added = [up(branch, values[branch.a_out], w) for branch in branches]
         pre.append(sum(added, F.linear(x, rows(w, values), rows(b, values))))
     env = {f"x{i}": h for i, h in enumerate(pre)} | {f"a{i}": values[a] for i, a in enumerate(c.act_in)}
     hidden = evaluate(parse(c.act), env)
@@ -573,6 +573,28 @@ def test_other_sums_of_flat_tokens_are_no_branch(function):
     assert blocks.assert_exact_is_eager(model, X) == []
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.down((lambda g, u: F.silu(g + _low(m.a, m.b, x)) * u)(*m.fused(x).chunk(2, -1))),
+        lambda m, x: m.down((lambda h: F.silu(h[..., ::2]) * (h[..., 1::2] + _low(m.a, m.bb, x, 0.5)))(m.fused(x))),
+        lambda m, x: m.down(
+            (lambda h: F.silu(h[..., 0]) * (h[..., 1] + m.b(m.a(x))))((m.fused(x) + m.bf(m.a(x))).view(2, 5, -1, 2))
+        ),
+    ],
+    ids=["half", "every other row", "beside one of the whole"],
+)
+def test_low_rank_branches_of_a_part_of_a_fused_projection(function):
+    assert any(branch.part for branches in only(function).lora for branch in branches)
+    assert blocks.assert_exact_is_eager(Block(function), X) == ["ffn"]
+
+
+def test_a_branch_of_one_feature_is_none():
+    model = Block(lambda m, x: m.down(F.gelu(m.up(x) + F.linear(m.a(x), m.b.weight[:1]))))
+    assert not sites(model, X)[0]
+    assert blocks.assert_exact_is_eager(model, X) == []
+
+
 def test_low_rank_branches_of_the_out_projection():
     c = only(lambda m, x: m.down(h := F.gelu(m.up(x))) + _low(m.a2, m.b2, h))
     assert [(branch.scaling, branch.dropout_p) for branch in c.lora_out] == [(2.0, 0.0)] and c.lora == ()
@@ -864,9 +886,9 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: (m.down(h := F.gelu(m.up(x))) + m.b2(low := m.a2(h)), low),
         "also returned",
     ),
-    "adapter on a part of a fused projection": (
-        lambda m, x: m.down(F.silu((h := m.fused(x))[..., :HIDDEN] + m.b(m.a(x))) * h[..., HIDDEN:]),
-        "on a part of a fused projection",
+    "a part of the sum of a part and an adapter": (
+        lambda m, x: F.linear(F.gelu((m.fused(x)[..., :HIDDEN] + m.b(m.a(x)))[..., :8]), m.down.weight[:, :8]),
+        "a part of a part that has a low-rank adapter of its own",
     ),
     "rows change": (lambda m, x: m.down(F.gelu(m.up(x))[:, 0]), "between the projections"),
     "turned and not back": (
@@ -1313,13 +1335,49 @@ def test_one_layer_for_attention_and_a_block(function):
     assert sorted(blocks.assert_exact_is_eager(OneLayer(function), X)) == ["attention", "ffn"]
 
 
+class Adapted(nn.Module):
+    """A linear layer and a low-rank branch beside it, with dropout before each of its layers."""
+
+    def __init__(self, base: nn.Linear, before: float = 0.0, between: float = 0.0):
+        super().__init__()
+        self.base, self.before, self.between = base, before, between
+        self.a, self.b = nn.Linear(base.in_features, 2, bias=False).double(), nn.Linear(2, base.out_features).double()
+
+    def forward(self, x):
+        return self.base(x) + 0.5 * self.b(F.dropout(self.a(F.dropout(x, self.before)), self.between))
+
+
+@pytest.mark.parametrize("name", ["fused", "out and down", "all"])
+@pytest.mark.parametrize("function", [_five, _two, _slices, _block_first, _block_around])
+def test_one_layer_for_attention_and_a_block_with_low_rank_branches(function, name):
+    model = OneLayer(function)
+    if name != "fused":
+        model.out, model.down = Adapted(model.out), Adapted(model.down)
+    if name != "out and down":
+        model.fused = Adapted(model.fused)
+    matches, skipped = sites(model, X)
+    assert sorted(m.pattern.kind for m in matches) == ["attention", "ffn"] and not skipped
+    assert sorted(blocks.assert_exact_is_eager(model, X)) == ["attention", "ffn"]
+
+
+@pytest.mark.parametrize("dropout", [{"before": 0.1}, {"between": 0.1}])
+def test_dropout_in_the_branch_of_a_joined_out_projection_keeps_it_whole(dropout):
+    model = OneLayer(_five)
+    model.out = Adapted(model.out, **dropout)
+    matches, skipped = sites(model, X)
+    assert [m.pattern.kind for m in matches] == ["attention"] and ["cat between" in str(s.reason) for s in skipped] == [True]
+
+
 def test_one_layer_for_attention_and_a_block_at_symbolic_lengths():
     assert sorted(blocks.assert_exact_at_any_length(OneLayer(_five), X)) == ["attention", "ffn"]
 
 
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("function", [_five, _two])
-def test_a_block_of_one_layer_learns(function):
+def test_a_block_of_one_layer_learns(function, adapted):
     model = OneLayer(function)
+    if adapted:
+        model.fused = Adapted(model.fused)
     compiled = torch.compile(model, backend="spt", options={**blocks.SPARSE, "require_matches": 1})
     losses = blocks.train_steps(model, compiled, [numbers(4, 16, WIDTH, seed=i) for i in range(4)])
     assert all(map(math.isfinite, losses)) and any("ffn" in name for name in spt_compiler.state_dict(model))

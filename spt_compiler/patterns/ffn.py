@@ -61,6 +61,7 @@ class Lora:
     Attributes:
         a: [r, E] and b: [F, r], as F.linear takes them; bias: [F] or None. a_out: [..., r], what B reads.
         dropout_p: of what A reads, where that is the hidden activation; elsewhere A and its dropout are outside of the site.
+        part: the projection is a part of a fused layer, and b has its rows alone.
     """
 
     a: Node
@@ -69,6 +70,11 @@ class Lora:
     scaling: float
     a_out: Node
     dropout_p: float = 0.0
+    part: bool = False
+
+    def rows_of(self, node: Node, projection: Weight) -> Weight:
+        """The rows of b, or of the bias, that belong to those of a projection's weight."""
+        return Weight(node) if self.part else replace(projection, node=node)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class FFNCapture:
         x: [..., E]. w_in: one or two [F, E] (rows of possibly fused weights); b_in: their biases or None.
         w_out: [E, F]; b_out: [E] or None. act: expression in x0, x1 (pre-activations) and a0, a1 ... (`act_in`: tensors
         with one element or [F]). dropout_p: of the hidden activation. width: F. lora: the branches of each in-projection
-        (rows of their B as those of w_in). lora_out: branches of the out-projection; their A reads the hidden activation.
+        (`Lora.rows_of` their B). lora_out: branches of the out-projection; their A reads the hidden activation.
         base: the call of w_out, before the branches are added.
     """
 
@@ -721,12 +727,10 @@ def _branch_state(node: Node, found: dict[Node, State]) -> State | None:
         ((_, branch), (_, base)) = branches[0], others[0]
         if isinstance(base, Projection) and base.linear.target is F.linear:
             same_input = _source_of_branch(base.linear.args[0])[0] is branch.x
-            if not same_input:
+            if not same_input or not all(same_shape(shape(a), shape(node)) for a in args):
                 return None
-            nodes = (*base.nodes, *branch.nodes, node)
-            if base.start is not None:
-                return replace(base, nodes=nodes, refused=Reject("a low-rank adapter on a part of a fused projection"))
-            return replace(base, nodes=nodes, lora=(*base.lora, branch.lora))
+            lora = replace(branch.lora, part=base.start is not None)
+            return replace(base, nodes=(*base.nodes, *branch.nodes, node), lora=(*base.lora, lora))
     return None
 
 
@@ -895,6 +899,8 @@ def _slice(whole: Projection, start: int, stop: int, step: int | None, nodes: tu
     nodes = (*whole.nodes, *nodes)
     if whole.step is not None:
         return replace(whole, nodes=nodes, refused=Reject("a part of an interleaved projection"))
+    if any(branch.part for branch in whole.lora):
+        return replace(whole, nodes=nodes, refused=Reject("a part of a part that has a low-rank adapter of its own"))
     offset = whole.start or 0
     return replace(whole, start=offset + start, stop=offset + stop, step=step, nodes=nodes)
 
