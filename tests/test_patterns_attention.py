@@ -1123,19 +1123,38 @@ def test_values_that_all_heads_share(dropout):
         assert blocks.assert_exact_is_eager(Shared(), Q, K, V) == ["attention"]
 
 
-def test_keys_of_two_dims_are_named_at_any_length():
-    class Planes(nn.Module):
-        def forward(self, q, k, v):
-            scores = torch.einsum("bijd,bkld->bijkl", q, k)
-            p = scores.flatten(-2).softmax(-1).view(*q.shape[:3], *k.shape[1:3])
-            return torch.einsum("bijkl,bkld->bijd", p, v)
+class Planes(nn.Module):
+    """Attention over the keys of a plane, by einsum."""
 
-    with pytest.warns(UserWarning, match="replaced nothing"):
-        compiled = torch.compile(Planes(), backend="spt", options={**blocks.EXACT, "inner": "eager"})
-        for length in (6, 5):
-            compiled(Q[:, :, :length], K[:, :, :length], V[:, :, :length])
-    said = [str(row.reason) for rows in debug.reports() for row in rows]
-    assert len(said) == 2 and said[0].startswith("the scores change shape") and said[1].startswith(".flatten between"), said
+    def __init__(self, scores: str, values: str, dim: int):
+        super().__init__()
+        self.scores, self.values, self.dim = scores, values, dim
+
+    def forward(self, q, k, v):
+        s = torch.einsum(self.scores, q, k) * 0.5
+        return torch.einsum(self.values, s.flatten(self.dim).softmax(-1).view(*q.shape[:-1], *k.shape[1:3]), v)
+
+
+@pytest.mark.parametrize(
+    "planes, queries",
+    [
+        (Planes("bijd,bkld->bijkl", "bijkl,bkld->bijd", 3), Q),
+        (Planes("bid,bkld->bikl", "bikl,bkld->bid", 2), Q[:, 0]),
+    ],
+    ids=["planes", "rows"],
+)
+def test_keys_of_a_plane(planes, queries):
+    assert blocks.assert_exact_is_eager(planes, queries, K, V) == ["attention"]
+    assert blocks.assert_exact_at_any_length(planes, queries, K, V) == ["attention"]
+
+
+def test_keys_of_a_plane_of_which_the_softmax_sees_rows_stay():
+    class Rows(nn.Module):
+        def forward(self, q, k, v):
+            return torch.einsum("bikl,bkld->bid", torch.einsum("bid,bkld->bikl", q, k).softmax(-1), v)
+
+    assert blocks.assert_exact_is_eager(Rows(), Q[:, 0], K, V) == []
+    assert "change shape" in refused(Rows(), Q[:, 0], K, V)
 
 
 class Pool(nn.Module):
