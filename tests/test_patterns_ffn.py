@@ -1105,6 +1105,17 @@ def test_experts_that_stay_say_why(function, reason):
     assert not matches and len(skipped) == 1 and reason in str(skipped[0].reason), [str(s.reason) for s in skipped]
 
 
+def test_layers_that_read_a_stream_behind_an_activation_are_no_block():
+    """Attention over features (AutoInt): relu(attention(x) + layer(x)), which queries, keys and values of the next one read."""
+
+    def function(m, x):
+        y = F.relu(_attend(x, x, x) + F.linear(x, m.down.weight[:, :WIDTH]))
+        return _attend(*(F.linear(y, w[:WIDTH, :WIDTH]) for w in (m.down.weight, m.up.weight, m.gate.weight)))
+
+    matches, skipped = sites(Block(function), X)
+    assert [m.pattern.kind for m in matches] == ["attention", "attention"] and not skipped
+
+
 def test_linear_attention_is_no_block():
     def function(m, x):
         q, k = F.elu(m.up(x)) + 1, F.elu(m.gate(x)) + 1

@@ -196,12 +196,13 @@ def einsum_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
 
 @rule(operator.mul, operator.truediv)
 def number_before_split_keys(e: Editor, node: fx.Node) -> fx.Node | None:
-    """(q @ k).view(B, T, H, W) * c -> (q @ k * c).view(B, T, H, W): nothing stands between a product and its keys of several dims."""
+    """(q @ k).view(B, T, H, W) * c -> (q @ k * c).view(B, T, H, W), for keys of several dims."""
     x, factor = node.args
     if not is_tensor(x) or x.target is not torch.reshape or not isinstance(factor, (int, float)) or len(x.users) != 1:
         return None
     product = x.args[0]
-    if product.target not in (torch.matmul, node.target) or same_size(shape(product)[-1], shape(x)[-1]) or not e.same_region(node, x):
+    splits_keys = product.target in (torch.matmul, node.target) and not same_size(shape(product)[-1], shape(x)[-1])
+    if not splits_keys or not e.same_region(node, x):
         return None
     return e.call(torch.reshape, e.call(node.target, product, factor), x.args[1])
 

@@ -1086,10 +1086,12 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
         return None  # A of a low-rank branch on an out-projection, of which it is a part
     source = _read_by(next(iter(hidden.sources)))
     width, model_width, model_out = shape(node.args[0])[-1], shape(source)[-1], shape(node)[-1]
+    # A head behind something that is no site anyway is nothing to report, nor is what reads a stream.
+    telling = same_size(model_out, model_width) and not _is_stream(node.args[0], found)  # type: ignore[arg-type]
     if hidden.refused is not None:
-        # A head, a router or an adapter behind something that is no activation anyway is nothing to report.
+        # Nor a router, or an adapter.
         thin = isinstance(width, int) and isinstance(model_width, int) and width < model_width
-        return hidden.refused if same_size(model_out, model_width) and not thin else None
+        return hidden.refused if telling and not thin else None
     if not _is_computed(context, w_out):
         return Reject("the out-projection's weight is no parameter, nor computed from parameters alone ({})", describe(w_out))
     if any(_is_picked(w) for w in (w_out, *(s.args[1] for s in hidden.sources))):
@@ -1101,7 +1103,7 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
     try:
         expr = reader.read(node.args[0])
     except _Refused as refused:
-        return refused.reason if same_size(model_out, model_width) else None
+        return refused.reason if telling else None
     if len(reader.projections) > 2:
         return Reject("{} projections meet in one activation", len(reader.projections))
     source = reader.projections[0].linear.args[0]
@@ -1180,6 +1182,11 @@ def _starts_branch(node: Node, found: dict[Node, State]) -> bool:
         if user.target in (F.dropout, "to"):
             stack.extend(user.users)
     return False
+
+
+def _is_stream(x: Node, found: dict[Node, State]) -> bool:
+    """Whether several layers read `x`, low-rank branches aside: queries, keys and values of what follows, most often."""
+    return sum(u.target is F.linear and not _starts_branch(u, found) for u in x.users) > 1
 
 
 def _branches_below(node: Node, found: dict[Node, State]) -> _Tail | Reject:
