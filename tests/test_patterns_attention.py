@@ -1157,6 +1157,54 @@ def test_keys_of_a_plane_of_which_the_softmax_sees_rows_stay():
     assert "change shape" in refused(Rows(), Q[:, 0], K, V)
 
 
+class RelativePlane(nn.Module):
+    """Positions along the rows and the columns of an image, each a bias to scores that are seen as a plane for it."""
+
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.function = function
+        self.rows, self.columns = nn.Parameter(numbers(2, 2, 8, seed=6)), nn.Parameter(numbers(3, 3, 8, seed=7))
+
+    def forward(self, q, k, v):
+        plane = q.view(q.shape[0], 2, 3, 8)
+        rows = torch.einsum("bhwc,hkc->bhwk", plane, self.rows)[..., None]
+        columns = torch.einsum("bhwc,wkc->bhwk", plane, self.columns)[..., None, :]
+        return self.function((q @ k.mT * 0.5).view(-1, 2, 3, 2, 3), rows, columns).reshape(-1, 6, 6).softmax(-1) @ v
+
+
+PLANE_BIASES: dict[str, Callable] = {
+    "both": lambda s, rows, columns: s + rows + columns,
+    "one": lambda s, rows, columns: rows + s,
+    "in place": lambda s, rows, columns: s.add_(rows).add_(columns),
+}
+
+
+@pytest.mark.parametrize("name", PLANE_BIASES)
+def test_biases_of_a_plane(name):
+    model, inputs = RelativePlane(PLANE_BIASES[name]), [x[:, 0] for x in (Q, K, V)]
+    assert blocks.assert_exact_is_eager(model, *inputs) == ["attention"]
+    compiled = torch.compile(model, backend="spt", options={**blocks.EXACT, "inner": "eager"})
+    for batch in (2, 1, 3):  # the last two through a graph of symbolic batch
+        given = [x.repeat(2, 1, 1)[:batch] for x in inputs]
+        blocks.assert_same(blocks.gradients(model, compiled, *given), blocks.gradients(model, model, *given), 1e-6, 1e-6)
+    assert {row.status for rows in debug.reports() for row in rows} == {"replaced"}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, rows, columns: (s + rows).transpose(1, 2),
+        lambda s, rows, columns: s + rows + s.sum(),
+        lambda s, rows, columns: (s + rows) * columns,
+    ],
+    ids=["turned", "read twice", "a factor"],
+)
+def test_other_steps_in_a_plane_stay(function):
+    model, inputs = RelativePlane(function), [x[:, 0] for x in (Q, K, V)]
+    assert blocks.assert_exact_is_eager(model, *inputs) == []
+    assert "scores" in refused(model, *inputs)
+
+
 class Pool(nn.Module):
     """Tokens that learned vectors score, and `function` that sums them."""
 
