@@ -1157,6 +1157,22 @@ def test_keys_of_a_plane_of_which_the_softmax_sees_rows_stay():
     assert "change shape" in refused(Rows(), Q[:, 0], K, V)
 
 
+@pytest.mark.parametrize("shared", ["scores", "both"])
+def test_a_second_product_of_keys_that_heads_share(shared):
+    """Latent attention: a part of the queries meets keys of each head, or a latent for all of them, another the rotated keys."""
+
+    class Latent(nn.Module):
+        def forward(self, q, k, v, rotated):
+            keys, values = (k, v) if shared == "scores" else (k[:, :, 0], k[:, :, 0])
+            own = "bthd" if shared == "scores" else "btd"
+            s = torch.einsum(f"bshd,{own}->bsht", q[..., :6], keys[..., :6]) + torch.einsum("bshd,btd->bsht", q[..., 6:], rotated)
+            s = s * 0.4 + torch.full((q.shape[1], q.shape[1]), -math.inf).triu_(1).unsqueeze(1)
+            return torch.einsum(f"bsht,{own}->bshd", s.softmax(-1).type_as(q), values)
+
+    inputs = [*(x.transpose(1, 2) for x in (Q, K[:, :, :6], V[:, :, :6])), K[:, 1, :6, :2]]
+    assert blocks.assert_exact_is_eager(Latent(), *inputs) == ["attention"]
+
+
 class RelativePlane(nn.Module):
     """Positions along the rows and the columns of an image, each a bias to scores that are seen as a plane for it."""
 

@@ -576,6 +576,22 @@ def test_other_sums_of_flat_tokens_are_no_branch(function):
 @pytest.mark.parametrize(
     "function",
     [
+        lambda m, x, h: x + m.down(h) + _low(m.a2, m.b2, h),
+        lambda m, x, h: _low(m.a2, m.b2, h) + (m.down(h) + x),
+        lambda m, x, h: m.down(h) + m.b2(m.a2(h)) + x + _low(m.a2, m.b2, h),
+        lambda m, x, h: F.linear(x, m.a.weight.T @ m.a.weight) + m.down(h) + _low(m.a2, m.b2, h),
+    ],
+    ids=["a residual before", "and on the other side", "two branches around", "another layer before"],
+)
+def test_low_rank_branches_behind_a_residual_sum(function):
+    model = Block(lambda m, x: function(m, x, F.gelu(m.up(x))))
+    assert only(model).lora_out
+    assert blocks.assert_exact_is_eager(model, X) == ["ffn"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
         lambda m, x: m.down((lambda g, u: F.silu(g + _low(m.a, m.b, x)) * u)(*m.fused(x).chunk(2, -1))),
         lambda m, x: m.down((lambda h: F.silu(h[..., ::2]) * (h[..., 1::2] + _low(m.a, m.bb, x, 0.5)))(m.fused(x))),
         lambda m, x: m.down(

@@ -72,13 +72,18 @@ def _is_linear(node: fx.Node) -> bool:
     return node.target is F.linear
 
 
+def _dry(x: Any) -> Any:
+    """What dropout and casts were applied to."""
+    while is_tensor(x) and x.target in (F.dropout, "to"):
+        x = x.args[0]
+    return x
+
+
 def _narrow(layer: fx.Node) -> fx.Node | None:
     """The first of two linear layers that narrow and widen again, of which `layer` is the second: the low-rank branch of one
     beside it."""
-    narrow = layer.args[0]
-    while is_tensor(narrow) and narrow.target in (F.dropout, "to"):
-        narrow = narrow.args[0]
-    if not _is_linear(narrow):
+    narrow = _dry(layer.args[0])
+    if not is_tensor(narrow) or not _is_linear(narrow):
         return None
     sizes = [shape(n)[-1] for n in (layer, narrow, narrow.args[0])]
     return narrow if all(isinstance(s, int) for s in sizes) and sizes[1] < min(sizes[0], sizes[2]) else None
@@ -105,6 +110,24 @@ def _summed_layers(node: Any) -> list[fx.Node]:
         return []
     terms = [_summed_layers(a) if len(a.users) == 1 else [] for a in node.args if is_tensor(a)]
     return sum(terms, []) if len(terms) == (2 if node.target is operator.add else 1) and all(terms) else []
+
+
+@rule(operator.add)
+def branch_to_its_layer(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(x + linear(h, w)) + b(a(h)) -> x + (linear(h, w) + b(a(h))): a layer has its low-rank branch before others are added."""
+    for total, branch in (node.args, node.args[::-1]):
+        narrow = [_narrow(n) for n in _summed_layers(branch)]
+        if not narrow or None in narrow or not is_tensor(total) or total.target is not operator.add or len(total.users) != 1:
+            continue
+        for other, base in (total.args, total.args[::-1]):
+            layers, others = [n for n in _summed_layers(base) if _narrow(n) is None], _summed_layers(other)
+            if len(layers) != 1 or any(_dry(n.args[0]) is not _dry(layers[0].args[0]) for n in narrow):
+                continue
+            if others and all(map(_narrow, others)):
+                continue  # another branch: they follow their layer in whatever order
+            if same_shape(shape(base), shape(node)) and e.same_region(node, total, base, branch):
+                return e.call(operator.add, other, e.call(operator.add, base, branch))
+    return None
 
 
 @rule(F.linear, operator.add)

@@ -412,13 +412,13 @@ def step_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
     x = next((a for a in scores if a.target is torch.permute), None)
     if x is None or len(x.users) != 1 or not e.same_region(node, x):
         return None
-    if any(a.target is not torch.permute for a in scores):
-        return None  # x is a bias made by a product (relative positions); the scores have their order already
     chain = _toward_softmax(node, any_dim=True)
     if chain is None or (tuple(x.args[1]) == swapped(dims) and chain[-1].kwargs.get("dim") == -1):
         return None  # scores that are transposed can be so by their product
     order = tuple(x.args[1])
     back = [order.index(i) for i in range(dims)]
+    if any(a.target is not torch.permute for a in scores) and not _is_turned(chain[-1], back):
+        return None  # x is a bias made by a product (relative positions); the scores have their order already
 
     def moved(argument: Any) -> Any:
         if argument is x:
@@ -426,6 +426,14 @@ def step_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
         return permuted(e, widened(e, argument, dims), back) if is_tensor(argument) and rank(argument) else argument
 
     return permuted(e, e.call(node.target, *map(moved, node.args), **node.kwargs), order)
+
+
+def _is_turned(softmax: fx.Node, order: Sequence[int]) -> bool:
+    """Whether probabilities are permuted to `order` before they meet the values."""
+    user = _only_user(softmax)
+    while user is not None and user.target in _PER_PROBABILITY:
+        user = _only_user(user)
+    return user is not None and user.target is torch.permute and [*user.args[1]] == [*order]  # type: ignore[misc]
 
 
 @rule(*_PER_PROBABILITY)
