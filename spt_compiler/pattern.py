@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.fx import Node
 
@@ -70,6 +71,7 @@ class Candidate:
         output: the node whose value the site computes. nodes: all nodes that would go, output included.
         inputs: nodes whose values the site reads. capture: the pattern's own description of the site.
         core: the nodes that name the site (their common module); empty: all of `nodes`.
+        typed: the capture says in which types the site's products run, so that their autocast modes may differ.
     """
 
     output: Node
@@ -77,6 +79,7 @@ class Candidate:
     inputs: tuple[Node, ...]
     capture: Any
     core: tuple[Node, ...] = ()
+    typed: bool = False
 
 
 Capture = Callable[[Context, Node], "Candidate | Reject | None"]
@@ -215,16 +218,19 @@ def unused_elsewhere(context: Context, c: Candidate) -> Reject | None:
     return None
 
 
+# Calls whose arguments autocast narrows. Of any other it changes the type of the result at most, which the graph says.
+_NARROWED = {torch.matmul, F.linear, F.scaled_dot_product_attention, F.prelu, torch.prelu}
+
+
 def in_one_mode(context: Context, c: Candidate) -> Reject | None:
-    """The whole site runs under one grad mode and one autocast setting."""
+    """The whole site runs under one grad mode, and its products under one autocast setting."""
     regions = context.analysis.regions
-    expected = regions.get(c.output)
-    other = next((n for n in c.nodes if regions.get(n) != expected), None)
-    if other is not None:
-        return Reject("{} ({}) runs under another grad or autocast mode", describe(other), other.name)
-    if expected is not None and expected[2]:
-        return Reject("it runs inside of a functorch transform (vmap, jvp) or an inference region")
-    return None
+    grad, autocast, others = regions[c.output]
+    for node in c.nodes:
+        mode = regions[node]
+        if (mode[0], mode[2]) != (grad, others) or (mode[1] != autocast and node.target in _NARROWED and not c.typed):
+            return Reject("{} ({}) runs under another grad or autocast mode", describe(node), node.name)
+    return Reject("it runs inside of a functorch transform (vmap, jvp) or an inference region") if others else None
 
 
 def unwritten(context: Context, c: Candidate) -> Reject | None:

@@ -371,7 +371,7 @@ def _weight_recipe(scope: Scope, weight: Weight) -> tuple[Recipe, slice] | None:
 def _lora_recipe(scope: Scope, branch: Lora, rows: Weight | None = None) -> tuple | None:
     """(A, rows of B, scaling) of a low-rank branch: what it adds to its weight is scaling * B @ A."""
     a = scope.recipe(branch.a)
-    b = _weight_recipe(scope, Weight(branch.b) if rows is None else replace(rows, node=branch.b))
+    b = _weight_recipe(scope, Weight(branch.b) if rows is None else branch.rows_of(branch.b, rows))
     return None if a is None or b is None else (a, b, branch.scaling)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 from torch import fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from .graph import same_size, settled, shape
 from .masks import LiftedMask
@@ -299,10 +300,14 @@ class Rewriter:
         for factor in c.scale_nodes:
             q_node = self.emit(torch.mul, q_node, self._cast(factor, value_of(c.q).dtype))
         dtypes = [value_of(n).dtype for n in (c.q, c.k, c.v)]
+        read, outside = (q_node, k_node, c.v), None
+        if c.types is not None:  # the model's products run in these types, and autocast has no say
+            dtypes = [c.types[0], *c.types]
+            read = tuple(self.emit(torch.ops.aten.to.dtype, n, d) for n, d in zip(read, dtypes, strict=True))  # type: ignore[assignment]
+            outside = self.emit(_enter_autocast, device.type, None, False, None)
         common = torch.promote_types(torch.promote_types(dtypes[0], dtypes[1]), dtypes[2])
         q, k, v = (
-            n if d == common else self.emit(torch.ops.aten.to.dtype, n, common)
-            for n, d in zip((q_node, k_node, c.v), dtypes, strict=True)
+            n if d == common else self.emit(torch.ops.aten.to.dtype, n, common) for n, d in zip(read, dtypes, strict=True)
         )
         k, v = self._match_batch(c, k, v)
         q, k, v = (self._four_dims(n, rank) for n in (q, k, v))
@@ -356,6 +361,8 @@ class Rewriter:
                 self._extra_output(
                     plan, self.emit(torch.ops.spt.commitment_loss_v1.default, self.state(plan, "codebook"), k)
                 )
+        if outside is not None:
+            self.emit(_exit_autocast, outside)
         if rank > 3 and not _joins_heads(plan.match.output):
             out = self.emit(torch.ops.aten.contiguous.default, out)
         out = self._restore_rank(out, c.q, rank)
@@ -569,7 +576,7 @@ class Rewriter:
             for branch in branches:
                 a_out = self.emit(torch.reshape, branch.a_out, (-1, value_of(branch.a_out).shape[-1]))
                 low.append(a_out if branch.scaling == 1.0 else self.emit(torch.mul, a_out, branch.scaling))
-            rows = [self._rows(replace(w, node=branch.b)) for branch in branches]
+            rows = [self._rows(branch.rows_of(branch.b, w)) for branch in branches]
             for found, parts in ((outputs, low), (weights, rows)):
                 joined = parts[0] if len(parts) == 1 else self.emit(torch.cat, parts, 1)
                 found.append(self.emit(torch.ops.aten.to.dtype, joined, dtype))
@@ -583,7 +590,7 @@ class Rewriter:
         for i, (w, branches) in enumerate(zip(c.w_in, c.lora, strict=True)):
             for branch in branches:
                 if branch.bias is not None:
-                    term = self.emit(torch.mul, self._rows(replace(w, node=branch.bias)), branch.scaling)
+                    term = self.emit(torch.mul, self._rows(branch.rows_of(branch.bias, w)), branch.scaling)
                     total = self.emit(torch.add, biases[i], term)
                     biases[i] = self.emit(torch.ops.aten.to.dtype, total, value_of(c.w_in[i].node).dtype)
         return biases

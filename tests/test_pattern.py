@@ -143,9 +143,15 @@ def other_grad_mode(x):
     return y.relu()
 
 
-def other_autocast(x):
+def step_under_autocast(x):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = x.exp()
+    return y.relu()
+
+
+def product_under_autocast(x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = x @ x.T
     return y.relu()
 
 
@@ -168,7 +174,6 @@ def written_input(x):
         (returned, "also returned"),
         (read_again, "is also used by"),
         (other_grad_mode, "another grad or autocast mode"),
-        (other_autocast, "another grad or autocast mode"),
         (written_inside, "also used by setitem"),
         (written_input, "written to in place"),
     ],
@@ -179,6 +184,19 @@ def test_near_misses(function, reason):
     matches, skipped = find_matches(Context(module), [SIMPLE])
     assert not matches and len(skipped) == 1 and reason in str(skipped[0].reason)
     assert str(module.graph) == before
+
+
+def test_autocast_matters_to_products_alone():
+    """What it does to the type of any other step, the graph says."""
+
+    def pair(context, node):
+        return Candidate(node, (node.args[0], node), (node.args[0].args[0],), "captured")
+
+    above = Pattern("above", "ffn", "relu(f(x))", (F.relu,), pair)
+    matches, skipped = find_matches(Context(canonical(step_under_autocast, X)), [above])
+    assert len(matches) == 1 and not skipped
+    matches, skipped = find_matches(Context(canonical(product_under_autocast, X)), [above])
+    assert not matches and ["another grad or autocast mode" in r for r in reasons(skipped)] == [True]
 
 
 @pytest.mark.parametrize("function", [returned, read_again, other_grad_mode, written_input])

@@ -24,6 +24,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 import spt_compiler
+from spt_compiler import debug
 from spt_compiler.canonicalize import canonicalize
 from spt_compiler.expression import evaluate, parse
 from spt_compiler.graph import describe
@@ -64,13 +65,13 @@ def rows(weight: Weight | None, values: dict[Any, Any]) -> Tensor | None:
 def compute(c: FFNCapture, values: dict[Any, Any]) -> Tensor:
     """What a capture says, written down; without dropout."""
 
-    def up(branch: Lora, low: Tensor, kept: slice = slice(None)) -> Tensor:
+    def up(branch: Lora, low: Tensor, projection: Weight | None = None) -> Tensor:
         out = F.linear(low, values[branch.b], None if branch.bias is None else values[branch.bias])
-        return branch.scaling * out[..., kept]
+        return branch.scaling * (out if projection is None else out[..., branch.rows_of(branch.b, projection).rows])
 
     x, pre = values[c.x], []
     for w, b, branches in zip(c.w_in, c.b_in, c.lora or ((),) * len(c.w_in), strict=True):
-        added = [up(branch, values[branch.a_out], w.rows) for branch in branches]
+        added = [up(branch, values[branch.a_out], w) for branch in branches]
         pre.append(sum(added, F.linear(x, rows(w, values), rows(b, values))))
     env = {f"x{i}": h for i, h in enumerate(pre)} | {f"a{i}": values[a] for i, a in enumerate(c.act_in)}
     hidden = evaluate(parse(c.act), env)
@@ -512,6 +513,104 @@ def test_low_rank_branches_of_a_fused_projection_are_cut_as_it_is():
     assert c.lora[0] == c.lora[1] and [w.start for w in c.w_in] == [0, HIDDEN]
 
 
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _plus_low(m: Block, y: Tensor, x: Tensor) -> Tensor:
+    """y + 0.5 * b(a(x)) by addmm, the tokens of both in one dim."""
+    return torch.addmm(_flat(y), m.a(_flat(x)), m.b.weight.t(), alpha=0.5).view_as(y)
+
+
+FLAT_BRANCHES: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "addmm": lambda m, x: m.down(F.gelu(_plus_low(m, m.up(x), x))),
+    "a method": lambda m, x: m.down(F.gelu((y := m.up(x)).flatten(0, 1).addmm(m.a(_flat(x)), m.b.weight.t()).view(y.shape))),
+    "in place": lambda m, x: m.down(F.gelu(m.up(_flat(x)).addmm_(m.a(_flat(x)), m.b.weight.t(), alpha=0.5).view(2, 5, HIDDEN))),
+    "a sum": lambda m, x: m.down(F.gelu((y := m.up(x)) + (m.b(m.a(_flat(x))) * 0.5).view(y.shape))),
+    "a gate": lambda m, x: m.down(F.silu(m.gate(x)) * _plus_low(m, m.up(x), x)),
+    "halves": lambda m, x: m.down(
+        (lambda g, u: F.silu(g) * u)(*(_flat(m.fused(x)) + m.bf(m.a(_flat(x)))).chunk(2, -1)).view(2, 5, HIDDEN)
+    ),
+    "a unit": lambda m, x: m.down(F.glu(_flat(m.fused(x)) + m.bf(m.a(_flat(x)))).view(2, 5, HIDDEN)),
+    "everything": lambda m, x: F.linear(
+        F.gelu(_flat(m.up(x)) + m.b(m.a(_flat(x)))).view(2, 5, HIDDEN), m.down.weight, m.down.bias
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLAT_BRANCHES)
+def test_low_rank_branches_on_flat_tokens(name):
+    function = FLAT_BRANCHES[name]
+    assert len(only(function).lora[-1]) == 1
+    assert blocks.assert_exact_is_eager(Block(function), X) == ["ffn"]
+
+
+def test_low_rank_branches_on_flat_tokens_of_the_out_projection():
+    function = lambda m, x: torch.addmm(  # noqa: E731
+        _flat(m.down(h := F.gelu(m.up(x)))), m.a2(_flat(h)), m.b2.weight.t(), alpha=2.0
+    ).view(x.shape)
+    assert [branch.scaling for branch in only(function).lora_out] == [2.0]
+    assert blocks.assert_exact_is_eager(Block(function), X) == ["ffn"]
+
+
+@pytest.mark.parametrize("name", ["addmm", "a method"])
+def test_low_rank_branches_on_flat_tokens_at_symbolic_lengths(name):
+    assert blocks.assert_exact_at_any_length(Block(FLAT_BRANCHES[name]), X) == ["ffn"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, y, x: (y + (m.b(m.a(x.transpose(0, 1).reshape(-1, WIDTH)))).view(2, 5, HIDDEN)),  # tokens in another order
+        lambda m, y, x: (_flat(y) + m.b(m.a(_flat(x))).flip(0)).view(2, 5, HIDDEN),  # of another token
+        lambda m, y, x: (_flat(y) + m.b(m.a(_flat(x))) * torch.arange(10.0)[:, None]).view(2, 5, HIDDEN),  # a factor of each
+        lambda m, y, x: y + (low := m.b(m.a(_flat(x)))).view(2, 5, HIDDEN) + low.sum(),  # used elsewhere
+    ],
+)
+def test_other_sums_of_flat_tokens_are_no_branch(function):
+    model = Block(lambda m, x: m.down(F.gelu(function(m, m.up(x), x))))
+    assert not sites(model, X)[0]
+    assert blocks.assert_exact_is_eager(model, X) == []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x, h: x + m.down(h) + _low(m.a2, m.b2, h),
+        lambda m, x, h: _low(m.a2, m.b2, h) + (m.down(h) + x),
+        lambda m, x, h: m.down(h) + m.b2(m.a2(h)) + x + _low(m.a2, m.b2, h),
+        lambda m, x, h: F.linear(x, m.a.weight.T @ m.a.weight) + m.down(h) + _low(m.a2, m.b2, h),
+    ],
+    ids=["a residual before", "and on the other side", "two branches around", "another layer before"],
+)
+def test_low_rank_branches_behind_a_residual_sum(function):
+    model = Block(lambda m, x: function(m, x, F.gelu(m.up(x))))
+    assert only(model).lora_out
+    assert blocks.assert_exact_is_eager(model, X) == ["ffn"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.down((lambda g, u: F.silu(g + _low(m.a, m.b, x)) * u)(*m.fused(x).chunk(2, -1))),
+        lambda m, x: m.down((lambda h: F.silu(h[..., ::2]) * (h[..., 1::2] + _low(m.a, m.bb, x, 0.5)))(m.fused(x))),
+        lambda m, x: m.down(
+            (lambda h: F.silu(h[..., 0]) * (h[..., 1] + m.b(m.a(x))))((m.fused(x) + m.bf(m.a(x))).view(2, 5, -1, 2))
+        ),
+    ],
+    ids=["half", "every other row", "beside one of the whole"],
+)
+def test_low_rank_branches_of_a_part_of_a_fused_projection(function):
+    assert any(branch.part for branches in only(function).lora for branch in branches)
+    assert blocks.assert_exact_is_eager(Block(function), X) == ["ffn"]
+
+
+def test_a_branch_of_one_feature_is_none():
+    model = Block(lambda m, x: m.down(F.gelu(m.up(x) + F.linear(m.a(x), m.b.weight[:1]))))
+    assert not sites(model, X)[0]
+    assert blocks.assert_exact_is_eager(model, X) == []
+
+
 def test_low_rank_branches_of_the_out_projection():
     c = only(lambda m, x: m.down(h := F.gelu(m.up(x))) + _low(m.a2, m.b2, h))
     assert [(branch.scaling, branch.dropout_p) for branch in c.lora_out] == [(2.0, 0.0)] and c.lora == ()
@@ -591,6 +690,41 @@ def test_a_block_with_computed_weights_learns(checkpointed):
 def test_weights_that_change_in_the_forward_stay(parametrise):
     matches, skipped = sites(Computed(parametrise).train(), X)
     assert not matches and "nor computed from parameters alone" in str(skipped[0].reason)
+
+
+class Mixed(nn.Module):
+    """A block under autocast, parts of which run in full precision."""
+
+    def __init__(self, function: Callable):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function, self.up, self.down = function, nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.function(self, x).float()
+
+
+def _in_full(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return function(x.float())
+
+
+def test_an_activation_under_another_autocast_mode():
+    model, x = Mixed(lambda m, x: m.down(_in_full(F.gelu, m.up(x)))), X.float()
+    expected = blocks.gradients(model, model, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="spt", options={**blocks.EXACT, "inner": "eager"})
+    blocks.assert_same(blocks.gradients(model, compiled, x), expected, rtol=1e-2, grad_rtol=2e-2)
+    assert [row.status for rows in debug.reports() for row in rows] == ["replaced"]
+
+
+@pytest.mark.parametrize(
+    "function", [lambda m, x: _in_full(m.down, F.gelu(m.up(x))), lambda m, x: m.down(F.gelu(_in_full(m.up, x)))]
+)
+def test_layers_under_two_autocast_modes_stay(function):
+    matches, skipped = sites(Mixed(function), X.float())
+    assert not matches and ["another grad or autocast mode" in str(s.reason) for s in skipped] == [True]
 
 
 def test_weights_that_are_written_in_place_stay():
@@ -680,6 +814,26 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: m.down((F.gelu(m.up(x)).view(2, 5, 2, 5) * x[..., :2, None]).flatten(2)),
         "between the projections",
     ),
+    "squeeze and excite, pooled by a module": (
+        lambda m, x: m.down((h := F.gelu(m.up(x))) * m.square(F.adaptive_avg_pool1d(h.mT, 1).squeeze(-1)).sigmoid()[:, None]),
+        "scales them (squeeze and excite)",
+    ),
+    "a gate by the mean of pre-activations": (
+        lambda m, x: m.down((h := m.up(x)) * torch.sigmoid(h.mean(1, keepdim=True))),
+        "scales them (squeeze and excite)",
+    ),
+    "a gate by the mean of hidden units": (
+        lambda m, x: m.down((h := F.gelu(m.up(x))) * torch.sigmoid(h.mean(1, keepdim=True))),
+        "a norm or reduction (.mean)",
+    ),
+    "a gate by the mean of the input": (
+        lambda m, x: m.down(F.gelu(m.up(x)) * torch.sigmoid(m.gate(x.mean(1, keepdim=True)))),
+        "its projections read different inputs",
+    ),
+    "a global response norm": (
+        lambda m, x: m.down((h := F.gelu(m.up(x))) * m.beta * torch.linalg.vector_norm(h, dim=1, keepdim=True) + h),
+        "a norm or reduction (linalg_vector_norm)",
+    ),
     "a factor in the denominator": (lambda m, x: m.down(x[..., :1] / F.softplus(m.up(x))), "no parameter of an activation"),
     "a factor before a sum": (lambda m, x: m.down(F.silu(m.gate(x)) * x[..., :1] + m.up(x)), "no parameter of an activation"),
     "three projections": (
@@ -748,9 +902,9 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: (m.down(h := F.gelu(m.up(x))) + m.b2(low := m.a2(h)), low),
         "also returned",
     ),
-    "adapter on a part of a fused projection": (
-        lambda m, x: m.down(F.silu((h := m.fused(x))[..., :HIDDEN] + m.b(m.a(x))) * h[..., HIDDEN:]),
-        "on a part of a fused projection",
+    "a part of the sum of a part and an adapter": (
+        lambda m, x: F.linear(F.gelu((m.fused(x)[..., :HIDDEN] + m.b(m.a(x)))[..., :8]), m.down.weight[:, :8]),
+        "a part of a part that has a low-rank adapter of its own",
     ),
     "rows change": (lambda m, x: m.down(F.gelu(m.up(x))[:, 0]), "between the projections"),
     "turned and not back": (
@@ -809,6 +963,21 @@ def test_near_misses(name):
     if reason:  # what is too far from a block is no candidate
         found = [str(s.reason) for s in skipped]
         assert len(found) == 1 and reason in found[0], found
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda m, h: m.b(F.relu(m.a2(h.mean(1, keepdim=True)))),
+        lambda m, h: m.b(F.relu(m.a2(h.mean(1)))).unsqueeze(1),
+        lambda m, h: m.square(h),
+    ],
+)
+def test_gates_that_layers_make_of_the_hidden_units(gate):
+    """The gate's own layers are candidates beside the block that it gates."""
+    model = Block(lambda m, x: m.down((h := F.gelu(m.up(x))) * torch.sigmoid(gate(m, h))))
+    matches, skipped = sites(model, X)
+    assert not matches and "scales them (squeeze and excite)" in str(skipped[-1].reason) and len(skipped) == 2
 
 
 @pytest.mark.parametrize(
@@ -950,6 +1119,17 @@ def _one_picked_expert(m: Experts, x: Tensor) -> Tensor:
 def test_experts_that_stay_say_why(function, reason):
     matches, skipped = sites(Experts(function), numbers(3, 5, WIDTH))
     assert not matches and len(skipped) == 1 and reason in str(skipped[0].reason), [str(s.reason) for s in skipped]
+
+
+def test_layers_that_read_a_stream_behind_an_activation_are_no_block():
+    """Attention over features (AutoInt): relu(attention(x) + layer(x)), which queries, keys and values of the next one read."""
+
+    def function(m, x):
+        y = F.relu(_attend(x, x, x) + F.linear(x, m.down.weight[:, :WIDTH]))
+        return _attend(*(F.linear(y, w[:WIDTH, :WIDTH]) for w in (m.down.weight, m.up.weight, m.gate.weight)))
+
+    matches, skipped = sites(Block(function), X)
+    assert [m.pattern.kind for m in matches] == ["attention", "attention"] and not skipped
 
 
 def test_linear_attention_is_no_block():
@@ -1182,13 +1362,49 @@ def test_one_layer_for_attention_and_a_block(function):
     assert sorted(blocks.assert_exact_is_eager(OneLayer(function), X)) == ["attention", "ffn"]
 
 
+class Adapted(nn.Module):
+    """A linear layer and a low-rank branch beside it, with dropout before each of its layers."""
+
+    def __init__(self, base: nn.Linear, before: float = 0.0, between: float = 0.0):
+        super().__init__()
+        self.base, self.before, self.between = base, before, between
+        self.a, self.b = nn.Linear(base.in_features, 2, bias=False).double(), nn.Linear(2, base.out_features).double()
+
+    def forward(self, x):
+        return self.base(x) + 0.5 * self.b(F.dropout(self.a(F.dropout(x, self.before)), self.between))
+
+
+@pytest.mark.parametrize("name", ["fused", "out and down", "all"])
+@pytest.mark.parametrize("function", [_five, _two, _slices, _block_first, _block_around])
+def test_one_layer_for_attention_and_a_block_with_low_rank_branches(function, name):
+    model = OneLayer(function)
+    if name != "fused":
+        model.out, model.down = Adapted(model.out), Adapted(model.down)
+    if name != "out and down":
+        model.fused = Adapted(model.fused)
+    matches, skipped = sites(model, X)
+    assert sorted(m.pattern.kind for m in matches) == ["attention", "ffn"] and not skipped
+    assert sorted(blocks.assert_exact_is_eager(model, X)) == ["attention", "ffn"]
+
+
+@pytest.mark.parametrize("dropout", [{"before": 0.1}, {"between": 0.1}])
+def test_dropout_in_the_branch_of_a_joined_out_projection_keeps_it_whole(dropout):
+    model = OneLayer(_five)
+    model.out = Adapted(model.out, **dropout)
+    matches, skipped = sites(model, X)
+    assert [m.pattern.kind for m in matches] == ["attention"] and ["cat between" in str(s.reason) for s in skipped] == [True]
+
+
 def test_one_layer_for_attention_and_a_block_at_symbolic_lengths():
     assert sorted(blocks.assert_exact_at_any_length(OneLayer(_five), X)) == ["attention", "ffn"]
 
 
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("function", [_five, _two])
-def test_a_block_of_one_layer_learns(function):
+def test_a_block_of_one_layer_learns(function, adapted):
     model = OneLayer(function)
+    if adapted:
+        model.fused = Adapted(model.fused)
     compiled = torch.compile(model, backend="spt", options={**blocks.SPARSE, "require_matches": 1})
     losses = blocks.train_steps(model, compiled, [numbers(4, 16, WIDTH, seed=i) for i in range(4)])
     assert all(map(math.isfinite, losses)) and any("ffn" in name for name in spt_compiler.state_dict(model))

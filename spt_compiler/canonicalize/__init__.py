@@ -7,8 +7,9 @@ What comes out (a pattern has to know these forms only):
                     torch.cat(parts, d), of which no slice is one of the parts
     casts           x.to(dtype), only where the dtype changes
     products        torch.matmul of activations; F.linear(x, w, b) for weights, torch.t on a weight stored (in, out); where a
-                    whole block can be turned, its features come last; what it shares with a layer beside it, a layer of each,
-                    and a factor of each token behind it
+                    whole block can be turned, its features come last, and tokens that are flat inside of it only are not;
+                    what it shares with a layer beside it, a layer of each, and a factor of each token behind it; low-rank
+                    branches right behind their layer
     softmax         F.softmax(x, dim=-1 or a positive dim); a dtype argument is a cast before it; a sink is one more key
     masks           torch.masked_fill(x, mask, number), torch.where(mask, x, number), x + floats; torch.nan_to_num(softmax)
     dropout         F.dropout(x, p, True) with p > 0, or nothing

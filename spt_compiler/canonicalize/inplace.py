@@ -41,6 +41,7 @@ _FUNCTIONAL_METHODS = {
     ),
     *("clamp_min", "clamp_max", "masked_fill", "square", "reciprocal", "erf", "expm1", "log1p", "multiply", "subtract"),
     *("divide", "true_divide", "floor", "triu", "tril", "logical_and", "logical_or", "logical_not"),
+    *("addmm", "baddbmm", "addcmul"),
 }
 _FUNCTIONAL_CALLS: dict[Any, Any] = {
     torch.relu_: F.relu,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..graph import Arguments, is_float, is_tensor, rank, same_shape, same_size, shape
-from .editor import Editor, rule
+from .editor import Editor, Unknown, rule
 from .products import is_weight, permuted, swapped, widened
 from .spelling import ELEMENTWISE, joined_parts, one_index, piece
 
@@ -35,6 +35,11 @@ def _cut(e: Editor, x: fx.Node, dim: int) -> tuple[Any, slice | None]:
         return (x.args[0], key) if along == dim and isinstance(key, slice) else (None, None)
     whole, along, start = piece(e, x)
     return (whole, slice(start, start + shape(x)[dim])) if whole is not None and along == dim else (None, None)
+
+
+def _cut_last(e: Editor, whole: fx.Node, part: slice | None) -> fx.Node:
+    """What `_cut` has found of the last dim, of another tensor."""
+    return e.call(F.glu, whole, -1) if part is None else e.call(operator.getitem, whole, (Ellipsis, part))
 
 
 def _up_to_layers(e: Editor, x: fx.Node, dim: int, is_layer: Callable[[fx.Node], Any]) -> set[fx.Node]:
@@ -67,52 +72,117 @@ def _is_linear(node: fx.Node) -> bool:
     return node.target is F.linear
 
 
+def _dry(x: Any) -> Any:
+    """What dropout and casts were applied to."""
+    while is_tensor(x) and x.target in (F.dropout, "to"):
+        x = x.args[0]
+    return x
+
+
+def _narrow(layer: fx.Node) -> fx.Node | None:
+    """The first of two linear layers that narrow and widen again, of which `layer` is the second: the low-rank branch of one
+    beside it."""
+    narrow = _dry(layer.args[0])
+    if not is_tensor(narrow) or not _is_linear(narrow):
+        return None
+    sizes = [shape(n)[-1] for n in (layer, narrow, narrow.args[0])]
+    return narrow if all(isinstance(s, int) for s in sizes) and sizes[1] < min(sizes[0], sizes[2]) else None
+
+
 def _block_above(e: Editor, x: fx.Node, width: int) -> set[fx.Node]:
-    """What makes `x` of linear layers that read `width` features, by one step at least: the inside of a block that `x` closes."""
+    """What makes `x` of linear layers that read `width` features, and of their branches, by one step at least: the inside of a
+    block that `x` closes."""
     if _is_linear(x) or not rank(x):
         return set()
     inside = _up_to_layers(e, x, rank(x) - 1, _is_linear)
-    layers = [n for n in inside if _is_linear(n)]
+    layers = [n for n in inside if _is_linear(n) and _narrow(n) is None]
     closes = (x.target in _POINTWISE or x.target is F.glu) and all(same_size(shape(n.args[0])[-1], width) for n in layers)
-    return inside if closes else set()
+    return inside if closes and layers else set()
 
 
-@rule(F.linear)
+def _summed_layers(node: Any) -> list[fx.Node]:
+    """The linear layers with weights of which `node` is a sum, each with a factor and a cast or without; else nothing."""
+    if not is_tensor(node):
+        return []
+    if _is_linear(node):
+        return [node] if rank(node.args[1]) == 2 and all(map(is_weight, node.args[1:])) else []
+    if node.target not in (operator.add, operator.mul, "to") and not (node.target is operator.truediv and is_tensor(node.args[0])):
+        return []
+    terms = [_summed_layers(a) if len(a.users) == 1 else [] for a in node.args if is_tensor(a)]
+    return sum(terms, []) if len(terms) == (2 if node.target is operator.add else 1) and all(terms) else []
+
+
+@rule(operator.add)
+def branch_to_its_layer(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(x + linear(h, w)) + b(a(h)) -> x + (linear(h, w) + b(a(h))): a layer has its low-rank branch before others are added."""
+    for total, branch in (node.args, node.args[::-1]):
+        narrow = [_narrow(n) for n in _summed_layers(branch)]
+        if not narrow or None in narrow or not is_tensor(total) or total.target is not operator.add or len(total.users) != 1:
+            continue
+        for other, base in (total.args, total.args[::-1]):
+            layers, others = [n for n in _summed_layers(base) if _narrow(n) is None], _summed_layers(other)
+            if len(layers) != 1 or any(_dry(n.args[0]) is not _dry(layers[0].args[0]) for n in narrow):
+                continue
+            if others and all(map(_narrow, others)):
+                continue  # another branch: they follow their layer in whatever order
+            if same_shape(shape(base), shape(node)) and e.same_region(node, total, base, branch):
+                return e.call(operator.add, other, e.call(operator.add, base, branch))
+    return None
+
+
+@rule(F.linear, operator.add)
 def joined_inputs_apart(e: Editor, node: fx.Node) -> fx.Node | None:
     """linear(cat([a, f(linear(x))], -1), w, b) -> linear(a, w[:, :n], b) + linear(f(linear(x)), w[:, n:]).
 
     Two branches of a layer (attention and a feed-forward block, say) whose out-projections are one: the second closes its block.
+    So do the low-rank branches that are added to the one.
     """
-    joined, w, *bias = node.args
-    parts, dim = joined_parts(joined)
-    if not parts or dim != rank(joined) - 1 or len(joined.users) != 1 or not e.same_region(node, joined):
+    summed = _summed_layers(node)
+    readers = [_narrow(n) or n for n in summed]
+    joined = readers[0].args[0] if readers else None
+    parts, dim = joined_parts(joined) if is_tensor(joined) else ((), 0)
+    if not parts or dim != rank(joined) - 1 or any(n.args[0] is not joined for n in readers) or {*joined.users} != {*readers}:
         return None
-    if rank(w) != 2 or not is_weight(w):
+    if not e.same_region(node, joined, *readers, *summed):
         return None
     widths = [shape(p)[-1] for p in parts]
-    closes = [bool(_block_above(e, p, shape(w)[0])) for p in parts]
+    closes = [bool(_block_above(e, p, shape(node)[-1])) for p in parts]
     if not all(isinstance(s, int) for s in widths) or sum(closes) != 1:
         return None
+
+    def share_of(x: fx.Node, part: fx.Node, columns: slice, biased: bool) -> fx.Node:
+        if x.target is F.dropout:
+            raise Unknown  # of a sum, and no sum of such
+        if not _is_linear(x):
+            return e.call(x.target, *(share_of(a, part, columns, biased) if is_tensor(a) else a for a in x.args))
+        inner, w, *bias = x.args
+        bias = bias if biased else []
+        if inner is joined:
+            return e.call(F.linear, part, e.call(operator.getitem, w, (slice(None), columns)), *bias)
+        return e.call(F.linear, share_of(inner, part, columns, biased), w, *bias)
+
     total = None
     for i in sorted(range(len(parts)), key=closes.__getitem__):
         start = sum(widths[:i])
-        rows = e.call(operator.getitem, w, (slice(None), slice(start, start + widths[i])))
-        term = e.call(F.linear, parts[i], rows, *(bias if total is None else []))
+        term = share_of(node, parts[i], slice(start, start + widths[i]), total is None)
         total = term if total is None else e.call(operator.add, total, term)
     e.move((joined,))
     return total
 
 
-@rule(F.linear)
+@rule(F.linear, operator.add)
 def fused_layer_apart(e: Editor, node: fx.Node) -> fx.Node | None:
     """linear(x, w), some slices of which are the inside of a block -> cat([linear(x, w[:n]), linear(x, w[n:])], -1).
 
-    Queries, keys and values and a feed-forward block beside them made by one layer: each keeps its rows, for slices of what is
-    joined are the parts.
+    Queries, keys and values and a feed-forward block beside them made by one layer, with its low-rank branches: each keeps its
+    rows, for slices of what is joined are the parts.
     """
-    x, w, *bias = node.args
-    width, dim = shape(x)[-1], rank(node) - 1
-    if rank(w) != 2 or not all(map(is_weight, (w, *bias))) or not all(isinstance(n, int) for n in (width, *shape(w))):
+    summed, dim = _summed_layers(node), rank(node) - 1
+    layers = [n for n in summed if _narrow(n) is None]
+    if len(layers) != 1 or not all(same_shape(shape(n), shape(node)) for n in summed) or not e.same_region(node, *summed):
+        return None
+    width, total = shape(layers[0].args[0])[-1], shape(node)[-1]
+    if not isinstance(width, int) or not isinstance(total, int):
         return None
     parts: list[tuple[int, int, bool]] = []  # (first row, end, whether it is inside of a block)
     for user in node.users:
@@ -122,11 +192,17 @@ def fused_layer_apart(e: Editor, node: fx.Node) -> fx.Node | None:
                 return None
             parts.append((start, start + shape(part)[dim], _is_inside_block(e, part, node, width)))
     parts.sort()
-    cuts = [0, *(b[0] for a, b in pairwise(parts) if a[2] is not b[2]), shape(w)[0]]
+    cuts = [0, *(b[0] for a, b in pairwise(parts) if a[2] is not b[2]), total]
     rows = [slice(a, b) for a, b in pairwise(cuts)]
     if len(rows) < 2 or not all(any(r.start <= a and b <= r.stop for r in rows) for a, b, _ in parts):
         return None
-    return e.call(torch.cat, [e.call(F.linear, x, *(e.call(operator.getitem, p, r) for p in (w, *bias))) for r in rows], dim)
+
+    def rows_of(x: fx.Node, r: slice) -> fx.Node:
+        if _is_linear(x):
+            return e.call(F.linear, x.args[0], *(e.call(operator.getitem, p, r) for p in x.args[1:]))
+        return e.call(x.target, *(rows_of(a, r) if is_tensor(a) else a for a in x.args))
+
+    return e.call(torch.cat, [rows_of(node, r) for r in rows], dim)
 
 
 def _is_inside_block(e: Editor, part: fx.Node, layer: fx.Node, width: int) -> bool:
@@ -145,6 +221,53 @@ def _is_inside_block(e: Editor, part: fx.Node, layer: fx.Node, width: int) -> bo
                 seen.add(user)
                 stack.append(user)
     return False
+
+
+@rule(torch.reshape)
+def layers_on_flat_tokens(e: Editor, node: fx.Node) -> fx.Node | None:
+    """f(linear(x.flatten(0, 1)), y.flatten(0, 1)).view(B, T, F) -> f(linear(x), y): neither the layers nor the steps on each
+    number mix tokens, so that what they share with layers beside them is one tensor for both."""
+    (*lead, width), last = shape(node) or (0,), node.args[0]
+    if rank(last) < 2 or not lead or not same_size(shape(last)[-1], width):
+        return None
+    flat = shape(last)[:-1]
+    inside, flattened, stack = set[fx.Node](), set[fx.Node](), [last]
+    while stack and len(inside) < 48:
+        current = stack.pop()
+        if current.target is torch.reshape:
+            if not same_shape(shape(current.args[0]), (*lead, shape(current)[-1])):
+                return None
+            flattened.add(current)
+            continue
+        if current.target in _POINTWISE:
+            above = [a for a in current.args if rank(a) > 1]
+        elif _is_linear(current):
+            above = [current.args[0]]
+        elif (whole := _cut(e, current, len(flat))[0]) is not None:
+            above = [whole]
+            inside.update({current.args[0]} - {whole})  # what splits it
+        else:
+            return None
+        if not all(same_shape(shape(a)[:-1], flat) for a in above):
+            return None
+        inside.add(current)
+        stack += [a for a in above if a not in inside and a not in flattened]
+    if stack or not any(map(_is_linear, inside)) or _leaves(inside, node) or not e.same_region(node, *inside, *flattened):
+        return None
+    unfolded: dict[fx.Node, fx.Node] = {f: f.args[0] for f in flattened}  # type: ignore[misc]
+
+    def unfold(x: Any) -> Any:
+        if x in inside and x not in unfolded:
+            unfolded[x] = anew(x)
+        return unfolded.get(x, x) if is_tensor(x) else x
+
+    def anew(x: fx.Node) -> fx.Node:
+        whole, part = _cut(e, x, len(flat))
+        return e.call(x.target, *map(unfold, x.args), **x.kwargs) if whole is None else _cut_last(e, unfold(whole), part)
+
+    result = unfold(last)
+    e.move(inside)
+    return result
 
 
 @rule(F.linear)
@@ -264,7 +387,7 @@ def layers_over_columns(e: Editor, node: fx.Node) -> fx.Node | None:
                 return found[0] if _order(x) else linear(rows_of(found[0]), *found[1:3])
             whole, part = _cut(e, x, order[-1])
             if whole is not None:
-                return e.call(F.glu, turn(whole), -1) if part is None else e.call(operator.getitem, turn(whole), (Ellipsis, part))
+                return _cut_last(e, turn(whole), part)
             return e.call(x.target, *map(turn, x.args), **x.kwargs)
         x = widened(e, x, len(order))
         *lead, features = (shape(x)[i] for i in order)

@@ -24,7 +24,7 @@ from ..graph import (
     same_size,
     shape,
 )
-from .editor import Editor, Unknown, rule
+from .editor import Editor, rule
 
 # What may stand between a Parameter and its use as a weight. getitem: rows of a fused projection.
 _WEIGHT_LAYOUT = {torch.t, torch.permute, torch.reshape, operator.getitem, "to", "contiguous"}
@@ -178,11 +178,33 @@ def einsum_to_matmul(e: Editor, node: fx.Node) -> fx.Node | None:
         terms_of_one = f"{one}{a},{b}->{result[:-1]}{one}{result[-1]}"
         product = e.call(torch.einsum, terms_of_one, x, right)
         return e.call(torch.squeeze, product, -2) if result[-1] == columns else None
-    lead = [c for c in result if c not in (rows, columns)]
+    # Keys of several dims (rows and columns of an image) become one where the result ends in them.
+    if not is_weight(left):
+        columns = result[len(result.rstrip("".join(c for c in b if c not in a))) :] or columns
+    lead = [c for c in result if c not in (rows, *columns)]
     x = _joined(e, _aligned(e, left, a, [*lead, rows, *summed]), -len(summed), len(summed))
-    y = _joined(e, _aligned(e, right, b, [*lead, *summed, columns]), -len(summed) - 1, len(summed))
-    order = [*lead, rows, columns]
-    return permuted(e, e.call(torch.matmul, x, y), [order.index(c) for c in result])
+    y = _joined(e, _aligned(e, right, b, [*lead, *summed, *columns]), -len(columns), len(columns))
+    y = _joined(e, y, -len(summed) - 1, len(summed))
+    product = e.call(torch.matmul, x, y)
+    if len(columns) > 1:
+        found = [(left, a) if c in a else (right, b) for c in (*lead, rows, *columns)]
+        sizes = [e.size(n, term.index(c)) for (n, term), c in zip(found, (*lead, rows, *columns), strict=True)]
+        product = e.call(torch.reshape, product, tuple(sizes))
+    order = [*lead, rows, *columns]
+    return permuted(e, product, [order.index(c) for c in result])
+
+
+@rule(operator.mul, operator.truediv)
+def number_before_split_keys(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(q @ k).view(B, T, H, W) * c -> (q @ k * c).view(B, T, H, W), for keys of several dims."""
+    x, factor = node.args
+    if not is_tensor(x) or x.target is not torch.reshape or not isinstance(factor, (int, float)) or len(x.users) != 1:
+        return None
+    product = x.args[0]
+    splits_keys = product.target in (torch.matmul, node.target) and not same_size(shape(product)[-1], shape(x)[-1])
+    if not splits_keys or not e.same_region(node, x):
+        return None
+    return e.call(torch.reshape, e.call(node.target, product, factor), x.args[1])
 
 
 def _einsum_to_linear(
@@ -206,10 +228,9 @@ def _joined(e: Editor, x: fx.Node, start: int, count: int) -> fx.Node:
         return x
     start %= rank(x)
     together = shape(x)[start : start + count]
-    if not all(isinstance(s, int) for s in together):
-        raise Unknown
+    size = math.prod(together) if all(isinstance(s, int) for s in together) else -1
     before, after = (range(start), range(start + count, rank(x)))
-    return e.call(torch.reshape, x, (*(e.size(x, i) for i in before), math.prod(together), *(e.size(x, i) for i in after)))
+    return e.call(torch.reshape, x, (*(e.size(x, i) for i in before), size, *(e.size(x, i) for i in after)))
 
 
 def _parse_einsum(equation: str, ranks: list[int]) -> tuple[list[str], str] | None:

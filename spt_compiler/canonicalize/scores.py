@@ -412,13 +412,13 @@ def step_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
     x = next((a for a in scores if a.target is torch.permute), None)
     if x is None or len(x.users) != 1 or not e.same_region(node, x):
         return None
-    if any(a.target is not torch.permute for a in scores):
-        return None  # x is a bias made by a product (relative positions); the scores have their order already
     chain = _toward_softmax(node, any_dim=True)
     if chain is None or (tuple(x.args[1]) == swapped(dims) and chain[-1].kwargs.get("dim") == -1):
         return None  # scores that are transposed can be so by their product
     order = tuple(x.args[1])
     back = [order.index(i) for i in range(dims)]
+    if any(a.target is not torch.permute for a in scores) and not _is_turned(chain[-1], back):
+        return None  # x is a bias made by a product (relative positions); the scores have their order already
 
     def moved(argument: Any) -> Any:
         if argument is x:
@@ -426,6 +426,14 @@ def step_before_permute(e: Editor, node: fx.Node) -> fx.Node | None:
         return permuted(e, widened(e, argument, dims), back) if is_tensor(argument) and rank(argument) else argument
 
     return permuted(e, e.call(node.target, *map(moved, node.args), **node.kwargs), order)
+
+
+def _is_turned(softmax: fx.Node, order: Sequence[int]) -> bool:
+    """Whether probabilities are permuted to `order` before they meet the values."""
+    user = _only_user(softmax)
+    while user is not None and user.target in _PER_PROBABILITY:
+        user = _only_user(user)
+    return user is not None and user.target is torch.permute and [*user.args[1]] == [*order]  # type: ignore[misc]
 
 
 @rule(*_PER_PROBABILITY)
@@ -683,6 +691,38 @@ def split_batch_before_steps(e: Editor, node: fx.Node) -> fx.Node | None:
         raise Unknown
 
     return e.call(x.target, *(moved(a) for a in x.args))
+
+
+@rule(torch.reshape)
+def biases_of_a_plane(e: Editor, node: fx.Node) -> fx.Node | None:
+    """(scores.view(B, H, W, H, W) + bias).view(B, H * W, H * W) -> scores + bias.expand(...).view(B, H * W, H * W).
+
+    Relative positions along the rows and the columns of an image, say, each a bias of its own.
+    """
+    x, terms, inside = node.args[0], [], []
+    while x.target is operator.add and len(x.users) == 1:
+        inside.append(x)
+        carrier = next((a for a in x.args if is_float(a) and same_shape(shape(a), shape(x)) and _is_split(a)), None)
+        if carrier is None:
+            return None
+        terms.append(x.args[1] if carrier is x.args[0] else x.args[0])
+        x = carrier
+    is_split = terms and x.target is torch.reshape and len(x.users) == 1 and same_shape(shape(x.args[0]), shape(node))
+    if not is_split or not all(map(is_float, terms)):
+        return None
+    if not _of_product(x.args[0]) or _toward_softmax(node) is None or not e.same_region(node, x, *inside):
+        return None
+    total, split = x.args[0], [e.size(x, i) if size == -1 else size for i, size in enumerate(x.args[1])]
+    if any(size in e.created for size in split):
+        return None  # who reads its sizes looks like one more reader of the scores
+    for term in reversed(terms):
+        total = e.call(operator.add, total, e.call(torch.reshape, e.call("expand", term, *split), node.args[1]))
+    return total
+
+
+def _is_split(x: fx.Node) -> bool:
+    """Whether `x` is a reshape, or a sum of one."""
+    return x.target is torch.reshape or (x.target is operator.add and any(is_tensor(a) and _is_split(a) for a in x.args))
 
 
 @rule(F.softmax)

@@ -267,6 +267,15 @@ def spell_reshape(e: Editor, node: fx.Node) -> fx.Node | None:
         if len(given) != len(sizes):
             return None
         target = tuple(s if isinstance(s, int) else t for s, t in zip(sizes, given, strict=True))
+    elif node.target in ("view_as", "reshape_as") and is_tensor(other := node.args[-1]):
+        target = tuple(e.size(other, i) for i in range(len(sizes)))
+    elif node.target in ("flatten", torch.flatten):
+        start, end = (d % rank(x) for d in Arguments(node, "input", ("start_dim", 0), ("end_dim", -1)).take("start_dim", "end_dim"))
+        kept = [e.size(x, i) for i in range(rank(x)) if not start <= i <= end]
+        if any(size in e.created for size in kept):
+            return None  # who reads its sizes looks like one more reader of `x`
+        joined = sizes[start] if isinstance(sizes[start], int) else -1
+        target = (*kept[:start], joined, *kept[start:])
     else:
         return None
     if (x.target is torch.reshape or added_dim(x) is not None) and e.same_grad(node, x):
@@ -602,7 +611,7 @@ PURE |= {
     *(torch.logsumexp, "logsumexp", "unsqueeze", "squeeze", torch.squeeze, "mean", torch.mean, "sum", torch.sum),
     *("chunk", "split", "unbind", "tensor_split", "narrow", torch.stack, *_JOINS),
     *(torch.chunk, torch.split, torch.unbind, torch.tensor_split, torch.narrow),
-    *(torch.max, torch.amax, torch.ops.aten.sym_size.int, "detach", torch.detach, *_CAST_METHODS),
+    *(torch.max, torch.amax, torch.ops.aten.sym_size.int, "size", "detach", torch.detach, *_CAST_METHODS),
 }
 
 FOLDABLE |= {

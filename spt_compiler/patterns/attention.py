@@ -36,6 +36,7 @@ from ..graph import (
     same_size,
     shape,
     storage,
+    value,
 )
 from ..pattern import Candidate, Context, Pattern
 
@@ -65,6 +66,7 @@ class AttentionCapture:
         softcap: c of c * tanh(logits / c), applied before bias and masks.
         dropout_p: of the probabilities. empty: what a row without any allowed key gives ("zero", "nan", or the "uniform"
             mean of all values). enable_gqa: a key head serves H / Hkv consecutive query heads.
+        types: in which the products of the scores and of the values run, whatever autocast says; None: as it says.
     """
 
     q: Node
@@ -82,6 +84,7 @@ class AttentionCapture:
     dropout_p: float = 0.0
     empty: str = "nan"
     enable_gqa: bool = False
+    types: tuple[torch.dtype, torch.dtype] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -735,6 +738,7 @@ def capture_chain(context: Context, node: Node) -> Candidate | Reject | None:
     gqa = False
     if not k_transposed and dims >= 4:
         k, v, gqa = _without_repeats(context, q, k, v)  # type: ignore[arg-type]
+    nodes = tuple(sorted((*logits.nodes, *below.nodes), key=context.analysis.order.__getitem__))
     captured = AttentionCapture(
         q,  # type: ignore[arg-type]
         k,  # type: ignore[arg-type]
@@ -750,11 +754,16 @@ def capture_chain(context: Context, node: Node) -> Candidate | Reject | None:
         dropout_p=float(below.dropout_p),
         empty=empty,
         enable_gqa=gqa,
+        types=_types(context, nodes, product, below.product),
     )
     read = (q, k, v, *logits.scale_nodes, *(b for b, _ in logits.bias), *logits.allowed, *logits.disallowed)
-    order_of = context.analysis.order
-    nodes = tuple(sorted((*logits.nodes, *below.nodes), key=order_of.__getitem__))
-    return Candidate(below.product, nodes, read, captured)  # type: ignore[arg-type]
+    return Candidate(below.product, nodes, read, captured, typed=captured.types is not None)  # type: ignore[arg-type]
+
+
+def _types(context: Context, nodes: tuple[Node, ...], scores: Node, output: Node) -> tuple[torch.dtype, torch.dtype] | None:
+    """What `AttentionCapture.types` says: softmax, or scores as well, in full precision where autocast is disabled, most often."""
+    modes = {context.analysis.regions[n][1] for n in nodes}
+    return None if len(modes) == 1 else (value(scores).dtype, value(output).dtype)  # type: ignore[union-attr]
 
 
 def inputs_are_outside(context: Context, c: Candidate) -> Reject | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,6 +61,7 @@ class Lora:
     Attributes:
         a: [r, E] and b: [F, r], as F.linear takes them; bias: [F] or None. a_out: [..., r], what B reads.
         dropout_p: of what A reads, where that is the hidden activation; elsewhere A and its dropout are outside of the site.
+        part: the projection is a part of a fused layer, and b has its rows alone.
     """
 
     a: Node
@@ -69,6 +70,11 @@ class Lora:
     scaling: float
     a_out: Node
     dropout_p: float = 0.0
+    part: bool = False
+
+    def rows_of(self, node: Node, projection: Weight) -> Weight:
+        """The rows of b, or of the bias, that belong to those of a projection's weight."""
+        return Weight(node) if self.part else replace(projection, node=node)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class FFNCapture:
         x: [..., E]. w_in: one or two [F, E] (rows of possibly fused weights); b_in: their biases or None.
         w_out: [E, F]; b_out: [E] or None. act: expression in x0, x1 (pre-activations) and a0, a1 ... (`act_in`: tensors
         with one element or [F]). dropout_p: of the hidden activation. width: F. lora: the branches of each in-projection
-        (rows of their B as those of w_in). lora_out: branches of the out-projection; their A reads the hidden activation.
+        (`Lora.rows_of` their B). lora_out: branches of the out-projection; their A reads the hidden activation.
         base: the call of w_out, before the branches are added.
     """
 
@@ -466,6 +472,8 @@ _REDUCTIONS = {
     torch.mean,
     torch.sum,
     torch.norm,
+    torch.linalg.norm,
+    torch.linalg.vector_norm,
     torch.var,
     F.softmax,
 }
@@ -615,8 +623,12 @@ def _state(node: Node, found: dict[Node, State]) -> State | None:
     if target == "to" and isinstance(first, Projection) and first.lora and is_float(node):
         return replace(first, nodes=(*first.nodes, node))  # adapters may be of a wider type than the model
     merged = _merged(above)
+    if target is operator.mul and (merged is None or merged.refused is None):
+        own = _gated_by_itself(node, found)
+        if own is not None:
+            return own
     if merged is None:
-        return _of_different_inputs(node, above)
+        return _of_different_inputs(node, above, found)
     if target in _RESHAPES:
         kept = same_size(shape(node)[-1], shape(node.args[0])[-1])
         return merged if kept and is_float(node) else _broken(merged, node, "changes the last dim")
@@ -653,8 +665,8 @@ def _is_refused_block(state: State) -> bool:
     return isinstance(state, Hidden) and state.nonlinear and state.refused is not None
 
 
-def _is_made_of(node: Node, found: dict[Node, State]) -> bool:
-    """Whether `node` is, or is made of, a projection or an activation, in few steps: keys or values, and no rotation."""
+def _is_made_of(node: Any, found: Container[Node]) -> bool:
+    """Whether `node` is, or is made of, one of `found` in few steps: if of projections, keys or values and no rotation."""
     stack, seen = [node], {node}
     while stack and len(seen) < 32:
         current = stack.pop()
@@ -715,12 +727,10 @@ def _branch_state(node: Node, found: dict[Node, State]) -> State | None:
         ((_, branch), (_, base)) = branches[0], others[0]
         if isinstance(base, Projection) and base.linear.target is F.linear:
             same_input = _source_of_branch(base.linear.args[0])[0] is branch.x
-            if not same_input:
+            if not same_input or not all(same_shape(shape(a), shape(node)) for a in args):
                 return None
-            nodes = (*base.nodes, *branch.nodes, node)
-            if base.start is not None:
-                return replace(base, nodes=nodes, refused=Reject("a low-rank adapter on a part of a fused projection"))
-            return replace(base, nodes=nodes, lora=(*base.lora, branch.lora))
+            lora = replace(branch.lora, part=base.start is not None)
+            return replace(base, nodes=(*base.nodes, *branch.nodes, node), lora=(*base.lora, lora))
     return None
 
 
@@ -728,6 +738,27 @@ def _gated(node: Node, found: dict[Node, State]) -> Node | None:
     """The activation that a product scales, or a sum adds, position by position, if it comes from elsewhere."""
     others = [a for a in node.all_input_nodes if a not in found and is_float(a) and rank(a) > 1]
     return next((a for a in others if same_shape(shape(a), shape(node))), None)
+
+
+def _gated_by_itself(node: Node, found: dict[Node, State]) -> Hidden | None:
+    """A product of hidden units and what other layers, or a mean over tokens, have made of all of them."""
+    for h, gate in (node.args, node.args[::-1]):
+        state = found.get(h)  # type: ignore[arg-type]
+        if not isinstance(state, (Projection, Hidden)) or not same_shape(shape(h), shape(node)) or not is_float(gate):
+            continue
+        merged = _merged([state])
+        if gate in found:
+            whole = merged is not None and merged.nonlinear and _merged([state, found[gate]]) is None
+        else:
+            whole = rank(gate) > 1 and not same_shape(shape(gate), shape(node))
+        if merged is None or not whole or not same_size(shape(gate)[-1], shape(node)[-1]):
+            continue
+        if _is_made_of(gate, {h, *merged.sources}):
+            return replace(merged, nonlinear=True, refused=Reject(GATED_BY_ITSELF, describe(gate)))
+    return None
+
+
+GATED_BY_ITSELF = "a gate that is made of all hidden units, or of their mean over tokens ({}), scales them (squeeze and excite)"
 
 
 def _merged(above: list[State]) -> Hidden | None:
@@ -749,14 +780,18 @@ def _merged(above: list[State]) -> Hidden | None:
     return Hidden(sources, nonlinear, refused, curved)
 
 
-def _of_different_inputs(node: Node, above: list[State]) -> Hidden | None:
-    """A gate, or something added to a pre-activation, that reads another input: adapters that are no low-rank branch."""
+def _of_different_inputs(node: Node, above: list[State], found: dict[Node, State]) -> Hidden | None:
+    """A gate, or something added to a pre-activation, that reads another input: adapters that are no low-rank branch, or a gate
+    that is the same for all tokens."""
     states = [s for s in above if isinstance(s, (Projection, Hidden))]
     nonlinear = any(isinstance(s, Hidden) and s.nonlinear for s in states)
-    pre = next((s for s in states if isinstance(s, Projection)), None)
-    if pre is None or node.target is not (operator.mul if nonlinear else operator.add):
+    sources = next((frozenset({s.linear}) for s in states if isinstance(s, Projection)), None)
+    if sources is None and nonlinear:
+        whole = [s for a in node.all_input_nodes if isinstance(s := found.get(a), Hidden) and same_shape(shape(a), shape(node))]
+        sources = whole[0].sources if len(whole) == 1 else None
+    if sources is None or node.target is not (operator.mul if nonlinear else operator.add):
         return None
-    return Hidden(frozenset({pre.linear}), nonlinear, Reject("its projections read different inputs"))
+    return Hidden(sources, nonlinear, Reject("its projections read different inputs"))
 
 
 def _broken(merged: Hidden, node: Node, how: str = "") -> Hidden | None:
@@ -864,6 +899,8 @@ def _slice(whole: Projection, start: int, stop: int, step: int | None, nodes: tu
     nodes = (*whole.nodes, *nodes)
     if whole.step is not None:
         return replace(whole, nodes=nodes, refused=Reject("a part of an interleaved projection"))
+    if any(branch.part for branch in whole.lora):
+        return replace(whole, nodes=nodes, refused=Reject("a part of a part that has a low-rank adapter of its own"))
     offset = whole.start or 0
     return replace(whole, start=offset + start, stop=offset + stop, step=step, nodes=nodes)
 
@@ -1049,10 +1086,12 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
         return None  # A of a low-rank branch on an out-projection, of which it is a part
     source = _read_by(next(iter(hidden.sources)))
     width, model_width, model_out = shape(node.args[0])[-1], shape(source)[-1], shape(node)[-1]
+    # A head behind something that is no site anyway is nothing to report, nor is what reads a stream.
+    telling = same_size(model_out, model_width) and not _is_stream(node.args[0], found)  # type: ignore[arg-type]
     if hidden.refused is not None:
-        # A head, a router or an adapter behind something that is no activation anyway is nothing to report.
+        # Nor a router, or an adapter.
         thin = isinstance(width, int) and isinstance(model_width, int) and width < model_width
-        return hidden.refused if same_size(model_out, model_width) and not thin else None
+        return hidden.refused if telling and not thin else None
     if not _is_computed(context, w_out):
         return Reject("the out-projection's weight is no parameter, nor computed from parameters alone ({})", describe(w_out))
     if any(_is_picked(w) for w in (w_out, *(s.args[1] for s in hidden.sources))):
@@ -1064,7 +1103,7 @@ def _read_block(context: Context, node: Node, hidden: Hidden, found: dict[Node, 
     try:
         expr = reader.read(node.args[0])
     except _Refused as refused:
-        return refused.reason if same_size(model_out, model_width) else None
+        return refused.reason if telling else None
     if len(reader.projections) > 2:
         return Reject("{} projections meet in one activation", len(reader.projections))
     source = reader.projections[0].linear.args[0]
@@ -1143,6 +1182,11 @@ def _starts_branch(node: Node, found: dict[Node, State]) -> bool:
         if user.target in (F.dropout, "to"):
             stack.extend(user.users)
     return False
+
+
+def _is_stream(x: Node, found: dict[Node, State]) -> bool:
+    """Whether several layers read `x`, low-rank branches aside: queries, keys and values of what follows, most often."""
+    return sum(u.target is F.linear and not _starts_branch(u, found) for u in x.users) > 1
 
 
 def _branches_below(node: Node, found: dict[Node, State]) -> _Tail | Reject:
