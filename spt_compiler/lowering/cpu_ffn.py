@@ -25,8 +25,9 @@ from spt_compiler.lowering.registry import register
 from spt_compiler.ops.reference import dropout_keys
 from spt_compiler.ops.reference_ffn import FlatGrads, check_arguments, kept_blocks, row_capacity
 
-# Bytes of products that wait for their sum, if the blocks of a chunk then have _MIN_ROWS rows on average.
-_CHUNK_BYTES = 1 << 26
+# Bytes of products that wait for their sum, if the blocks of a chunk then have _MIN_ROWS rows on average. Larger memory than this
+# glibc hands back to the system each time, and every page of it is a fault at the next call.
+_CHUNK_BYTES = 1 << 25
 _MIN_ROWS = 256
 # Bytes of transposed hidden values and gradients that wait for weight gradients, if it is not one block that needs more.
 _STRIP_BYTES = 1 << 24
