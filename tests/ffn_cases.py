@@ -219,3 +219,15 @@ def gradients(run, c: Case, grad_y: Tensor) -> dict[str, Tensor]:
 
 def rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+
+
+def lowered(module, c: Case, grad_y: Tensor, needs: list[bool] | None = None) -> dict[str, Tensor]:
+    """Output, saved tensor and gradients of a module's lowering, by name."""
+    result = module.routed_ffn(*c.forward)
+    grads = module.routed_ffn_backward(*c.backward(grad_y, result[1], needs))
+    return {"y": both(result), "saved": result[1]} | dict(zip(c.leaves, grads, strict=True))
+
+
+def defined(c: Case, grad_y: Tensor) -> dict[str, Tensor]:
+    """The same of the reference."""
+    return lowered(reference_ffn, c, grad_y)

@@ -308,7 +308,7 @@ def test_a_foreseen_library_is_there_when_it_is_called_for(monkeypatch, tmp_path
     constants = cpp_ffn._constants("relu(x0)", 1, 0, torch.float32)
     thread = cpp.foresee("routed_ffn", constants)
     assert cpp.foresee("routed_ffn", constants) is None  # another layer's
-    assert cpp_ffn.kernels("relu(x0)", 1, 0, torch.float32) is not None  # waits for it
+    assert cpp_ffn.kernels_for("relu(x0)", 1, 0, torch.float32) is not None  # waits for it
     thread.join()
     assert built == ["spt-routed_ffn"] and cpp.foresee("routed_ffn", constants) is None
 

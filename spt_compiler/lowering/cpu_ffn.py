@@ -1,36 +1,40 @@
-"""CPU lowering of the routed FFN: one C++ kernel each for forward and backward, a tile of a block's rows at a time.
+"""CPU lowering of the routed FFN in ATen operators: choose blocks, gather the rows of each, multiply, add them up.
 
-A tile's rows of x (and of low-rank branches) are gathered, multiplied with the block's units, activated and multiplied with its
-out-projection while they are in cache; the products wait until one pass adds up each token's. Backward, a tile's gradients go the
-same way back, and the transposed hidden values and gradients of some blocks are kept for their weight gradients, which are taken
-column by column and written in the model's own order of units. Weights are packed into panels once a call, through the
-permutation, and never moved: that costs some F * E values of traffic against N * F * E multiplications. Sums are fp32.
+Its products run here where the C++ kernels (`cpp_ffn.py`) do not: without a compiler, in fp64, and where gradients of values that
+the activation captured are asked for.
 
-Results are bitwise repeatable whatever the number of threads. Where there are no kernels (fp64, no compiler) or they do not take
-what is asked (gradients of values that the activation captured), `cpu_ffn_aten.py` does it.
+Rows are walked in spans whose hidden activations are still in cache when the second GEMM reads them. Weights are read through the
+permutation (as views where it is the identity) and never moved; their permuted copies live for one call. Sums over blocks are fp32
+for 16-bit inputs.
+
+Results are bitwise repeatable. A token's result may depend in the last bit on which other tokens share its GEMMs, because the
+vendor library picks its kernel by the number of rows.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from spt_compiler.lowering import cpp_ffn, cpu_ffn_aten
+from spt_compiler import expression
 from spt_compiler.lowering.registry import register
-from spt_compiler.ops.reference import dropout_keys
-from spt_compiler.ops.reference_ffn import FlatGrads, check_arguments, kept_blocks, row_capacity
+from spt_compiler.ops.reference_ffn import (
+    FlatGrads,
+    check_arguments,
+    hidden_dropout,
+    kept_blocks,
+    kept_mask,
+    row_capacity,
+)
 
-# Bytes of products that wait for their sum, if the blocks of a chunk then have _MIN_ROWS rows on average. Larger memory than this
-# glibc hands back to the system each time, and every page of it is a fault at the next call.
-_CHUNK_BYTES = 1 << 25
-_MIN_ROWS = 256
-# Bytes of transposed hidden values and gradients that wait for weight gradients, if it is not one block that needs more.
-_STRIP_BYTES = 1 << 24
+# Hidden values of a span (2 MiB of fp32): stays in the last-level cache; longer spans save little.
+_SPAN_VALUES = 1 << 19
+# Fewer rows than this starve a GEMM.
+_MIN_SPAN = 256
 # Up to here comparing every pair of blocks beats sorting each token's scores.
 _PAIRWISE_BLOCKS = 16
 
@@ -87,224 +91,204 @@ def _rank(columns: Tensor) -> Tensor:
     return rank
 
 
-def _up(n: int, to: int) -> int:
-    return -(-n // to) * to
+def list_lengths(blocks: Tensor, rows: Tensor, starts: Sequence[int]) -> list[int]:
+    """How many tokens each block has; its list in `rows` may be padded."""
+    if rows.shape[0] == blocks.numel():  # tiles of one row: no padding
+        return [end - start for start, end in itertools.pairwise(starts)]
+    return torch.bincount(blocks.reshape(-1) + 1, minlength=len(starts))[1:].tolist()
+
+
+def clear_unused(saved: Tensor, starts: Sequence[int], counts: Sequence[int], units: Sequence[slice], *, dense: bool) -> None:
+    """Zero what no token fills of saved [n_in, rows, W], so that equal calls give equal bytes. units: of each block."""
+    if dense:
+        saved.zero_()
+        return
+    end = 0
+    for start, count, part in zip(starts, counts, units, strict=False):
+        if end < start:
+            saved[:, end:start] = 0
+        end = start + count
+        if part.stop - part.start < saved.shape[2]:
+            saved[:, start:end, part.stop - part.start :] = 0
+    saved[:, end:] = 0
 
 
 @dataclass(frozen=True)
-class Way:
-    """A product with the hidden units: tokens [N, k] @ weight^T, added to a pre-activation, or (on the way out) hidden @ weight.
+class _Span:
+    """Rows of one block. Without `tokens` they are tokens `part`, in order."""
 
-    Args:
-        name: of the weight in the op, for its gradient.  weight: [F, k].  hidden: the pre-activation; on the way out 1 if the
-        low-rank branch's own dropout lies before it, else 0.  tokens, of_tokens: on the way in, and the name of their gradient.
-    """
+    block: int
+    units: slice  # in block order
+    tokens: Tensor | None
+    part: slice
+    slots: slice  # of the row list, and of what is saved
+    first: bool  # the block's first rows
 
-    name: str
-    weight: Tensor
-    hidden: int = 0
-    tokens: Tensor | None = None
-    of_tokens: str = ""
+    def take(self, source: Tensor) -> Tensor:
+        """The span's rows of [N, ...]."""
+        return source[self.part] if self.tokens is None else source.index_select(0, self.tokens)
 
+    def ids(self) -> Tensor:
+        return torch.arange(self.part.start, self.part.stop) if self.tokens is None else self.tokens
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Tokens whose sums over blocks are taken together, and for each block the range of its list that holds them."""
-
-    tokens: slice
-    ranges: tuple[tuple[int, int], ...]
-
-    def places(self) -> list[int]:
-        """Where the rows of each block begin among those of the chunk."""
-        return [0, *itertools.accumulate(high - low for low, high in self.ranges)]
+    def of(self, saved: Tensor) -> list[Tensor]:
+        """The span's saved pre-activations: a [n, W] view per in-projection."""
+        return [s[self.slots, : self.units.stop - self.units.start] for s in saved]
 
 
-class _Lists:
-    """Which rows each block has, and the chunks of tokens. Without lists (every block is computed) they are made."""
+class _Work:
+    """What forward and backward share: the spans, the order of the weights, and the dtype of accumulation."""
 
-    def __init__(self, x: Tensor, blocks: Tensor, rows: Tensor, offsets: Tensor, n_units: int):
-        n_tokens, n_blocks = x.shape[0], offsets.shape[0] - 1
-        self.n_tokens, self.n_blocks, self.n_units = n_tokens, n_blocks, n_units
-        self.width = -(-n_units // n_blocks)
-        self.units = [slice(min(g * self.width, n_units), min((g + 1) * self.width, n_units)) for g in range(n_blocks)]
+    def __init__(self, x: Tensor, gates: Tensor | None, blocks: Tensor, rows: Tensor, offsets: Tensor, permutation: Tensor):
+        self.n_tokens, self.n_units, self.n_blocks = x.shape[0], permutation.shape[0], offsets.shape[0] - 1
+        self.width = -(-self.n_units // self.n_blocks)
         self.starts = offsets.tolist()
         self.dense = self.starts[0] < 0
-        if self.dense:
-            self.blocks = torch.arange(n_blocks, dtype=torch.int32).expand(n_tokens, n_blocks).contiguous()
-            self.rows = torch.arange(n_tokens).repeat(n_blocks)
-            self.starts, counts = [g * n_tokens for g in range(n_blocks + 1)], [n_tokens] * n_blocks
-        else:
-            self.blocks, self.rows = blocks.contiguous(), rows.long()
-            counts = cpu_ffn_aten.list_lengths(blocks, rows, self.starts)
+        ordered = torch.equal(permutation, torch.arange(self.n_units, dtype=permutation.dtype))
+        # Where every block is computed without gates, the order of units is free: nothing to permute.
+        self.units = None if ordered or (self.dense and gates is None) else permutation.long()
+        self.units_of = [
+            slice(min(g * self.width, self.n_units), min((g + 1) * self.width, self.n_units)) for g in range(self.n_blocks)
+        ]
+        counts = [self.n_tokens] * self.n_blocks if self.dense else list_lengths(blocks, rows, self.starts)
         # A block past the last unit (F much smaller than G * W) has nothing to compute.
-        self.counts = [count if self.units[g].start < n_units else 0 for g, count in enumerate(counts)]
-        self.chunks = self._chunks(x.element_size() * max(x.shape[1], 1))
+        self.counts = [c if self.units_of[g].start < self.n_units else 0 for g, c in enumerate(counts)]
+        self.blocks = blocks
+        self.listed = None if self.dense else rows.long()
+        self.accumulate = torch.promote_types(x.dtype, torch.float32)
+        self.span = max(_MIN_SPAN, _SPAN_VALUES // self.width)
+        if self.dense:  # no more hidden values at a time than the sparse capacity holds
+            self.span = max(1, min(self.span, rows.shape[0]))
 
-    def _chunks(self, row_bytes: int) -> list[_Chunk]:
-        n_tokens, slots = self.n_tokens, max(self.blocks.shape[1], 1)
-        size = max(_CHUNK_BYTES // (slots * row_bytes), _MIN_ROWS * self.n_blocks // slots, 1)
-        if n_tokens <= size:
-            return [_Chunk(slice(0, n_tokens), tuple((0, count) for count in self.counts))]
-        edges = [n_tokens * i // -(-n_tokens // size) for i in range(-(-n_tokens // size) + 1)]
-        bounds = []
-        for start, count in zip(self.starts, self.counts, strict=False):
-            found = edges
-            if count != n_tokens:
-                found = torch.searchsorted(self.rows[start : start + count], torch.tensor(edges)).tolist()
-            bounds.append(list(itertools.pairwise(found)))
-        return [_Chunk(slice(*edges[i : i + 2]), tuple(b[i] for b in bounds)) for i in range(len(edges) - 1)]
+    def spans(self) -> Iterator[_Span]:
+        """All rows in block order."""
+        for block, count in enumerate(self.counts):
+            if count == 0:
+                continue
+            start = 0 if self.dense else self.starts[block]
+            size = -(-count // -(-count // self.span))
+            for low in range(0, count, size):
+                high = min(low + size, count)
+                slots = slice(start + low, start + high)
+                tokens = None if self.listed is None or count == self.n_tokens else self.listed[slots]
+                yield _Span(block, self.units_of[block], tokens, slice(low, high), slots, low == 0)
 
-    def of(self, chunk: _Chunk) -> Tensor:
-        """int64 [G, 5], see the template."""
-        lines = []
-        for block, ((low, high), place) in enumerate(zip(chunk.ranges, chunk.places(), strict=False)):
-            units = self.units[block]
-            lines.append((self.starts[block] + low, high - low, place, units.start, units.stop - units.start))
-        return torch.tensor(lines)
+    def dropout(self, span: _Span, seed: Tensor | None, p: float, dtype: torch.dtype) -> Tensor | None:
+        """[n, W] factors of the span's hidden units; the hash takes the model's own numbers of tokens and units."""
+        if p == 0 or seed is None:
+            return None
+        units = torch.arange(span.units.start, span.units.stop)
+        return hidden_dropout(seed, span.ids(), units if self.units is None else self.units[units], self.n_units, p, dtype)
 
+    def gate(self, span: _Span, gates: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """[n, 1] factors of the span's rows."""
+        return None if gates is None else gates[span.ids(), span.block].to(dtype).unsqueeze(1)
 
-class _Site:
-    """What forward and backward of one call share."""
-
-    def __init__(
-        self,
-        kernels: cpp_ffn.Kernels,
-        x: Tensor,
-        w_in: Sequence[Tensor],
-        b_in: Sequence[Tensor],
-        w_out: Tensor,
-        lora_a_out: Sequence[Tensor],
-        lora_b: Sequence[Tensor],
-        lora_down: Tensor | None,
-        gates: Tensor | None,
-        blocks: Tensor,
-        rows: Tensor,
-        offsets: Tensor,
-        permutation: Tensor,
-        act_in: Sequence[Tensor],
-        dropout: Mapping[str, tuple[Tensor | None, float]],
-    ):
-        """dropout: (seed, p) of the hidden units by "drop", of the low-rank branch on the out-projection by "low"."""
-        self.kernels, self.dtype = kernels, x.dtype
-        self.pair = 4 // x.element_size()
-        self.lists = lists = _Lists(x, blocks, rows, offsets, permutation.shape[0])
-        ordered = torch.equal(permutation, torch.arange(lists.n_units, dtype=permutation.dtype))
-        self.units = None if ordered else permutation.long()
-        self.ways_in = [Way(f"w_in{i}", w, i, x, "x") for i, w in enumerate(w_in)]
-        branches = enumerate(zip(lora_a_out, lora_b, strict=True))
-        self.ways_in += [Way(f"lora_b{i}", b, i, a, f"lora_a_out{i}") for i, (a, b) in branches if b.shape[1]]
-        self.ways_out = [Way("w_out", w_out.t())]
-        self.fields: dict[str, Any] = {
-            **{"n_blocks": lists.n_blocks, "last_block": lists.n_blocks, "width": lists.width, "n_units": lists.n_units},
-            **{"index": lists.rows, "units": self.units, "gates": None if gates is None else gates.float().contiguous()},
-            "bias": torch.stack([self._arranged(b.float()) for b in b_in]) if b_in else None,
-            **kernels.inputs({f"a{i}": self._arranged(a.to(x.dtype)) for i, a in enumerate(act_in)}),
-            **self._dropout("drop", *dropout["drop"]),
-        }
-        if lora_down is not None:
-            low = self._dropout("low", *dropout["low"])
-            self.ways_out.append(Way("lora_down", lora_down.t(), 1 if low else 0))
-            self.fields |= low
-
-    def _arranged(self, values: Tensor) -> Tensor:
-        """A vector over the hidden units in block order; a single value as it is."""
-        return values[self.units] if self.units is not None and values.dim() == 1 and values.shape[0] != 1 else values
-
-    @staticmethod
-    def _dropout(name: str, seed: Tensor | None, p: float) -> dict[str, Any]:
-        if seed is None or p == 0:
-            return {}
-        keys = [int(key) for key in dropout_keys(seed)]
-        # p = 1 drops everything: no hash is as large as 2^32.
-        factor = 1 / (1 - p) if p < 1 else 0.0
-        # A p so small that no hash lies below it still scales.
-        fields = {"threshold": max(int(p * 2**32), 1), "key0": keys[0], "key1": keys[1], "factor": factor}
-        return {f"{name}_{field}": value for field, value in fields.items()}
-
-    def tokens(self, values: Tensor) -> Tensor:
-        """[N, k] of the site's dtype, with an innermost stride of 1."""
-        values = values.to(self.dtype)
-        return values if values.stride(1) == 1 else values.contiguous()
-
-    def operand(self, way: Way, tokens: Tensor | None, **fields: Any) -> dict[str, Any]:
-        """The fields of an operand, see the template."""
-        given = {} if tokens is None else {"tokens": tokens, "tokens_stride": tokens.stride(0)}
-        return {"k": way.weight.shape[1], "hidden": way.hidden, **given, **fields}
-
-    def pack(self, way: Way, *, into: bool) -> Tensor:
-        """Panels of its weight, see the template."""
-        weight, width = way.weight.to(self.dtype), self.lists.width
-        k = weight.shape[1]
-        size = _up(k, self.pair) * _up(width, cpp_ffn.STEP) if into else _up(width, self.pair) * _up(k, cpp_ffn.STEP)
-        panels = torch.empty(self.lists.n_blocks * size, dtype=self.dtype)
-        given = {"from": weight, "from_unit": weight.stride(0), "from_k": weight.stride(1), "to": panels, "k": k, "into": int(into)}
-        self.call("pack", lists=self.lists.of(self.lists.chunks[0]), **given)
-        return panels
-
-    def run(self, name: str, ins: Sequence, outs: Sequence, chunk: _Chunk, saved: Tensor | None, **values: Any) -> None:
-        """The kernel `forward` or `backward` on a chunk."""
-        where = {} if saved is None else {"saved": saved, "saved_rows": saved.shape[1], "saved_width": saved.shape[2]}
-        operands = {"in": cpp_ffn.operands(ins), "n_in": len(ins), "out": cpp_ffn.operands(outs), "n_out": len(outs)}
-        self.call(name, lists=self.lists.of(chunk), **operands, **where, **values)
-
-    def call(self, name: str, **values: Any) -> None:
-        self.kernels.call(name, **(self.fields | values))
-
-    def groups(self, chunk: _Chunk, *, wanted: bool) -> Iterator[tuple[slice, Tensor | None]]:
-        """Blocks that are done together, and memory for their transposed values if that is wanted."""
-        n_values = len({way.hidden for way in self.ways_in}) + 2
-        sizes = [cpp_ffn.strip_values(high - low, self.lists.width) * n_values for low, high in chunk.ranges]
-        if not wanted:
-            yield slice(0, len(sizes)), None
-            return
-        groups, start = [], 0
-        for stop in range(1, len(sizes) + 1):
-            if stop == len(sizes) or sum(sizes[start : stop + 1]) * self.dtype.itemsize > _STRIP_BYTES:
-                groups.append(slice(start, stop))
-                start = stop
-        strips = torch.empty(max(sum(sizes[group]) for group in groups), dtype=self.dtype)
-        for group in groups:
-            yield group, strips
+    def arrange(self, weight: Tensor) -> Tensor:
+        """[F, ...] in block order and in its own layout: a copy, or the tensor itself where the units are in order."""
+        return weight if self.units is None else _pick(weight, self.units)
 
     def gradient(self, weight: Tensor) -> Tensor:
-        """Memory for the gradient of a weight, in its layout: wide if several chunks add to it, zero where nothing is written."""
-        chunks = self.lists.chunks
-        dtype = torch.float32 if len(chunks) > 1 else self.dtype
-        zero = dtype != self.dtype or any(low == high for low, high in chunks[0].ranges)
-        return (torch.zeros_like if zero else torch.empty_like)(weight, dtype=dtype)
+        """Zeros for the gradient of an [F, ...] weight in block order."""
+        if _units_inside(weight):
+            return torch.zeros(weight.shape[::-1], dtype=self.accumulate).t()
+        return torch.zeros(weight.shape, dtype=self.accumulate)
+
+    def restore(self, gradient: Tensor) -> Tensor:
+        """A buffer of `gradient` in the model's order of units."""
+        if self.units is None:
+            return gradient
+        inverse = torch.empty_like(self.units)
+        inverse[self.units] = torch.arange(self.n_units)
+        return _pick(gradient, inverse)
 
 
-class _Sums:
+def _units_inside(weight: Tensor) -> bool:
+    """Whether the units of an [F, K] weight lie next to each other in memory (a transposed view)."""
+    return weight.dim() == 2 and weight.stride(0) < weight.stride(1)
+
+
+def _pick(weight: Tensor, units: Tensor) -> Tensor:
+    return weight.t().index_select(1, units).t() if _units_inside(weight) else weight.index_select(0, units)
+
+
+def _per_unit(act_in: Tensor) -> bool:
+    """Whether an activation input is a vector over the hidden units, and not one number for all of them."""
+    return act_in.dim() == 1 and act_in.shape[0] != 1
+
+
+def _times(values: Tensor, *factors: Tensor | None) -> Tensor:
+    for factor in factors:
+        values = values if factor is None else values * factor
+    return values
+
+
+def _accumulate(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out += left @ right, of maybe narrower types."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right)
+    else:
+        out += torch.mm(left, right)
+
+
+class _TokenSums:
     """[N, width]: for each token the sum over its blocks of what their products give, and constants.
 
-    Args: bias: [width] or None, added for every token.  shift: [G, width] or None, its rows of the dropped blocks are added.
+    Args:
+        bias: [width] or None, added for every token.  shift: [G, width] or None, its rows of the dropped blocks are added.
     """
 
-    def __init__(self, site: _Site, width: int, bias: Tensor | None = None, shift: Tensor | None = None):
-        self.site = site
-        lists = site.lists
-        rows = max(chunk.places()[-1] for chunk in lists.chunks)
-        self.total, self.products = (torch.empty((n, width), dtype=site.dtype) for n in (lists.n_tokens, rows))
-        self.bias = None if bias is None else bias.contiguous()
-        self.shift = None if shift is None else shift.float().contiguous()
+    def __init__(self, work: _Work, width: int, bias: Tensor | None = None, shift: Tensor | None = None):
+        wide = work.accumulate
+        self.total = torch.zeros((work.n_tokens, width), dtype=wide)
+        if shift is not None and not work.dense:
+            self.total.addmm_((~kept_mask(work.blocks, work.n_blocks)).to(wide), shift.to(wide))
+        if bias is not None:
+            self.total += bias
 
-    def close(self, chunk: _Chunk) -> None:
-        """Takes the sums of a chunk, of which every product is there."""
-        total, blocks = self.total[chunk.tokens], self.site.lists.blocks[chunk.tokens]
-        self.site.call(
-            "sum_blocks",
-            **{"from": self.products, "from_stride": self.products.stride(0), "to": total, "to_stride": total.stride(0)},
-            **{"n": total.shape[0], "columns": total.shape[1], "blocks": blocks, "slots": blocks.shape[1]},
-            **{"lists": self.site.lists.of(chunk), "first": chunk.tokens.start, "bias": self.bias, "shift": self.shift},
-        )
+    def add(self, span: _Span, left: Tensor, weight: Tensor) -> None:
+        """Adds left @ weight for the span's rows; left [n, W], weight [W, width]."""
+        if span.tokens is None:
+            _accumulate(self.total[span.part], left, weight)
+        else:
+            self.total.index_add_(0, span.tokens, torch.mm(left, weight).to(self.total.dtype))
 
 
-def _foresee(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, blocks, rows, offsets, *rest) -> None:
-    _, _, act_expr, act_in, *_ = rest
-    cpp_ffn.foresee(act_expr, len(w_in), len(act_in), x.dtype)
+class _Inputs:
+    """The in-projections and the activation, with weights in block order."""
+
+    def __init__(self, work: _Work, x, w_in, b_in, lora_a_out, lora_b, act_expr: str, act_in):
+        self.x = x
+        self.w_in = [work.arrange(w) for w in w_in]
+        self.b_in = [work.arrange(b) for b in b_in] or [None] * len(w_in)
+        self.lora = [
+            (a.to(x.dtype), work.arrange(b).to(x.dtype)) if b.shape[1] else None for a, b in zip(lora_a_out, lora_b, strict=True)
+        ] or [None] * len(w_in)
+        self.act = expression.parse(act_expr)
+        self.act_in = {f"a{i}": (work.arrange(a) if _per_unit(a) else a).to(x.dtype) for i, a in enumerate(act_in)}
+
+    def pre_activations(self, span: _Span) -> list[Tensor]:
+        """[n, W] per in-projection."""
+        rows, result = span.take(self.x), []
+        for w, b, lora in zip(self.w_in, self.b_in, self.lora, strict=True):
+            weight = w[span.units].t()
+            pre = torch.mm(rows, weight) if b is None else torch.addmm(b[span.units], rows, weight)
+            if lora is not None:
+                pre.addmm_(span.take(lora[0]), lora[1][span.units].t())
+            result.append(pre)
+        return result
+
+    def env(self, span: _Span, pre: list[Tensor]) -> dict[str, Tensor]:
+        """What the activation reads, by name (see `reference_ffn.activation_env`)."""
+        captured = {name: a[span.units] if _per_unit(a) else a for name, a in self.act_in.items()}
+        return {f"x{i}": z for i, z in enumerate(pre)} | captured
+
+    def hidden(self, span: _Span, pre: list[Tensor]) -> Tensor:
+        """[n, W] after the activation; not to be written to (it may be a pre-activation itself)."""
+        return expression.evaluate(self.act, self.env(span, pre)).to(self.x.dtype).expand_as(pre[0])
 
 
-@register("routed_ffn_v1", "cpu", "cpu", foresee=_foresee)
+@register("routed_ffn_v1", "cpu", "cpu")
 def routed_ffn(
     x: Tensor,
     w_in: list[Tensor],
@@ -328,31 +312,29 @@ def routed_ffn(
     lora_p: float,
     save: bool,
 ):
-    """`spt::routed_ffn_v1` on the CPU; see `ops/ffn.py` for the arguments."""
-    weights, lists = (w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down), (gates, blocks, rows, offsets, permutation)
-    random = (seed, p, lora_seed, lora_p)
-    check_arguments(x, *weights, *lists, compensation, act_in, *random)
-    kernels = cpp_ffn.kernels(act_expr, len(w_in), len(act_in), x.dtype)
-    if kernels is None:
-        return cpu_ffn_aten.routed_ffn(x, *weights, *lists, compensation, act_expr, act_in, *random, save)
-    dropout = {"drop": (seed, p), "low": (lora_seed, lora_p)}
-    site = _Site(kernels, x, w_in, b_in, w_out, lora_a_out, lora_b, lora_down, *lists, act_in, dropout)
-    saved = x.new_empty((len(w_in), rows.shape[0] if save else 0, site.lists.width))
-    kept = None
+    """`spt::routed_ffn_v1` in ATen operators; see `ops/ffn.py` for the arguments."""
+    weights = (w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down)
+    check_arguments(x, *weights, gates, blocks, rows, offsets, permutation, compensation, act_in, seed, p, lora_seed, lora_p)
+    work = _Work(x, gates, blocks, rows, offsets, permutation)
+    inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in)
+    down = work.arrange(w_out.t())
+    low_down = None if lora_down is None else work.arrange(lora_down.t()).to(x.dtype)
+    saved = x.new_empty((len(w_in), rows.shape[0] if save else 0, work.width))
     if save:
-        cpu_ffn_aten.clear_unused(saved, site.lists.starts, site.lists.counts, site.lists.units, dense=site.lists.dense)
-        kept = None if site.lists.dense else saved
-    ins = [site.operand(way, site.tokens(way.tokens), into=site.pack(way, into=True)) for way in site.ways_in]
-    sums = [_Sums(site, w_out.shape[0], b_out, compensation), _Sums(site, 0 if lora_down is None else lora_down.shape[0])]
-    outs = [
-        site.operand(way, None, out=site.pack(way, into=False), products=s.products)
-        for way, s in zip(site.ways_out, sums, strict=False)
-    ]
-    for chunk in site.lists.chunks:
-        site.run("forward", ins, outs, chunk, kept)
-        for s in sums[: len(outs)]:
-            s.close(chunk)
-    return sums[0].total, saved, sums[1].total
+        clear_unused(saved, work.starts, work.counts, work.units_of, dense=work.dense)
+    y = _TokenSums(work, w_out.shape[0], b_out, compensation)
+    low = _TokenSums(work, 0 if lora_down is None else lora_down.shape[0])
+    for span in work.spans():
+        pre = inputs.pre_activations(span)
+        if save and not work.dense:
+            for kept, value in zip(span.of(saved), pre, strict=True):
+                kept.copy_(value)
+        keep = work.dropout(span, seed, p, x.dtype)
+        hidden = _times(inputs.hidden(span, pre), keep, work.gate(span, gates, x.dtype))
+        y.add(span, hidden, down[span.units])
+        if low_down is not None:
+            low.add(span, _times(hidden, work.dropout(span, lora_seed, lora_p, x.dtype)), low_down[span.units])
+    return y.total.to(x.dtype), saved, low.total.to(x.dtype)
 
 
 @register("routed_ffn_backward_v1", "cpu", "cpu")
@@ -381,67 +363,106 @@ def routed_ffn_backward(
     saved: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
-    """`spt::routed_ffn_backward_v1` on the CPU: no GEMM for what is not needed, and none again for what was saved."""
-    weights, lists = (w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down), (gates, blocks, rows, offsets, permutation)
-    flat = FlatGrads(x, *weights, gates, act_in, needs)
-    kernels = cpp_ffn.kernels(act_expr, len(w_in), len(act_in), x.dtype)
-    if kernels is None or any(name.startswith("act_in") for name in flat.needed):
-        random = (seed, p, lora_seed, lora_p)
-        return cpu_ffn_aten.routed_ffn_backward(grad_y, grad_low, x, *weights, *lists, act_expr, act_in, *random, saved, needs)
-    flat.put("b_out", lambda: kernels.sum_rows(grad_y))
+    """`spt::routed_ffn_backward_v1` in ATen operators: no GEMM for what is not needed, and none again for what was saved."""
+    flat = FlatGrads(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, act_in, needs)
+    work = _Work(x, gates, blocks, rows, offsets, permutation)
+    flat.put("b_out", lambda: grad_y.sum(0, dtype=work.accumulate))
     if flat.needed <= {"b_out"}:
         return flat.tensors()
-
-    dropout = {"drop": (seed, p), "low": (lora_seed, lora_p)}
-    site = _Site(kernels, x, w_in, b_in, w_out, lora_a_out, lora_b, lora_down, *lists, act_in, dropout)
-    kept = saved if saved.shape[1] and not site.lists.dense else None
-    sums = {way.of_tokens: _Sums(site, way.weight.shape[1]) for way in site.ways_in if way.of_tokens in flat.needed}
-    grads = {way.name: site.gradient(way.weight) for way in (*site.ways_in, *site.ways_out) if way.name in flat.needed}
-    biases = [f"b_in{i}" for i in range(len(b_in))]
-    of_bias = torch.zeros(len(w_in), site.lists.n_units) if flat.needed.intersection(biases) else None
-    of_gates = torch.zeros(gates.shape) if gates is not None and "gates" in flat.needed else None
-    ins, outs = [], []
-    for way in site.ways_in:
-        fields = _where(grads.get(way.name))
-        if kept is None:
-            fields["into"] = site.pack(way, into=True)
-        if way.of_tokens in sums:
-            fields |= {"out": site.pack(way, into=False), "products": sums[way.of_tokens].products}
-        ins.append(site.operand(way, site.tokens(way.tokens), **fields))
-    through = bool(sums) or of_bias is not None or of_gates is not None or any(way.name in grads for way in site.ways_in)
+    inputs = _Inputs(work, x, w_in, b_in, lora_a_out, lora_b, act_expr, act_in)
+    grads = _Gradients(work, flat, len(w_in))
+    down = work.arrange(w_out.t()) if grads.through_hidden else None
+    low_down = None if lora_down is None else work.arrange(lora_down.t()).to(x.dtype)
     if lora_down is not None and grad_low is None:
         grad_low = grad_y.new_zeros((x.shape[0], lora_down.shape[0]))
-    for way, grad in zip(site.ways_out, (grad_y, grad_low), strict=False):
-        fields = _where(grads.get(way.name))
-        if through:
-            fields["into"] = site.pack(way, into=True)
-        outs.append(site.operand(way, site.tokens(grad), **fields))
-
-    wide = any(grad.dtype != site.dtype for grad in grads.values())
-    for chunk in site.lists.chunks:
-        add = int(wide or chunk.tokens.start > 0)
-        for group, strips in site.groups(chunk, wanted=bool(grads) or of_bias is not None):
-            given = {"first_block": group.start, "last_block": group.stop, "strips": strips, "add": add}
-            site.run("backward", ins, outs, chunk, kept, bias_grad=of_bias, gates_grad=of_gates, **given)
-        for s in sums.values():
-            s.close(chunk)
-
-    for name, s in sums.items():
-        flat.put(name, lambda s=s: s.total)
-    for way in site.ways_in:
-        flat.put(way.name, lambda way=way: grads[way.name])
-    for way in site.ways_out:
-        flat.put(way.name, lambda way=way: grads[way.name].t())
-    for i, name in enumerate(biases):
-        flat.put(name, lambda i=i: of_bias[i])
-    for i, b in enumerate(lora_b):
-        if b.shape[1] == 0:  # no branch, no operand
-            flat.put(f"lora_b{i}", lambda b=b: torch.empty_like(b))
-            flat.put(f"lora_a_out{i}", lambda i=i: torch.empty_like(lora_a_out[i]))
-    flat.put("gates", lambda: of_gates)
+    recompute = work.dense or saved.shape[1] == 0
+    for span in work.spans():
+        pre = inputs.pre_activations(span) if recompute else span.of(saved)
+        grad, low_grad = span.take(grad_y), None if grad_low is None else span.take(grad_low).to(x.dtype)
+        keep, scale = work.dropout(span, seed, p, x.dtype), work.gate(span, gates, x.dtype)
+        low_keep = None if lora_down is None else work.dropout(span, lora_seed, lora_p, x.dtype)
+        hidden = _times(inputs.hidden(span, pre), keep) if grads.uses_hidden else None
+        grad_hidden = None
+        if down is not None:
+            grad_hidden = torch.mm(grad, down[span.units].t())
+            if low_down is not None:
+                grad_hidden += _times(torch.mm(low_grad, low_down[span.units].t()), low_keep)
+        if grads.gates is not None:
+            grads.gates[span.ids(), span.block] = (grad_hidden * hidden).sum(1, dtype=grads.gates.dtype)
+        if grads.names:
+            slopes = expression.vjp(inputs.act, inputs.env(span, pre), grads.names, _times(grad_hidden, keep, scale))
+            grads.add(inputs, span, dict(zip(grads.names, slopes, strict=True)))
+        if grads.w_out is not None:
+            _accumulate(grads.w_out[span.units], _times(hidden, scale).t(), grad)
+        if grads.lora_down is not None:
+            _accumulate(grads.lora_down[span.units], _times(hidden, scale, low_keep).t(), low_grad)
+    grads.store()
     return flat.tensors()
 
 
-def _where(grad: Tensor | None) -> dict[str, Any]:
-    """An operand's fields for the gradient of its weight [F, k]."""
-    return {} if grad is None else {"grad": grad, "grad_unit": grad.stride(0), "grad_k": grad.stride(1)}
+class _Gradients:
+    """Buffers of the gradients that are needed, in block order, and the steps that fill them."""
+
+    def __init__(self, work: _Work, flat: FlatGrads, n_in: int):
+        self.work, self.flat, self.n_in = work, flat, n_in
+        like, needed = flat.like, flat.needed
+
+        def tokens(name: str) -> Tensor | None:
+            return torch.zeros(like[name].shape, dtype=work.accumulate) if name in needed else None
+
+        def sums(name: str) -> _TokenSums | None:
+            return _TokenSums(work, like[name].shape[1]) if name in needed else None
+
+        def units(name: str) -> Tensor | None:
+            return work.gradient(like[name]) if name in needed else None
+
+        self.x = sums("x")
+        self.w_in = [units(f"w_in{i}") for i in range(n_in)]
+        self.b_in = [units(f"b_in{i}") for i in range(n_in)]
+        self.w_out = work.gradient(like["w_out"].t()) if "w_out" in needed else None
+        self.lora_down = work.gradient(like["lora_down"].t()) if "lora_down" in needed else None
+        self.lora_a_out = [sums(f"lora_a_out{i}") for i in range(n_in)]
+        self.lora_b = [units(f"lora_b{i}") for i in range(n_in)]
+        self.gates = tokens("gates")
+        self.act_in = {f"a{name[6:]}": tokens(name) for name in sorted(needed) if name.startswith("act_in")}
+        per_pre = zip(self.w_in, self.b_in, self.lora_a_out, self.lora_b, strict=True)
+        wanted = [self.x is not None or any(g is not None for g in group) for group in per_pre]
+        # Names of the activation's inputs whose gradients are needed.
+        self.names = [f"x{i}" for i in range(n_in) if wanted[i]] + list(self.act_in)
+        self.through_hidden = bool(self.names) or self.gates is not None
+        self.uses_hidden = any(g is not None for g in (self.w_out, self.lora_down, self.gates))
+
+    def add(self, inputs: _Inputs, span: _Span, slopes: dict[str, Tensor]) -> None:
+        """Add one span's contributions, given the gradients of the activation's inputs by name."""
+        for name, buffer in self.act_in.items():
+            target = buffer[span.units] if _per_unit(buffer) else buffer
+            target += slopes[name]
+        for i in range(self.n_in):
+            if f"x{i}" not in slopes:
+                continue
+            grad, lora = slopes[f"x{i}"].to(inputs.x.dtype), inputs.lora[i]
+            if self.x is not None:
+                self.x.add(span, grad, inputs.w_in[i][span.units])
+            if self.w_in[i] is not None:
+                _accumulate(self.w_in[i][span.units], grad.t(), span.take(inputs.x))
+            if self.b_in[i] is not None:
+                self.b_in[i][span.units] += grad.sum(0, dtype=self.work.accumulate)
+            if lora is not None and self.lora_a_out[i] is not None:
+                self.lora_a_out[i].add(span, grad, lora[1][span.units])
+            if lora is not None and self.lora_b[i] is not None:
+                _accumulate(self.lora_b[i][span.units], grad.t(), span.take(lora[0]))
+
+    def store(self) -> None:
+        """Hand the finished gradients, in the model's order of units, to the flat list."""
+        put, restore = self.flat.put, self.work.restore
+        put("x", lambda: self.x.total)
+        for i in range(self.n_in):
+            put(f"w_in{i}", lambda i=i: restore(self.w_in[i]))
+            put(f"b_in{i}", lambda i=i: restore(self.b_in[i]))
+            put(f"lora_a_out{i}", lambda i=i: self.lora_a_out[i].total)
+            put(f"lora_b{i}", lambda i=i: restore(self.lora_b[i]))
+        put("w_out", lambda: restore(self.w_out).t())
+        put("lora_down", lambda: restore(self.lora_down).t())
+        put("gates", lambda: self.gates)
+        for name, buffer in self.act_in.items():
+            put(f"act_in{name[1:]}", lambda b=buffer: restore(b) if _per_unit(b) else b)

@@ -35,6 +35,7 @@ _LOWERING_MODULES: dict[str, tuple[str, ...]] = {
         "spt_compiler.lowering.cpp_attention",
         "spt_compiler.lowering.cpu_key_attention",
         "spt_compiler.lowering.cpu_ffn",
+        "spt_compiler.lowering.cpp_ffn",
     ),
     "cuda": (
         "spt_compiler.lowering.triton_selection",
