@@ -180,14 +180,15 @@ class Way:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Tokens whose sums over blocks are taken together, and for each block the range of its list that holds them."""
+    """Tokens whose sums over blocks are taken together, and for each block the range of its list that holds them.
+
+    Args: n_rows: of all ranges.  lists: int64 [G, 5], see the template.
+    """
 
     tokens: slice
     ranges: tuple[tuple[int, int], ...]
-
-    def places(self) -> list[int]:
-        """Where the rows of each block begin among those of the chunk."""
-        return [0, *itertools.accumulate(high - low for low, high in self.ranges)]
+    n_rows: int
+    lists: Tensor
 
 
 class _Lists:
@@ -215,7 +216,7 @@ class _Lists:
         n_tokens, slots = self.n_tokens, max(self.blocks.shape[1], 1)
         size = max(_CHUNK_BYTES // (slots * row_bytes), _MIN_ROWS * self.n_blocks // slots, 1)
         if n_tokens <= size:
-            return [_Chunk(slice(0, n_tokens), tuple((0, count) for count in self.counts))]
+            return [self._chunk(slice(0, n_tokens), [(0, count) for count in self.counts])]
         edges = [n_tokens * i // -(-n_tokens // size) for i in range(-(-n_tokens // size) + 1)]
         bounds = []
         for start, count in zip(self.starts, self.counts, strict=False):
@@ -223,15 +224,14 @@ class _Lists:
             if count != n_tokens:
                 found = torch.searchsorted(self.rows[start : start + count], torch.tensor(edges)).tolist()
             bounds.append(list(itertools.pairwise(found)))
-        return [_Chunk(slice(*edges[i : i + 2]), tuple(b[i] for b in bounds)) for i in range(len(edges) - 1)]
+        return [self._chunk(slice(*edges[i : i + 2]), [b[i] for b in bounds]) for i in range(len(edges) - 1)]
 
-    def of(self, chunk: _Chunk) -> Tensor:
-        """int64 [G, 5], see the template."""
-        lines = []
-        for block, ((low, high), place) in enumerate(zip(chunk.ranges, chunk.places(), strict=False)):
-            units = self.units[block]
-            lines.append((self.starts[block] + low, high - low, place, units.start, units.stop - units.start))
-        return torch.tensor(lines)
+    def _chunk(self, tokens: slice, ranges: list[tuple[int, int]]) -> _Chunk:
+        lines, place = [], 0
+        for start, units, (low, high) in zip(self.starts, self.units, ranges, strict=False):
+            lines.append((start + low, high - low, place, units.start, units.stop - units.start))
+            place += high - low
+        return _Chunk(tokens, tuple(ranges), place, torch.tensor(lines))
 
 
 class _Site:
@@ -309,14 +309,14 @@ class _Site:
         size = _up(k, self.pair) * _up(width, _STEP) if into else _up(width, self.pair) * _up(k, _STEP)
         panels = torch.empty(self.lists.n_blocks * size, dtype=self.dtype)
         given = {"from": weight, "from_unit": weight.stride(0), "from_k": weight.stride(1), "to": panels, "k": k, "into": int(into)}
-        self.call("pack", lists=self.lists.of(self.lists.chunks[0]), **given)
+        self.call("pack", lists=self.lists.chunks[0].lists, **given)
         return panels
 
     def run(self, name: str, ins: Sequence, outs: Sequence, chunk: _Chunk, saved: Tensor | None, **values: Any) -> None:
         """The kernel `forward` or `backward` on a chunk."""
         where = {} if saved is None else {"saved": saved, "saved_rows": saved.shape[1], "saved_width": saved.shape[2]}
         operands = {"in": _operands(ins), "n_in": len(ins), "out": _operands(outs), "n_out": len(outs)}
-        self.call(name, lists=self.lists.of(chunk), **operands, **where, **values)
+        self.call(name, lists=chunk.lists, **operands, **where, **values)
 
     def call(self, name: str, **values: Any) -> None:
         self.kernels.call(name, **(self.fields | values))
@@ -354,7 +354,7 @@ class _Sums:
     def __init__(self, site: _Site, width: int, bias: Tensor | None = None, shift: Tensor | None = None):
         self.site = site
         lists = site.lists
-        rows = max(chunk.places()[-1] for chunk in lists.chunks)
+        rows = max(chunk.n_rows for chunk in lists.chunks)
         self.total, self.products = (torch.empty((n, width), dtype=site.dtype) for n in (lists.n_tokens, rows))
         self.bias = None if bias is None else bias.contiguous()
         self.shift = None if shift is None else shift.float().contiguous()
@@ -366,7 +366,7 @@ class _Sums:
             "sum_blocks",
             **{"from": self.products, "from_stride": self.products.stride(0), "to": total, "to_stride": total.stride(0)},
             **{"n": total.shape[0], "columns": total.shape[1], "blocks": blocks, "slots": blocks.shape[1]},
-            **{"lists": self.site.lists.of(chunk), "first": chunk.tokens.start, "bias": self.bias, "shift": self.shift},
+            **{"lists": chunk.lists, "first": chunk.tokens.start, "bias": self.bias, "shift": self.shift},
         )
 
 
