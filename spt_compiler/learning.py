@@ -29,6 +29,7 @@ COMPENSATION_DECAY = 0.5
 HIDDEN_ROWS = 512  # whose hidden units are computed at a time
 SCALE_ROWS = 512  # as many rows tell the spread of the output channels
 CLUSTER_ROWS = 2048  # and as many what units do: two copies of their profiles are the most that learning holds
+TIE = 1e-4  # routers whose errors differ by less than this share are alike
 GROWN = 1.3  # this many times the rows of the last clustering are worth another one
 
 
@@ -168,7 +169,10 @@ def _learn_router(state: SiteState, x: Tensor, weights: Any, density: float, see
     routed = [_route(state, router, first, x, h, w_out, scale, n_keep, seed) for router in _routers(state, first)]
     del h
     fits = [_make_up(state, first, fit, x, scale, seed) for fit in routed]
-    best, _ = min(fits, key=lambda fit: fit[1])
+    best, error = fits.pop()
+    for other, its_error in fits:  # the last is the simplest: it also gets what rounding would decide
+        if its_error < (1 - TIE) * error:
+            best, error = other, its_error
     state.assign(**best)
     state.set_counter("fitted_keep", n_keep)
 
@@ -205,8 +209,9 @@ def _route(
         blocks += [energy.new_zeros(())] * (n_blocks - len(blocks))
         weight, bias = routing.static_router(torch.stack(blocks)[None], x.shape[1])
     elif first and not paper:  # the paper's blocks lie as the units do
-        profiles = h[:: -(-h.shape[0] // CLUSTER_ROWS)].abs().mul_(scaled.float().norm(dim=0))
-        permutation = routing.cluster(profiles.T, n_blocks, seed, n_keep=n_keep)
+        every = -(-h.shape[0] // CLUSTER_ROWS)
+        profiles = routing.unit_profiles(h[::every], scaled)
+        permutation = routing.cluster(profiles.T, n_blocks, seed, n_keep=n_keep, tokens=x[::every])
         del profiles
     if router == "random":
         weight, bias = routing.random_router(n_blocks, x.shape[1], seed) if first else (weight, bias)

@@ -115,6 +115,45 @@ def test_number_of_kept_blocks_shapes_the_clusters():
         assert held(routing.cluster(p, N_BLOCKS, 0, n_keep=n_keep), n_keep) >= 0.99 * held(routing.cluster(p, N_BLOCKS, 0), n_keep)
 
 
+def test_clusters_follow_what_a_token_tells():
+    """Half of what units do shows in the tokens, and half of it, the louder one, does not: only the former can be routed by."""
+    generator = torch.Generator().manual_seed(0)
+    told, hidden = (torch.rand(512, N_BLOCKS, generator=generator) for _ in range(2))
+    groups = (torch.randperm(128, generator=generator) % N_BLOCKS for _ in range(2))
+    p = (told[:, next(groups)] + (hidden[:, next(groups)] < 0.5)).t()
+    x = told @ torch.linalg.qr(torch.randn(16, 16, generator=generator))[0][:N_BLOCKS]
+
+    def share(permutation: Tensor) -> float:
+        """What the blocks hold that a router chooses, of all there is; without any choice half."""
+        held = p[permutation.long()].view(N_BLOCKS, -1, 512).sum(1).t()
+        weight, bias = routing.fit_router(x, held)
+        return float(held[routing.choose(x @ weight.t() + bias, NOBODY, N_KEEP)].sum() / held.sum())
+
+    assert share(routing.cluster(p, N_BLOCKS, 0, tokens=x)) > 0.6  # measured .61, without the tokens .54
+    assert share(routing.cluster(p, N_BLOCKS, 0)) < 0.57
+
+
+def test_a_unit_matters_by_what_its_mean_leaves_open():
+    """Compensation supplies the means: a unit that always does the same never has to be computed."""
+    h = torch.rand(300, 6, generator=torch.Generator().manual_seed(0))
+    h[:, 2] = 50.0
+    h[:, 3] = h[:, 1] + 20.0
+    w_out = torch.eye(6)
+    w_out[4] *= 4
+    h[:, 4] = h[:, 0]
+    mass = routing.unit_profiles(h, w_out)
+    assert mass[:, 2].max() < 1e-3 and torch.allclose(mass[:, 3], mass[:, 1], atol=1e-3)
+    assert torch.allclose(mass[:, 4], 8 * mass[:, 0], rtol=1e-3, atol=1e-3)  # 4 ** 1.5
+    for extreme in (h * 1e30, h * 1e-30, h[:0], torch.full_like(h, torch.nan)):
+        assert routing.unit_profiles(extreme, w_out).isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [torch.zeros(20, 6), torch.ones(20, 6), torch.rand(20, 6), torch.rand(20, 30).bfloat16()])
+def test_any_tokens_give_a_permutation(tokens):
+    permutation = routing.cluster(torch.rand(50, 20), 8, 0, tokens=tokens)
+    assert torch.equal(permutation.long().sort()[0], torch.arange(50))
+
+
 @pytest.mark.parametrize("f,g", [(50, 8), (9, 8), (8, 8), (100, 7), (5, 1), (64, 64)])
 def test_blocks_have_their_sizes(f, g):
     permutation = routing.cluster(torch.rand(f, 30), g, 3)
