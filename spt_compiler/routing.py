@@ -443,13 +443,15 @@ def fit_correction(
     # The smaller of the two systems; the full map [E, E_out] is never formed in the dual form.
     outer = product(centred, centred.t()) if n_rows <= width else product(centred.t(), centred)
     right = wanted if n_rows <= width else product(centred.t(), wanted)
-    solution = _solve(outer.double(), strength, right.double()).float()
+    # A ridge of the size of the mean eigenvalue leaves condition numbers of at most the number of columns.
+    wide = torch.float32 if ridge >= 1 else torch.float64
+    solution = _solve(outer.to(wide), strength.to(wide), right.to(wide)).float()
     fitted = product(outer if n_rows <= width else centred, solution)
     if known is not None:
         fitted += expected
     # The directions of largest fitted energy, by subspace iteration (a full decomposition would cost E^3).
-    wide = min(rank + _OVERSAMPLE, *fitted.shape)
-    basis = torch.randn(fitted.shape[1], wide, generator=torch.Generator().manual_seed(seed)).to(fitted.device)
+    searched = min(rank + _OVERSAMPLE, *fitted.shape)
+    basis = torch.randn(fitted.shape[1], searched, generator=torch.Generator().manual_seed(seed)).to(fitted.device)
     for _ in range(_SEARCH_ROUNDS):
         basis = torch.linalg.qr(fitted.t() @ (fitted @ basis))[0]
     _, size, turn = torch.linalg.svd(fitted @ basis, full_matrices=False)

@@ -376,6 +376,23 @@ def test_later_corrections_average_over_what_was_learned_before(n_rows):
     assert error(later) < 0.7 * error(first)
 
 
+@pytest.mark.parametrize("n_rows", [40, 300])
+def test_later_corrections_are_exact_for_tokens_with_an_outlier_channel(n_rows):
+    """They are solved in single precision."""
+    x = torch.randn(n_rows, 64)
+    x[:, 5] *= 300
+    y = x @ torch.randn(64, 9) + torch.randn(n_rows, 9)
+    prior = torch.randn(9, 64), torch.randn(9, 9)
+    down, shift, up = routing.fit_correction(x, y, torch.ones(9), 9, 0, prior=prior, ridge=3.0)
+    centred = (x - x.mean(0)).double()
+    known = (prior[1] @ prior[0]).double().t()
+    strength = 3.0 * centred.square().sum() / min(n_rows, 64)
+    system = centred.t() @ centred + strength * torch.eye(64, dtype=torch.float64)
+    expected = centred @ (known + torch.linalg.solve(system, centred.t() @ (y.double() - centred @ known)))
+    error = (x @ down.t() + shift) @ up.t() - expected
+    assert error.norm() < 1e-4 * expected.norm()
+
+
 def test_correction_of_rank_one_is_the_best_one():
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(2000, 10, generator=generator)
