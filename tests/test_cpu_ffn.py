@@ -74,7 +74,8 @@ def test_few_tokens(n, nan_empty):
     check(case(n=n, budget=-1.0, p=0.3))
 
 
-def test_route_equals_reference():
+@pytest.mark.parametrize("module", [cpu_ffn, cpp_ffn])
+def test_route_equals_reference(module):
     for g, tile, budget, mode in itertools.product((1, 4, 8, 20), (1, 16), (-1.0, 0.0, 0.3, 0.5, 1.0, float("nan")), range(6)):
         scores, on = torch.randn(33, g), torch.zeros(g, dtype=torch.bool)
         if mode == 1:
@@ -89,7 +90,7 @@ def test_route_equals_reference():
             scores, on[::2] = scores.bfloat16().t().contiguous().t(), True
         for max_density, min_tokens in ((0.25, 0), (0.5, 0), (1.0, 34)):
             arguments = (scores, on, torch.tensor([budget]), max_density, tile, min_tokens)
-            for got, expected in zip(cpu_ffn.route(*arguments), reference_ffn.route(*arguments), strict=True):
+            for got, expected in zip(module.route(*arguments), reference_ffn.route(*arguments), strict=True):
                 assert got.dtype == expected.dtype and torch.equal(got, expected), (arguments, got, expected)
 
 

@@ -37,7 +37,7 @@ _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 _FIELDS = (
     *("threads", "brgemm", "release", "n_blocks", "first_block", "last_block", "width", "n_units", "index", "lists", "units"),
     *("in", "n_in", "out", "n_out", "bias", "gates", "saved", "saved_rows", "saved_width"),
-    *("strips", "bias_grad", "gates_grad", "add"),
+    *("strips", "n_values", "bias_grad", "gates_grad", "add"),
     *("drop_threshold", "drop_key0", "drop_key1", "low_threshold", "low_key0", "low_key1"),
     *("from", "from_stride", "from_unit", "from_k", "to", "to_stride", "k", "into"),
     *("n", "columns", "blocks", "slots", "first", "shift"),
@@ -48,8 +48,8 @@ _OPERAND = ("tokens", "tokens_stride", "k", "into", "out", "products", "grad", "
 # glibc hands back to the system each time, and every page of it is a fault at the next call.
 _CHUNK_BYTES = 1 << 25
 _MIN_ROWS = 256
-# Bytes of transposed hidden values and gradients that wait for weight gradients, if it is not one block that needs more.
-_STRIP_BYTES = 1 << 24
+# Bytes a thread of transposed hidden values and gradients that wait for weight gradients, if it is not one block that needs more.
+_STRIP_BYTES = 1 << 22
 # As in the template.
 _STEP, _STRIP, _APART = 16, 256, 272
 # Of `at::native::cpublas`, by the dtype of the factors: brgemm, and what a thread calls when it needs it no more.
@@ -276,6 +276,9 @@ class _Site:
             low = self._dropout("low", *dropout["low"])
             self.ways_out.append(Way("lora_down", lora_down.t(), 1 if low else 0))
             self.fields |= low
+        # Kinds of values a hidden unit has: gradients of its pre-activations, itself, itself behind the branch's dropout.
+        self.n_values = len(w_in) + 1 + max(way.hidden for way in self.ways_out)
+        self.fields["n_values"] = self.n_values
 
     def _arranged(self, values: Tensor) -> Tensor:
         """A vector over the hidden units in block order; a single value as it is."""
@@ -323,14 +326,13 @@ class _Site:
 
     def groups(self, chunk: _Chunk, *, wanted: bool) -> Iterator[tuple[slice, Tensor | None]]:
         """Blocks that are done together, and memory for their transposed values if that is wanted."""
-        n_values = len({way.hidden for way in self.ways_in}) + 2
-        sizes = [_strip_values(high - low, self.lists.width) * n_values for low, high in chunk.ranges]
+        sizes = [_strip_values(high - low, self.lists.width) * self.n_values for low, high in chunk.ranges]
         if not wanted:
             yield slice(0, len(sizes)), None
             return
-        groups, start = [], 0
+        groups, start, most = [], 0, _STRIP_BYTES * cpu_threads.width() // self.dtype.itemsize
         for stop in range(1, len(sizes) + 1):
-            if stop == len(sizes) or sum(sizes[start : stop + 1]) * self.dtype.itemsize > _STRIP_BYTES:
+            if stop == len(sizes) or sum(sizes[start : stop + 1]) > most:
                 groups.append(slice(start, stop))
                 start = stop
         strips = torch.empty(max(sum(sizes[group]) for group in groups), dtype=self.dtype)
@@ -368,6 +370,46 @@ class _Sums:
             **{"n": total.shape[0], "columns": total.shape[1], "blocks": blocks, "slots": blocks.shape[1]},
             **{"lists": chunk.lists, "first": chunk.tokens.start, "bias": self.bias, "shift": self.shift},
         )
+
+
+_ROUTE_FIELDS = (
+    *("threads", "n_tokens", "n_blocks", "n_slots", "n_kept", "tile", "capacity"),
+    *("scores", "token_stride", "block_stride", "always_on", "blocks", "rows", "offsets"),
+)
+
+
+def _route_constants(scores: Tensor) -> dict[str, Any]:
+    return {"in_type": _TYPES[scores.dtype], "integers": list(_ROUTE_FIELDS)}
+
+
+def _route_fits(scores: Tensor, *rest: Any) -> bool:
+    return scores.dtype in _TYPES
+
+
+def _foresee_route(scores: Tensor, *rest: Any) -> None:
+    cpp.foresee("route", _route_constants(scores))
+
+
+@register("route_v1", *("cpu", "cpp"), supports=_route_fits, ready=cpp.usable, foresee=_foresee_route, preferred=True)
+def route(scores: Tensor, always_on: Tensor, budget: Tensor, max_density: float, tile: int, min_tokens: int):
+    """`spt::route_v1` by a C++ kernel; see `ops/ffn.py` for the arguments."""
+    try:
+        library = cpp.library("route", _route_constants(scores))
+    except SPTError as error:
+        cpp.give_up(str(error))
+        return cpu_ffn.route(scores, always_on, budget, max_density, tile, min_tokens)
+    n_tokens, n_blocks = scores.shape
+    blocks, rows, offsets = results = cpu_ffn.empty_lists(n_tokens, n_blocks, max_density, tile)
+    n_kept = cpu_ffn.wanted_blocks(always_on, budget, max_density, n_tokens, min_tokens)
+    if n_kept is not None:
+        values = {
+            **{"n_tokens": n_tokens, "n_blocks": n_blocks, "n_slots": blocks.shape[1], "n_kept": n_kept, "tile": tile},
+            **{"scores": scores, "token_stride": scores.stride(0), "block_stride": scores.stride(1)},
+            **{"always_on": always_on.contiguous(), "blocks": blocks, "rows": rows, "offsets": offsets},
+            **{"capacity": rows.shape[0], "threads": cpu_threads.width()},
+        }
+        cpp.call(library.route, _ROUTE_FIELDS, (), values)
+    return results
 
 
 def _fits(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, blocks, rows, offsets, *rest) -> bool:

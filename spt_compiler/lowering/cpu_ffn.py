@@ -35,60 +35,48 @@ from spt_compiler.ops.reference_ffn import (
 _SPAN_VALUES = 1 << 19
 # Fewer rows than this starve a GEMM.
 _MIN_SPAN = 256
-# Up to here comparing every pair of blocks beats sorting each token's scores.
-_PAIRWISE_BLOCKS = 16
+
+
+def empty_lists(n_tokens: int, n_blocks: int, max_density: float, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of `spt::route_v1` that say that every block is computed: blocks [N, R], rows, offsets [G + 1], all -1."""
+    n_slots = kept_blocks(max_density, n_blocks)
+    shapes = ((n_tokens, n_slots), (row_capacity(n_tokens, n_slots, n_blocks, tile),), (n_blocks + 1,))
+    blocks, rows, offsets = (torch.full(shape, -1, dtype=torch.int32) for shape in shapes)
+    return blocks, rows, offsets
+
+
+def wanted_blocks(always_on: Tensor, budget: Tensor, max_density: float, n_tokens: int, min_tokens: int) -> int | None:
+    """How many blocks a token keeps; None: all of them, without lists."""
+    density = float(budget[0])
+    if density < 0 or n_tokens < min_tokens:
+        return None
+    n_blocks = always_on.shape[0]
+    # NaN != NaN: a budget that is not a number is no limit.
+    n_kept = kept_blocks(min(density, max_density) if density == density else max_density, n_blocks)
+    return min(max(n_kept, int(always_on.sum())), kept_blocks(max_density, n_blocks))
 
 
 @register("route_v1", "cpu", "cpu")
 def route(scores: Tensor, always_on: Tensor, budget: Tensor, max_density: float, tile: int, min_tokens: int):
-    """`spt::route_v1` on the CPU: ranks by comparing whole columns of scores, and lists by `nonzero`."""
+    """`spt::route_v1` in ATen operators."""
     n_tokens, n_blocks = scores.shape
-    n_slots = kept_blocks(max_density, n_blocks)
-    blocks = torch.full((n_tokens, n_slots), -1, dtype=torch.int32)
-    rows = torch.full((row_capacity(n_tokens, n_slots, n_blocks, tile),), -1, dtype=torch.int32)
-    density = float(budget[0])
-    if density < 0 or n_tokens < min_tokens:
-        return blocks, rows, torch.full((n_blocks + 1,), -1, dtype=torch.int32)
-    on = always_on.tolist()
-    # NaN != NaN: a budget that is not a number is no limit.
-    n_kept = kept_blocks(min(density, max_density) if density == density else max_density, n_blocks)
-    n_kept = min(max(n_kept, sum(on)), n_slots)
-
-    columns = scores.t().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).contiguous()
-    first = [g for g in range(n_blocks) if on[g]]
-    rest = [g for g in range(n_blocks) if not on[g]]
-    if first and rest:
-        rank = torch.empty(n_blocks, n_tokens, dtype=torch.int32)
-        rank[first] = _rank(columns[first]).int()
-        rank[rest] = _rank(columns[rest]).int() + len(first)
-    else:
-        rank = _rank(columns)
-    kept = rank < n_kept
-
-    blocks[:, :n_kept] = kept.t().contiguous().nonzero()[:, 1].view(n_tokens, n_kept)
-    listed = kept.nonzero()[:, 1]
-    counts = kept.sum(1).tolist()
-    offsets = [0, *itertools.accumulate(-(-count // tile) * tile for count in counts)]
-    if offsets[-1] == len(listed):
-        rows[: len(listed)] = listed
-    else:
-        for start, part in zip(offsets, listed.split(counts), strict=False):
-            rows[start : start + len(part)] = part
-    return blocks, rows, torch.tensor(offsets, dtype=torch.int32)
-
-
-def _rank(columns: Tensor) -> Tensor:
-    """[g, N] scores -> [g, N], 0 for the largest of each column; ties to the lower row."""
-    n = columns.shape[0]
-    if n > _PAIRWISE_BLOCKS:
-        order = columns.argsort(dim=0, descending=True, stable=True)
-        ids = torch.arange(n, dtype=torch.int32).unsqueeze(1).expand_as(order)
-        return torch.empty_like(order, dtype=torch.int32).scatter_(0, order, ids)
-    rank = torch.zeros(columns.shape, dtype=torch.uint8)
-    for g in range(n):
-        rank[g + 1 :] += columns[g] >= columns[g + 1 :]
-        rank[:g] += columns[g] > columns[:g]
-    return rank
+    blocks, rows, offsets = empty_lists(n_tokens, n_blocks, max_density, tile)
+    n_kept = wanted_blocks(always_on, budget, max_density, n_tokens, min_tokens)
+    if n_kept is None:
+        return blocks, rows, offsets
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, always_on[order].byte().argsort(dim=1, descending=True, stable=True))
+    kept = torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, order[:, :n_kept], True)
+    blocks[:, :n_kept] = kept.nonzero()[:, 1].view(n_tokens, n_kept)
+    start = 0
+    for block, tokens in enumerate(kept.t().unbind()):
+        listed = tokens.nonzero()[:, 0]
+        offsets[block] = start
+        rows[start : start + len(listed)] = listed
+        start += -(-len(listed) // tile) * tile
+    offsets[n_blocks] = start
+    return blocks, rows, offsets
 
 
 def list_lengths(blocks: Tensor, rows: Tensor, starts: Sequence[int]) -> list[int]:
