@@ -212,6 +212,17 @@ def test_infinite_weights_of_idle_blocks_do_not_matter(module, dtype):
 
 
 @pytest.mark.parametrize("module,dtype", LOWERINGS)
+def test_gradients_share_no_memory(module, dtype):
+    """Neither with each other nor with arguments: an op may not return such tensors."""
+    c = case(act="silu(x0) * x1", lora=True, down=True, gates=True, dtype=dtype)
+    saved = module.routed_ffn(*c.forward)[1]
+    grads = module.routed_ffn_backward(*c.backward(torch.ones(63, c.n_out, dtype=dtype), saved))
+    given = [t for t in (*c.leaves.values(), saved) if t is not None and t.numel()]
+    places = [t.untyped_storage().data_ptr() for t in (*grads, *given) if t.numel()]
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("module,dtype", LOWERINGS)
 def test_arguments_are_left_alone(module, dtype):
     c = case(act="x0", gates=True, lora=True, down=True, p=0.3, lora_p=0.2, compensation=True, dtype=dtype)
     before = {name: t.clone() for name, t in c.leaves.items() if t is not None}

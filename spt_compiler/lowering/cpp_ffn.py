@@ -561,7 +561,7 @@ def routed_ffn_backward(
     for way in site.ways_out:
         flat.put(way.name, lambda way=way: grads[way.name].t())
     for i, name in enumerate(biases):
-        flat.put(name, lambda i=i: of_bias[i])
+        flat.put(name, lambda i=i: of_bias[i].clone())  # results of an op share no memory
     for i, b in enumerate(lora_b):
         if b.shape[1] == 0:  # no branch, no operand
             flat.put(f"lora_b{i}", lambda b=b: torch.empty_like(b))
