@@ -214,7 +214,8 @@ class _Lists:
 
     def _chunks(self, row_bytes: int) -> list[_Chunk]:
         n_tokens, slots = self.n_tokens, max(self.blocks.shape[1], 1)
-        size = max(_CHUNK_BYTES // (slots * row_bytes), _MIN_ROWS * self.n_blocks // slots, 1)
+        most = _CHUNK_BYTES // 4 if self.dense else _CHUNK_BYTES  # dense steps come first, where learning needs memory, too
+        size = max(most // (slots * row_bytes), _MIN_ROWS * self.n_blocks // slots, 1)
         if n_tokens <= size:
             return [self._chunk(slice(0, n_tokens), [(0, count) for count in self.counts])]
         edges = [n_tokens * i // -(-n_tokens // size) for i in range(-(-n_tokens // size) + 1)]
