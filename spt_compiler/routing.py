@@ -48,7 +48,7 @@ def unit_profiles(h: Tensor, w_out: Tensor) -> Tensor:
     between its norm, which counts as if all units of a block added up, and its square, as if none did. On a SwiGLU language model
     and a pretrained MiniLM the output error at density 1/2 fell by 2.5 % and 5 % against the norm of all that a unit adds.
     """
-    mass = torch.nan_to_num(h.float(), nan=0.0, posinf=0.0, neginf=0.0)  # the one copy: this is the largest thing in learning
+    mass = _finite(h)  # the one copy: this is the largest thing in learning
     mass.sub_(mass.mean(0)).abs_().mul_(_finite(w_out).norm(dim=0))
     mass.div_(mass.mean().clamp_min(1e-20) if mass.numel() else 1.0)  # no power of it overflows
     return mass.pow_(1.5)

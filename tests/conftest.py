@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from spt_compiler import matmul
+from spt_compiler.lowering import cpp_ffn, cpu_ffn
 
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -84,3 +85,13 @@ def vendor(request, monkeypatch):
     monkeypatch.setattr(matmul, "_MIN_VOLUME", 1)
     monkeypatch.setattr(matmul, "_PIECE", 16)
     monkeypatch.setattr(matmul, "_STEP", 4)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Spans, chunks and groups of the CPU's FFNs of a few rows, so that small inputs meet every way of cutting."""
+    monkeypatch.setattr(cpu_ffn, "_SPAN_VALUES", 1)
+    monkeypatch.setattr(cpu_ffn, "_MIN_SPAN", 20)
+    monkeypatch.setattr(cpp_ffn, "_MIN_ROWS", 20)
+    monkeypatch.setattr(cpp_ffn, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cpp_ffn, "_STRIP_BYTES", 1)

@@ -12,6 +12,15 @@ from spt_compiler import expression
 from spt_compiler.ops import reference_ffn
 
 MADE_UP = "where(x0 > 0, x0 * x0, 0.1 * tanh(x0)) * a0"
+ACTIVATIONS = (
+    "gelu(x0)",
+    "gelu_tanh(x0)",
+    "silu(x0) * x1",
+    "relu(x0)",
+    MADE_UP,
+    "square(relu(x0)) * a0 + a1 * x1",
+    "x0",
+)
 
 
 @dataclass

@@ -7,27 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ffn_cases import MADE_UP, Case, case, defined, gradients, lowered, plain, rms
+from ffn_cases import ACTIVATIONS, MADE_UP, Case, case, defined, gradients, lowered, plain, rms
 
 from spt_compiler.lowering import cpp, cpp_ffn, cpu_ffn
-
-ACTIVATIONS = (
-    "gelu(x0)",
-    "gelu_tanh(x0)",
-    "silu(x0) * x1",
-    "relu(x0)",
-    MADE_UP,
-    "square(relu(x0)) * a0 + a1 * x1",
-    "x0",
-)
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of a few tokens and groups of one block, so that small inputs meet every way of cutting."""
-    monkeypatch.setattr(cpp_ffn, "_MIN_ROWS", 20)
-    monkeypatch.setattr(cpp_ffn, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(cpp_ffn, "_STRIP_BYTES", 1)
+from spt_compiler.ops import reference_ffn
 
 
 @pytest.fixture(params=["torch", "plain"])
@@ -68,7 +51,7 @@ def test_equals_reference(act, micro_kernels, nan_empty):
 @pytest.mark.parametrize("small", [False, True])
 def test_equals_reference_with_every_option(tile, budget, max_density, small, micro_kernels, nan_empty, request):
     if small:
-        request.getfixturevalue("small_chunks")
+        request.getfixturevalue("small_pieces")
     lists = {"budget": budget, "max_density": max_density, "tile": tile, "compensation": True}
     some = ((1, 1, 0.3, 0.2, 1), (1, 0, 0.0, 0.0, 0), (0, 1, 0.0, 0.2, 1), (1, 0, 0.3, 1.0, 0), (0, 1, 1.0, 0.0, 0))
     for lora, gates, p, lora_p, save in some:
@@ -95,7 +78,7 @@ def test_odd_numbers(kind, micro_kernels, nan_empty):
 @pytest.mark.parametrize(
     "kind", [{}, {"budget": -1.0, "down": True}, {"act": "silu(x0) * x1", "gates": True, "lora": True, "down": True}]
 )
-def test_error_is_within_twice_that_of_plain_operators(dtype, kind, small_chunks):
+def test_error_is_within_twice_that_of_plain_operators(dtype, kind, small_pieces):
     c = case(n=200, e=64, f=200, e_out=64, dtype=torch.float64, compensation=True, **kind)
     c = c.map(lambda t: t / t.shape[-1] ** 0.5 if t.dim() == 2 and t.shape[0] == 200 and t is not c.x else t).to(dtype)
     grad_y = torch.randn(200, c.n_out, dtype=dtype)
@@ -112,9 +95,9 @@ def test_error_is_within_twice_that_of_plain_operators(dtype, kind, small_chunks
     "kind", [{"tile": 1}, {"tile": 4, "always": 7, "idle": 3}, {"budget": 0.25}, {"f": 9}, {"n": 1}, {"g": 20, "f": 60}]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_over_chunks_of_tokens_equal_reference(kind, dtype, small_chunks):
+def test_sums_over_chunks_of_tokens_equal_reference(kind, dtype, small_pieces):
     c = case(act="silu(x0) * x1", lora=True, down=True, gates=True, compensation=True, **kind)
-    lists = cpp_ffn._Lists(c.x, c.blocks, c.rows, c.offsets, c.permutation.shape[0])
+    lists = cpp_ffn._Lists(c.x, c.blocks, c.rows, c.offsets, c.permutation)
     assert kind == {"n": 1} or len(lists.chunks) > 1
     check_kernels(c, dtype)
 
@@ -195,6 +178,25 @@ def test_kernels_are_asked_for_no_more_than_is_needed(monkeypatch):
     assert of("w_out") == [["into"], ["into"], ["into"], ["grad"], []]
 
 
+def test_route_equals_reference():
+    for g, tile, budget, mode in itertools.product((1, 4, 8, 20), (1, 16), (-1.0, 0.0, 0.3, 0.5, 1.0, float("nan")), range(6)):
+        scores, on = torch.randn(33, g), torch.zeros(g, dtype=torch.bool)
+        if mode == 1:
+            scores = scores.round()
+        elif mode == 2:
+            on[g // 2] = True
+        elif mode == 3:
+            on[:] = True
+        elif mode == 4:
+            scores[0], scores[5], scores[:, 0], on[-1] = torch.nan, -torch.inf, torch.inf, True
+        elif mode == 5:
+            scores, on[::2] = scores.bfloat16().t().contiguous().t(), True
+        for max_density, min_tokens in ((0.25, 0), (0.5, 0), (1.0, 34)):
+            arguments = (scores, on, torch.tensor([budget]), max_density, tile, min_tokens)
+            for got, expected in zip(cpp_ffn.route(*arguments), reference_ffn.route(*arguments), strict=True):
+                assert got.dtype == expected.dtype and torch.equal(got, expected), (arguments, got, expected)
+
+
 def test_what_the_kernels_take():
     c = case(act="square(relu(x0)) * a0 + a1 * x1", lora=True)
     grad_y, saved = torch.zeros(63, c.n_out), torch.zeros(2, 0, 7)
@@ -219,3 +221,5 @@ def test_a_library_that_cannot_be_compiled_leaves_the_call_to_aten(monkeypatch):
         got = lowered(cpp_ffn, c, grad_y)
     expected = lowered(cpu_ffn, c, grad_y)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+    arguments = (torch.randn(33, 8), torch.zeros(8, dtype=torch.bool), torch.tensor([0.5]), 0.5, 4, 0)
+    assert all(map(torch.equal, cpp_ffn.route(*arguments), reference_ffn.route(*arguments)))

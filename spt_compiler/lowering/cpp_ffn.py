@@ -28,8 +28,9 @@ from spt_compiler import expression
 from spt_compiler.errors import ExpressionError, SPTError
 from spt_compiler.lowering import cpp, cpu_ffn, cpu_threads
 from spt_compiler.lowering.registry import register
+from spt_compiler.ops import reference_ffn
 from spt_compiler.ops.reference import dropout_keys
-from spt_compiler.ops.reference_ffn import FlatGrads, check_arguments
+from spt_compiler.ops.reference_ffn import FlatGrads, check_arguments, kept_blocks, row_capacity
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ _CHUNK_BYTES = 1 << 25
 _MIN_ROWS = 256
 # Bytes a thread of transposed hidden values and gradients that wait for weight gradients, if it is not one block that needs more.
 _STRIP_BYTES = 1 << 22
-# As in the template.
+# Of the template: what widths are padded to, rows of a strip of transposed values, and from one unit's values to the next there.
 _STEP, _STRIP, _APART = 16, 256, 272
 # Of `at::native::cpublas`, by the dtype of the factors: brgemm, and what a thread calls when it needs it no more.
 _BRGEMM = {
@@ -70,7 +71,8 @@ def _constants(act_expr: str, n_in: int, n_act: int, dtype: torch.dtype) -> dict
     except ExpressionError:
         return None
     fields = {"integers": [*_FIELDS, *captured, *(f"{a}_step" for a in captured)], "reals": list(_REALS), "operand": list(_OPERAND)}
-    return {"in_type": _TYPES[dtype], "act": act, "pre": pre, "captured": captured, "slopes": slopes, **fields}
+    sizes = {"step": _STEP, "strip": _STRIP, "apart": _APART}
+    return {"in_type": _TYPES[dtype], "act": act, "pre": pre, "captured": captured, "slopes": slopes, **fields, **sizes}
 
 
 @functools.lru_cache(maxsize=len(_BRGEMM))
@@ -111,14 +113,14 @@ def _number(value: Any) -> int:
 
 def _strip_values(n_rows: int, width: int) -> int:
     """Values of one kind that the transposed rows of a block take."""
-    return -(-n_rows // _STRIP) * _APART * (_up(width, _STEP))
+    return -(-n_rows // _STRIP) * _APART * _up(width, _STEP)
 
 
 class Kernels:
     """Calls of one library; see the template for the fields."""
 
     def __init__(self, library: Any, fields: Sequence[str], captured: Sequence[str], dtype: torch.dtype):
-        self.library, self.fields, self.captured, self.dtype = library, fields, captured, dtype
+        self.library, self.fields, self.captured = library, fields, captured
         self.micro_kernels = _micro_kernels(dtype) if torch.backends.mkldnn.enabled else {}
         if self.micro_kernels and not self._probed():
             self.micro_kernels = {}
@@ -163,7 +165,7 @@ def _up(n: int, to: int) -> int:
 
 
 @dataclass(frozen=True)
-class Way:
+class _Way:
     """A product with the hidden units: tokens [N, k] @ weight^T, added to a pre-activation, or (on the way out) hidden @ weight.
 
     Args:
@@ -191,25 +193,18 @@ class _Chunk:
     lists: Tensor
 
 
-class _Lists:
-    """Which rows each block has, and the chunks of tokens. Without lists (every block is computed) they are made."""
+class _Lists(cpu_ffn.Layout):
+    """The chunks of tokens, and lists of all tokens where none are given because every block is computed."""
 
-    def __init__(self, x: Tensor, blocks: Tensor, rows: Tensor, offsets: Tensor, n_units: int):
-        n_tokens, n_blocks = x.shape[0], offsets.shape[0] - 1
-        self.n_tokens, self.n_blocks, self.n_units = n_tokens, n_blocks, n_units
-        self.width = -(-n_units // n_blocks)
-        self.units = [slice(min(g * self.width, n_units), min((g + 1) * self.width, n_units)) for g in range(n_blocks)]
-        self.starts = offsets.tolist()
-        self.dense = self.starts[0] < 0
+    def __init__(self, x: Tensor, blocks: Tensor, rows: Tensor, offsets: Tensor, permutation: Tensor):
+        super().__init__(x, blocks, rows, offsets, permutation)
+        n_tokens, n_blocks = self.n_tokens, self.n_blocks
         if self.dense:
             self.blocks = torch.arange(n_blocks, dtype=torch.int32).expand(n_tokens, n_blocks).contiguous()
             self.rows = torch.arange(n_tokens).repeat(n_blocks)
-            self.starts, counts = [g * n_tokens for g in range(n_blocks + 1)], [n_tokens] * n_blocks
+            self.starts = [g * n_tokens for g in range(n_blocks + 1)]
         else:
             self.blocks, self.rows = blocks.contiguous(), rows.long()
-            counts = cpu_ffn.list_lengths(blocks, rows, self.starts)
-        # A block past the last unit (F much smaller than G * W) has nothing to compute.
-        self.counts = [count if self.units[g].start < n_units else 0 for g, count in enumerate(counts)]
         self.chunks = self._chunks(x.element_size() * max(x.shape[1], 1))
 
     def _chunks(self, row_bytes: int) -> list[_Chunk]:
@@ -229,7 +224,7 @@ class _Lists:
 
     def _chunk(self, tokens: slice, ranges: list[tuple[int, int]]) -> _Chunk:
         lines, place = [], 0
-        for start, units, (low, high) in zip(self.starts, self.units, ranges, strict=False):
+        for start, units, (low, high) in zip(self.starts, self.units_of, ranges, strict=False):
             lines.append((start + low, high - low, place, units.start, units.stop - units.start))
             place += high - low
         return _Chunk(tokens, tuple(ranges), place, torch.tensor(lines))
@@ -259,23 +254,22 @@ class _Site:
         """dropout: (seed, p) of the hidden units by "drop", of the low-rank branch on the out-projection by "low"."""
         self.kernels, self.dtype = kernels, x.dtype
         self.pair = 4 // x.element_size()
-        self.lists = lists = _Lists(x, blocks, rows, offsets, permutation.shape[0])
-        ordered = torch.equal(permutation, torch.arange(lists.n_units, dtype=permutation.dtype))
-        self.units = None if ordered else permutation.long()
-        self.ways_in = [Way(f"w_in{i}", w, i, x, "x") for i, w in enumerate(w_in)]
+        self.lists = lists = _Lists(x, blocks, rows, offsets, permutation)
+        read = self.tokens(x)
+        self.ways_in = [_Way(f"w_in{i}", w, i, read, "x") for i, w in enumerate(w_in)]
         branches = enumerate(zip(lora_a_out, lora_b, strict=True))
-        self.ways_in += [Way(f"lora_b{i}", b, i, a, f"lora_a_out{i}") for i, (a, b) in branches if b.shape[1]]
-        self.ways_out = [Way("w_out", w_out.t())]
+        self.ways_in += [_Way(f"lora_b{i}", b, i, self.tokens(a), f"lora_a_out{i}") for i, (a, b) in branches if b.shape[1]]
+        self.ways_out = [_Way("w_out", w_out.t())]
         self.fields: dict[str, Any] = {
             **{"n_blocks": lists.n_blocks, "last_block": lists.n_blocks, "width": lists.width, "n_units": lists.n_units},
-            **{"index": lists.rows, "units": self.units, "gates": None if gates is None else gates.float().contiguous()},
+            **{"index": lists.rows, "units": lists.units, "gates": None if gates is None else gates.float().contiguous()},
             "bias": torch.stack([self._arranged(b.float()) for b in b_in]) if b_in else None,
             **kernels.inputs({f"a{i}": self._arranged(a.to(x.dtype)) for i, a in enumerate(act_in)}),
             **self._dropout("drop", *dropout["drop"]),
         }
         if lora_down is not None:
             low = self._dropout("low", *dropout["low"])
-            self.ways_out.append(Way("lora_down", lora_down.t(), 1 if low else 0))
+            self.ways_out.append(_Way("lora_down", lora_down.t(), 1 if low else 0))
             self.fields |= low
         # Kinds of values a hidden unit has: gradients of its pre-activations, itself, itself behind the branch's dropout.
         self.n_values = len(w_in) + 1 + max(way.hidden for way in self.ways_out)
@@ -283,7 +277,8 @@ class _Site:
 
     def _arranged(self, values: Tensor) -> Tensor:
         """A vector over the hidden units in block order; a single value as it is."""
-        return values[self.units] if self.units is not None and values.dim() == 1 and values.shape[0] != 1 else values
+        units = self.lists.units
+        return values[units] if units is not None and values.dim() == 1 and values.shape[0] != 1 else values
 
     @staticmethod
     def _dropout(name: str, seed: Tensor | None, p: float) -> dict[str, Any]:
@@ -301,12 +296,12 @@ class _Site:
         values = values.to(self.dtype)
         return values if values.stride(1) == 1 else values.contiguous()
 
-    def operand(self, way: Way, tokens: Tensor | None, **fields: Any) -> dict[str, Any]:
+    def operand(self, way: _Way, tokens: Tensor | None, **fields: Any) -> dict[str, Any]:
         """The fields of an operand, see the template."""
         given = {} if tokens is None else {"tokens": tokens, "tokens_stride": tokens.stride(0)}
         return {"k": way.weight.shape[1], "hidden": way.hidden, **given, **fields}
 
-    def pack(self, way: Way, *, into: bool) -> Tensor:
+    def pack(self, way: _Way, *, into: bool) -> Tensor:
         """Panels of its weight, see the template."""
         weight, width = way.weight.to(self.dtype), self.lists.width
         k = weight.shape[1]
@@ -316,11 +311,11 @@ class _Site:
         self.call("pack", lists=self.lists.chunks[0].lists, **given)
         return panels
 
-    def run(self, name: str, ins: Sequence, outs: Sequence, chunk: _Chunk, saved: Tensor | None, **values: Any) -> None:
-        """The kernel `forward` or `backward` on a chunk."""
+    @staticmethod
+    def described(ins: Sequence, outs: Sequence, saved: Tensor | None) -> dict[str, Any]:
+        """Fields of `forward` and `backward`: operands, which must outlive the calls, and what is saved."""
         where = {} if saved is None else {"saved": saved, "saved_rows": saved.shape[1], "saved_width": saved.shape[2]}
-        operands = {"in": _operands(ins), "n_in": len(ins), "out": _operands(outs), "n_out": len(outs)}
-        self.call(name, lists=chunk.lists, **operands, **where, **values)
+        return {"in": _operands(ins), "n_in": len(ins), "out": _operands(outs), "n_out": len(outs), **where}
 
     def call(self, name: str, **values: Any) -> None:
         self.kernels.call(name, **(self.fields | values))
@@ -398,19 +393,24 @@ def route(scores: Tensor, always_on: Tensor, budget: Tensor, max_density: float,
         library = cpp.library("route", _route_constants(scores))
     except SPTError as error:
         cpp.give_up(str(error))
-        return cpu_ffn.route(scores, always_on, budget, max_density, tile, min_tokens)
+        return reference_ffn.route(scores, always_on, budget, max_density, tile, min_tokens)
     n_tokens, n_blocks = scores.shape
-    blocks, rows, offsets = results = cpu_ffn.empty_lists(n_tokens, n_blocks, max_density, tile)
-    n_kept = cpu_ffn.wanted_blocks(always_on, budget, max_density, n_tokens, min_tokens)
-    if n_kept is not None:
-        values = {
-            **{"n_tokens": n_tokens, "n_blocks": n_blocks, "n_slots": blocks.shape[1], "n_kept": n_kept, "tile": tile},
-            **{"scores": scores, "token_stride": scores.stride(0), "block_stride": scores.stride(1)},
-            **{"always_on": always_on.contiguous(), "blocks": blocks, "rows": rows, "offsets": offsets},
-            **{"capacity": rows.shape[0], "threads": cpu_threads.width()},
-        }
-        cpp.call(library.route, _ROUTE_FIELDS, (), values)
-    return results
+    n_slots, density = kept_blocks(max_density, n_blocks), float(budget[0])
+    shapes = ((n_tokens, n_slots), (row_capacity(n_tokens, n_slots, n_blocks, tile),), (n_blocks + 1,))
+    if density < 0 or n_tokens < min_tokens:
+        blocks, rows, offsets = (torch.full(shape, -1, dtype=torch.int32) for shape in shapes)
+        return blocks, rows, offsets
+    blocks, rows, offsets = (torch.empty(shape, dtype=torch.int32) for shape in shapes)
+    # NaN != NaN: a budget that is not a number is no limit.
+    n_kept = kept_blocks(min(density, max_density) if density == density else max_density, n_blocks)
+    values = {
+        **{"n_tokens": n_tokens, "n_blocks": n_blocks, "n_slots": n_slots, "capacity": rows.shape[0], "tile": tile},
+        **{"n_kept": min(max(n_kept, int(always_on.sum())), n_slots), "threads": cpu_threads.width()},
+        **{"scores": scores, "token_stride": scores.stride(0), "block_stride": scores.stride(1)},
+        **{"always_on": always_on.contiguous(), "blocks": blocks, "rows": rows, "offsets": offsets},
+    }
+    cpp.call(library.route, _ROUTE_FIELDS, (), values)
+    return blocks, rows, offsets
 
 
 def _fits(x, w_in, b_in, w_out, b_out, lora_a_out, lora_b, lora_down, gates, blocks, rows, offsets, *rest) -> bool:
@@ -469,16 +469,17 @@ def routed_ffn(
     saved = x.new_empty((len(w_in), rows.shape[0] if save else 0, site.lists.width))
     kept = None
     if save:
-        cpu_ffn.clear_unused(saved, site.lists.starts, site.lists.counts, site.lists.units, dense=site.lists.dense)
+        site.lists.clear_unused(saved)
         kept = None if site.lists.dense else saved
-    ins = [site.operand(way, site.tokens(way.tokens), into=site.pack(way, into=True)) for way in site.ways_in]
+    ins = [site.operand(way, way.tokens, into=site.pack(way, into=True)) for way in site.ways_in]
     sums = [_Sums(site, w_out.shape[0], b_out, compensation), _Sums(site, 0 if lora_down is None else lora_down.shape[0])]
     outs = [
         site.operand(way, None, out=site.pack(way, into=False), products=s.products)
         for way, s in zip(site.ways_out, sums, strict=False)
     ]
+    described = site.described(ins, outs, kept)
     for chunk in site.lists.chunks:
-        site.run("forward", ins, outs, chunk, kept)
+        site.call("forward", lists=chunk.lists, **described)
         for s in sums[: len(outs)]:
             s.close(chunk)
     return sums[0].total, saved, sums[1].total
@@ -536,7 +537,7 @@ def routed_ffn_backward(
             fields["into"] = site.pack(way, into=True)
         if way.of_tokens in sums:
             fields |= {"out": site.pack(way, into=False), "products": sums[way.of_tokens].products}
-        ins.append(site.operand(way, site.tokens(way.tokens), **fields))
+        ins.append(site.operand(way, way.tokens, **fields))
     through = bool(sums) or of_bias is not None or of_gates is not None or any(way.name in grads for way in site.ways_in)
     if lora_down is not None and grad_low is None:
         grad_low = grad_y.new_zeros((x.shape[0], lora_down.shape[0]))
@@ -547,11 +548,11 @@ def routed_ffn_backward(
         outs.append(site.operand(way, site.tokens(grad), **fields))
 
     wide = any(grad.dtype != site.dtype for grad in grads.values())
+    described = site.described(ins, outs, kept) | {"bias_grad": of_bias, "gates_grad": of_gates}
     for chunk in site.lists.chunks:
-        add = int(wide or chunk.tokens.start > 0)
+        described |= {"lists": chunk.lists, "add": int(wide or chunk.tokens.start > 0)}
         for group, strips in site.groups(chunk, wanted=bool(grads) or of_bias is not None):
-            given = {"first_block": group.start, "last_block": group.stop, "strips": strips, "add": add}
-            site.run("backward", ins, outs, chunk, kept, bias_grad=of_bias, gates_grad=of_gates, **given)
+            site.call("backward", first_block=group.start, last_block=group.stop, strips=strips, **described)
         for s in sums.values():
             s.close(chunk)
 

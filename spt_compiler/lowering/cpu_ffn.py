@@ -1,4 +1,4 @@
-"""CPU lowering of the routed FFN in ATen operators: choose blocks, gather the rows of each, multiply, add them up.
+"""CPU lowering of the routed FFN in ATen operators: gather the rows of each block, multiply, add them up.
 
 Its products run here where the C++ kernels (`cpp_ffn.py`) do not: without a compiler, in fp64, and where gradients of values that
 the activation captured are asked for.
@@ -14,7 +14,7 @@ vendor library picks its kernel by the number of rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +26,7 @@ from spt_compiler.ops.reference_ffn import (
     FlatGrads,
     check_arguments,
     hidden_dropout,
-    kept_blocks,
     kept_mask,
-    row_capacity,
 )
 
 # Hidden values of a span (2 MiB of fp32): stays in the last-level cache; longer spans save little.
@@ -37,68 +35,40 @@ _SPAN_VALUES = 1 << 19
 _MIN_SPAN = 256
 
 
-def empty_lists(n_tokens: int, n_blocks: int, max_density: float, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Results of `spt::route_v1` that say that every block is computed: blocks [N, R], rows, offsets [G + 1], all -1."""
-    n_slots = kept_blocks(max_density, n_blocks)
-    shapes = ((n_tokens, n_slots), (row_capacity(n_tokens, n_slots, n_blocks, tile),), (n_blocks + 1,))
-    blocks, rows, offsets = (torch.full(shape, -1, dtype=torch.int32) for shape in shapes)
-    return blocks, rows, offsets
+class Layout:
+    """Which rows and which hidden units each block has, in one call of the op."""
 
+    def __init__(self, x: Tensor, blocks: Tensor, rows: Tensor, offsets: Tensor, permutation: Tensor):
+        self.n_tokens, self.n_units, self.n_blocks = x.shape[0], permutation.shape[0], offsets.shape[0] - 1
+        self.width = -(-self.n_units // self.n_blocks)
+        self.starts = offsets.tolist()
+        self.dense = self.starts[0] < 0
+        ordered = torch.equal(permutation, torch.arange(self.n_units, dtype=permutation.dtype))
+        self.units = None if ordered else permutation.long()
+        edges = [min(g * self.width, self.n_units) for g in range(self.n_blocks + 1)]
+        self.units_of = [slice(*edge) for edge in itertools.pairwise(edges)]  # of each block, in block order
+        if self.dense:
+            counts = [self.n_tokens] * self.n_blocks
+        elif rows.shape[0] == blocks.numel():  # tiles of one row: no padding
+            counts = [end - start for start, end in itertools.pairwise(self.starts)]
+        else:
+            counts = torch.bincount(blocks.reshape(-1) + 1, minlength=self.n_blocks + 1)[1:].tolist()
+        # A block past the last unit (F much smaller than G * W) has nothing to compute.
+        self.counts = [c if self.units_of[g].start < self.n_units else 0 for g, c in enumerate(counts)]
 
-def wanted_blocks(always_on: Tensor, budget: Tensor, max_density: float, n_tokens: int, min_tokens: int) -> int | None:
-    """How many blocks a token keeps; None: all of them, without lists."""
-    density = float(budget[0])
-    if density < 0 or n_tokens < min_tokens:
-        return None
-    n_blocks = always_on.shape[0]
-    # NaN != NaN: a budget that is not a number is no limit.
-    n_kept = kept_blocks(min(density, max_density) if density == density else max_density, n_blocks)
-    return min(max(n_kept, int(always_on.sum())), kept_blocks(max_density, n_blocks))
-
-
-@register("route_v1", "cpu", "cpu")
-def route(scores: Tensor, always_on: Tensor, budget: Tensor, max_density: float, tile: int, min_tokens: int):
-    """`spt::route_v1` in ATen operators."""
-    n_tokens, n_blocks = scores.shape
-    blocks, rows, offsets = empty_lists(n_tokens, n_blocks, max_density, tile)
-    n_kept = wanted_blocks(always_on, budget, max_density, n_tokens, min_tokens)
-    if n_kept is None:
-        return blocks, rows, offsets
-    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, always_on[order].byte().argsort(dim=1, descending=True, stable=True))
-    kept = torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, order[:, :n_kept], True)
-    blocks[:, :n_kept] = kept.nonzero()[:, 1].view(n_tokens, n_kept)
-    start = 0
-    for block, tokens in enumerate(kept.t().unbind()):
-        listed = tokens.nonzero()[:, 0]
-        offsets[block] = start
-        rows[start : start + len(listed)] = listed
-        start += -(-len(listed) // tile) * tile
-    offsets[n_blocks] = start
-    return blocks, rows, offsets
-
-
-def list_lengths(blocks: Tensor, rows: Tensor, starts: Sequence[int]) -> list[int]:
-    """How many tokens each block has; its list in `rows` may be padded."""
-    if rows.shape[0] == blocks.numel():  # tiles of one row: no padding
-        return [end - start for start, end in itertools.pairwise(starts)]
-    return torch.bincount(blocks.reshape(-1) + 1, minlength=len(starts))[1:].tolist()
-
-
-def clear_unused(saved: Tensor, starts: Sequence[int], counts: Sequence[int], units: Sequence[slice], *, dense: bool) -> None:
-    """Zero what no token fills of saved [n_in, rows, W], so that equal calls give equal bytes. units: of each block."""
-    if dense:
-        saved.zero_()
-        return
-    end = 0
-    for start, count, part in zip(starts, counts, units, strict=False):
-        if end < start:
-            saved[:, end:start] = 0
-        end = start + count
-        if part.stop - part.start < saved.shape[2]:
-            saved[:, start:end, part.stop - part.start :] = 0
-    saved[:, end:] = 0
+    def clear_unused(self, saved: Tensor) -> None:
+        """Zero what no token fills of saved [n_in, rows, W], so that equal calls give equal bytes."""
+        if self.dense:
+            saved.zero_()
+            return
+        end = 0
+        for start, count, units in zip(self.starts, self.counts, self.units_of, strict=False):
+            if end < start:
+                saved[:, end:start] = 0
+            end = start + count
+            if units.stop - units.start < self.width:
+                saved[:, start:end, units.stop - units.start :] = 0
+        saved[:, end:] = 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +80,6 @@ class _Span:
     tokens: Tensor | None
     part: slice
     slots: slice  # of the row list, and of what is saved
-    first: bool  # the block's first rows
 
     def take(self, source: Tensor) -> Tensor:
         """The span's rows of [N, ...]."""
@@ -124,23 +93,13 @@ class _Span:
         return [s[self.slots, : self.units.stop - self.units.start] for s in saved]
 
 
-class _Work:
+class _Work(Layout):
     """What forward and backward share: the spans, the order of the weights, and the dtype of accumulation."""
 
     def __init__(self, x: Tensor, gates: Tensor | None, blocks: Tensor, rows: Tensor, offsets: Tensor, permutation: Tensor):
-        self.n_tokens, self.n_units, self.n_blocks = x.shape[0], permutation.shape[0], offsets.shape[0] - 1
-        self.width = -(-self.n_units // self.n_blocks)
-        self.starts = offsets.tolist()
-        self.dense = self.starts[0] < 0
-        ordered = torch.equal(permutation, torch.arange(self.n_units, dtype=permutation.dtype))
-        # Where every block is computed without gates, the order of units is free: nothing to permute.
-        self.units = None if ordered or (self.dense and gates is None) else permutation.long()
-        self.units_of = [
-            slice(min(g * self.width, self.n_units), min((g + 1) * self.width, self.n_units)) for g in range(self.n_blocks)
-        ]
-        counts = [self.n_tokens] * self.n_blocks if self.dense else list_lengths(blocks, rows, self.starts)
-        # A block past the last unit (F much smaller than G * W) has nothing to compute.
-        self.counts = [c if self.units_of[g].start < self.n_units else 0 for g, c in enumerate(counts)]
+        super().__init__(x, blocks, rows, offsets, permutation)
+        if self.dense and gates is None:
+            self.units = None  # every block is computed alike: their order is free, and nothing to permute
         self.blocks = blocks
         self.listed = None if self.dense else rows.long()
         self.accumulate = torch.promote_types(x.dtype, torch.float32)
@@ -159,7 +118,7 @@ class _Work:
                 high = min(low + size, count)
                 slots = slice(start + low, start + high)
                 tokens = None if self.listed is None or count == self.n_tokens else self.listed[slots]
-                yield _Span(block, self.units_of[block], tokens, slice(low, high), slots, low == 0)
+                yield _Span(block, self.units_of[block], tokens, slice(low, high), slots)
 
     def dropout(self, span: _Span, seed: Tensor | None, p: float, dtype: torch.dtype) -> Tensor | None:
         """[n, W] factors of the span's hidden units; the hash takes the model's own numbers of tokens and units."""
@@ -309,7 +268,7 @@ def routed_ffn(
     low_down = None if lora_down is None else work.arrange(lora_down.t()).to(x.dtype)
     saved = x.new_empty((len(w_in), rows.shape[0] if save else 0, work.width))
     if save:
-        clear_unused(saved, work.starts, work.counts, work.units_of, dense=work.dense)
+        work.clear_unused(saved)
     y = _TokenSums(work, w_out.shape[0], b_out, compensation)
     low = _TokenSums(work, 0 if lora_down is None else lora_down.shape[0])
     for span in work.spans():
